@@ -1,0 +1,27 @@
+"""Array aliases and the axis legend that every signature and einsum string follows.
+
+  B batch          T tokens (regression: T = 1)   D model width     F hidden width
+  R rank           M atoms                        Q query width     k atoms kept per token
+  N blocks         S layers per block             L = N * S layers
+  E instruction width (P: width of the prior's descriptors)
+"""
+
+import os
+from typing import Any, TypeVar
+
+import jaxtyping
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray  # noqa: F401  (re-exported)
+
+PyTree = Any
+_Function = TypeVar("_Function")
+
+_CHECKED = os.environ.get("QLORA_JAX_TYPECHECK", "0") == "1"
+
+
+def typed(function: _Function) -> _Function:
+  """Checks shapes and dtypes at run time when QLORA_JAX_TYPECHECK=1 (the tests set it)."""
+  if not _CHECKED:
+    return function
+  import typeguard  # a test dependency: the library runs without it
+
+  return jaxtyping.jaxtyped(function, typechecker=typeguard.typechecked)
