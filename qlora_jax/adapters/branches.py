@@ -1,0 +1,171 @@
+"""The trained branch of one adapted map, one module a family; the slot is in `dense.py`.
+
+A branch gets the input x, the frozen kernel and its product, and returns the product corrected,
+with the routing weights it computed itself (Lily, CoMoL) or None. Letters as in
+`qlora_jax/typing.py`; E stands for Lily's experts where it is an axis of a weight.
+"""
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+
+from qlora_jax.adapters import config as config_lib
+from qlora_jax.adapters import contraction, functional, memory, router
+from qlora_jax.typing import Array
+
+_LORA_A = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("input", "rank"))
+_LORA_B = nn.with_logical_partitioning(nn.initializers.zeros, ("rank", "output"))
+
+
+class Branch(nn.Module):
+  """What every branch knows: its adapter, its map's name and widths, and the block's maps."""
+
+  config: config_lib.AdapterConfig
+  name_of_map: str
+  inputs: int
+  outputs: int
+  maps: int
+
+  @property
+  def rank(self) -> int:
+    return self.config.rank_of(self.name_of_map)
+
+  @property
+  def scaling(self) -> float:
+    return self.config.scale_of(self.name_of_map)
+
+
+class LoRA(Branch):
+  """y = x W + scaling (x A) C B; C is the block's routed operator, or absent for plain LoRA."""
+
+  def setup(self):
+    self.lora_a = self.param("lora_a", _LORA_A, (self.inputs, self.rank))
+    self.lora_b = self.param("lora_b", _LORA_B, (self.rank, self.outputs))
+
+  def low_rank_state(self, x: Array) -> Array:
+    """z [*batch, R] of this map, step (1); asked of the block's anchor map only."""
+    return functional.low_rank_state(x, self.lora_a)
+
+  def __call__(
+    self,
+    x: Array,
+    base: Array,
+    kernel: Array,
+    routing: router.Routing | None,
+    shared: memory.Shared,
+  ):
+    del kernel
+    low_rank = jnp.einsum("...d,dr->...r", x, self.lora_a)
+    if routing is not None:
+      low_rank = contraction.contract(
+        self.config, self.maps, low_rank, routing.weights, routing.operator, shared["atoms"]
+      )
+    return base + functional.low_rank_output(low_rank, self.lora_b, self.scaling), None
+
+
+class DoRA(Branch):
+  """y = g * ||W||_col * x (W + scaling A B) / ||W + scaling A B||_col.
+
+  The magnitude is stored relative to ||W||_col (g = 1 at the start), so that it needs no copy of
+  the base; the norm takes no gradient, as in the source's section 4.3.
+  """
+
+  @nn.compact
+  def __call__(self, x, base, kernel, routing, shared):
+    lora_a = self.param("lora_a", _LORA_A, (self.inputs, self.rank))
+    lora_b = self.param("lora_b", _LORA_B, (self.rank, self.outputs))
+    magnitude = self.param(
+      "magnitude", nn.with_logical_partitioning(nn.initializers.ones, ("output",)), (self.outputs,)
+    )
+    updated = kernel + self.scaling * lora_a @ lora_b
+    norm = jax.lax.stop_gradient(jnp.linalg.norm(updated, axis=0))
+    ratio = magnitude * jnp.linalg.norm(kernel, axis=0) / norm
+    low_rank = jnp.einsum("...d,dr->...r", x, lora_a)
+    return ratio * (base + functional.low_rank_output(low_rank, lora_b, self.scaling)), None
+
+
+class LoRAXS(Branch):
+  """y = x W + scaling x (U_R S_R) core V_R^T with U S V^T = svd(W); only the core is trained.
+
+  The core starts at zero, not at the source's Gaussian of deviation 1e-5, so that the network
+  starts as its base exactly.
+  """
+
+  @nn.compact
+  def __call__(self, x, base, kernel, routing, shared):
+    rank = self.rank
+
+    def factors():
+      left, values, right = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
+      return left[:, :rank] * values[:rank], right[:rank]
+
+    lora_a = self.variable("frozen", "lora_a", lambda: factors()[0]).value
+    lora_b = self.variable("frozen", "lora_b", lambda: factors()[1]).value
+    core = self.param(
+      "core",
+      nn.with_logical_partitioning(nn.initializers.zeros, ("rank", "rank_out")),
+      (rank, rank),
+    )
+    low_rank = jnp.einsum("...d,dr,rs->...s", x, lora_a, core)
+    return base + functional.low_rank_output(low_rank, lora_b, self.scaling), None
+
+
+class CoMoL(Branch):
+  """y = x W + scaling (x A) (sum_m w_m U_m) B with the map's own cores and router on x A."""
+
+  @nn.compact
+  def __call__(self, x, base, kernel, routing, shared):
+    cfg = self.config
+    lora_a = self.param("lora_a", _LORA_A, (self.inputs, self.rank))
+    lora_b = self.param("lora_b", _LORA_B, (self.rank, self.outputs))
+    cores = self.param(
+      "cores",
+      nn.with_logical_partitioning(
+        memory.atom_initializer(cfg.atom_init, cfg.atom_noise), ("atoms", "rank", "rank_out")
+      ),
+      (cfg.atoms, self.rank, self.rank),
+    )
+    kernel_of_router = self.param(
+      "router",
+      nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("rank", "atoms")),
+      (self.rank, cfg.atoms),
+    )
+    low_rank = jnp.einsum("...d,dr->...r", x, lora_a)
+    logits = functional.rms_norm(low_rank) @ kernel_of_router
+    weights = functional.sparse_weights(logits, cfg.kept_atoms)
+    mixed = contraction.contract(cfg, 1, low_rank, weights, None, cores)
+    update = functional.low_rank_output(mixed, lora_b, self.scaling)
+    return base + update, router.Routing(weights, logits, None)
+
+
+class Lily(Branch):
+  """y = x W + scaling (x A) (sum_e w_e B_e): own A and router, experts B shared over layers."""
+
+  @nn.compact
+  def __call__(self, x, base, kernel, routing, shared):
+    cfg = self.config
+    lora_a = self.param("lora_a", _LORA_A, (self.inputs, self.rank))
+    kernel_of_router = self.param(
+      "router",
+      nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("rank", "atoms")),
+      (self.rank, cfg.atoms),
+    )
+    low_rank = jnp.einsum("...d,dr->...r", x, lora_a)
+    logits = low_rank @ kernel_of_router
+    weights = functional.sparse_weights(logits, cfg.kept_atoms)
+    experts = shared[f"lily_b_{self.name_of_map}"]
+    # One [.., E R] x [E R, D] product: the weighted copies of x A against all experts at once.
+    spread = jnp.einsum("...e,...r->...er", weights, low_rank)
+    update = self.scaling * jnp.einsum("...er,erd->...d", spread, experts)
+    return base + update, router.Routing(weights, logits, None)
+
+
+BRANCHES = {
+  "lora": LoRA,
+  "rslora": LoRA,
+  "dora": DoRA,
+  "lora_xs": LoRAXS,
+  "comol": CoMoL,
+  "lily": Lily,
+  "queryable": LoRA,
+}

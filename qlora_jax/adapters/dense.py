@@ -1,0 +1,59 @@
+"""The one adapter slot: a frozen linear map and the branch that corrects it.
+
+The kernel and bias are variables of the collection `base`, the branch's weights of `params`, the
+branch's frozen factors of `frozen`: three separate trees, of which only `params` is
+differentiated, optimised and checkpointed. Full fine-tuning differentiates `base` instead.
+"""
+
+from flax import linen as nn
+from jax import numpy as jnp
+
+from qlora_jax.adapters import branches, memory, router
+from qlora_jax.adapters import config as config_lib
+from qlora_jax.typing import Array
+
+
+class AdaptedDense(nn.Module):
+  """y = x W + b, corrected by the adapter's branch.
+
+  Attributes:
+    config: the adapter.
+    map_name: the name of this map in a layer, as in `map_ranks`.
+    inputs, outputs: D_in and D_out.
+    maps: adapted maps in the block.
+    axes: logical axis names of the kernel.
+  """
+
+  config: config_lib.AdapterConfig
+  map_name: str
+  inputs: int
+  outputs: int
+  maps: int
+  axes: tuple[str, str] = ("input", "output")
+
+  def setup(self):
+    kernel = nn.with_logical_partitioning(nn.initializers.lecun_normal(), self.axes)
+    bias = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+    self.kernel = self.variable(
+      "base", "kernel", lambda: kernel(self.make_rng("params"), (self.inputs, self.outputs))
+    )
+    self.bias = self.variable("base", "bias", lambda: bias(None, (self.outputs,), jnp.float32))
+    branch = branches.BRANCHES.get(self.config.method)
+    self.branch = branch and branch(
+      self.config, self.map_name, self.inputs, self.outputs, self.maps
+    )
+
+  def low_rank_state(self, x: Array) -> Array:
+    """z [*batch, R] of this map, for the block whose anchor it is."""
+    return self.branch.low_rank_state(x)
+
+  def __call__(
+    self, x: Array, routing: router.Routing | None, shared: memory.Shared
+  ) -> tuple[Array, router.Routing | None]:
+    """Maps x [*batch, D_in] to ([*batch, D_out], the branch's own routing or None)."""
+    kernel = self.kernel.value
+    y = jnp.einsum("...d,df->...f", x, kernel)
+    own = None
+    if self.branch is not None:
+      y, own = self.branch(x, y, kernel, routing, shared)
+    return y + self.bias.value, own

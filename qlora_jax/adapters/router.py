@@ -1,0 +1,109 @@
+"""The router of a block: steps (2)-(5) of Queryable LoRA. Letters as in `qlora_jax/typing.py`."""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+from jax import numpy as jnp
+
+from qlora_jax.adapters import config as config_lib
+from qlora_jax.adapters import contraction, functional, memory, summary
+from qlora_jax.typing import Array
+
+
+class Routing(NamedTuple):
+  """What a block routed: weights and logits [*batch, M], and C [*batch, R, R] if it is built."""
+
+  weights: Array
+  logits: Array
+  operator: Array | None
+
+
+class BlockRouter(nn.Module):
+  """Forms the query of one block and retrieves a convex combination of atoms.
+
+  Attributes:
+    config: the adapter.
+    maps: adapted maps in the block, which share the routed operator.
+  """
+
+  config: config_lib.AdapterConfig
+  maps: int
+
+  @nn.compact
+  def __call__(
+    self,
+    state: Array,
+    carry: Array,
+    index: Array | int,
+    shared: memory.Shared,
+    instruction: Array | None,
+    log_prior: Array | None,
+  ) -> Routing:
+    """Routes z [*batch, R] of block `index`, given the summary's carry and the instruction."""
+    cfg = self.config
+    if cfg.routing == "static":
+      mixture = self.param(
+        "mixture", nn.with_logical_partitioning(nn.initializers.zeros, ("atoms",)), (cfg.atoms,)
+      )
+      logits = jnp.broadcast_to(mixture, (*state.shape[:-1], cfg.atoms))
+      if log_prior is not None and cfg.prior_weight:
+        logits = logits + cfg.prior_weight * log_prior
+    else:
+      query = self._query(state, carry, index, instruction)
+      logits = functional.router_logits(query, shared["atom_keys"], log_prior, cfg.prior_weight)
+    weights = functional.sparse_weights(logits, cfg.kept_atoms, cfg.weights == "equal")
+    operator = None
+    if contraction.choose(cfg, self.maps) == "operator":
+      operator = functional.routed_operator(weights, shared["atoms"])
+    return Routing(weights, logits, operator)
+
+  def _query(self, state, carry, index, instruction):
+    cfg = self.config
+
+    def kernel(name, fan_in, axes):
+      init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+      return self.param(name, init, (fan_in, cfg.query_dim))
+
+    pseudo_query = None
+    if cfg.summary == "attention":  # zeros: the summary starts as the mean of the blocks before
+      pseudo_query = self.param(
+        "pseudo_query",
+        nn.with_logical_partitioning(nn.initializers.zeros, ("rank",)),
+        (cfg.rank,),
+      )
+    running = summary.read(cfg.summary, carry, index, pseudo_query)
+    return functional.query(
+      state,
+      running,
+      instruction if cfg.instruction_in_query else None,
+      kernel("query_state", cfg.rank, ("rank", "query")) if cfg.query_state else None,
+      kernel("query_summary", cfg.rank, ("rank", "query")) if running is not None else None,
+      kernel("query_instruction", cfg.instruction_dim, ("instruction", "query"))
+      if cfg.instruction_in_query
+      else None,
+      self.param(
+        "query_bias",
+        nn.with_logical_partitioning(nn.initializers.zeros, ("query",)),
+        (cfg.query_dim,),
+      )
+      if cfg.query_bias
+      else None,
+    )
+
+
+class SummaryGate(nn.Module):
+  """The gate a_b [R] of the recurrent summary, zero at the start (keep half)."""
+
+  config: config_lib.AdapterConfig
+
+  @nn.compact
+  def __call__(self, carry: Array, state: Array, index: Array | int) -> Array:
+    """The carry after block `index` left `state` [*batch, R] behind."""
+    gate = None
+    if self.config.summary == "recurrent":
+      gate = self.param(
+        "gate",
+        nn.with_logical_partitioning(nn.initializers.zeros, ("rank",)),
+        (self.config.rank,),
+      )
+    return summary.write(self.config.summary, carry, state, index, gate)
