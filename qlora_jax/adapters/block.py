@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from qlora_jax.adapters import config as config_lib
-from qlora_jax.adapters import memory, router, summary
+from qlora_jax.adapters import contraction, memory, router, summary
 from qlora_jax.typing import Array
 
 
@@ -66,9 +66,9 @@ class Block(nn.Module):
       own.extend(routings)
     if cfg.routed and cfg.summary != "none" and cfg.routing == "query":
       if cfg.history == "routed":
-        left = jnp.einsum("...r,...m,mrs->...s", state, routing.weights, shared["atoms"])
-        if routing.operator is not None:
-          left = jnp.sum(state[..., :, None] * routing.operator, axis=-2)
+        left = contraction.contract(
+          cfg, self.maps, state, routing.weights, routing.operator, shared["atoms"]
+        )
       else:
         left = self.stack[0].anchor_state(hidden)
       running = self.gate(running, left, index)

@@ -1,0 +1,137 @@
+"""The report's first sentences, generated from the summary: whoever wins, ties or loses."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+
+from experiments.report import inputs
+from experiments.report import style
+from experiments.report import tables
+
+FEW_SEEDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Headline:
+  """One sentence to lead with, and those that qualify it."""
+
+  lead: str
+  details: tuple[str, ...]
+
+
+def subject_of(summary: pd.DataFrame) -> str | None:
+  """The method that the report is about: fixed in advance, never the one that did best."""
+  present = style.ordered(summary["method"])
+  if style.ROUTED_REFERENCE in present:
+    return style.ROUTED_REFERENCE
+  return next((m for m in present if m.startswith(style.ROUTED_REFERENCE)), None)
+
+
+def write(summary: pd.DataFrame) -> Headline:
+  """The headline of a summary table."""
+  subject = subject_of(summary)
+  own = summary[(summary["method"] == subject) & (summary["num_pairs"] > 0)]
+  details = []
+  if own.empty:
+    lead = (
+      "This study does not compare Queryable with another method, so it has no headline result."
+    )
+  else:
+    # One sentence a baseline; the one met on most data sets leads.
+    sizes = own["baseline"].value_counts()
+    order = sorted(sizes.index, key=lambda b: (-sizes[b], style.ordered(sizes.index).index(b)))
+    sentences = [_compare(subject, b, own[own["baseline"] == b]) for b in order]
+    lead = sentences[0][0]
+    details.append(sentences[0][1])
+    details += [" ".join(pair) for pair in sentences[1:]]
+  details.append(_winners(summary))
+  details += _warnings(summary)
+  return Headline(lead, tuple(d for d in details if d))
+
+
+def _compare(subject: str, baseline: str, rows: pd.DataFrame) -> tuple[str, str]:
+  """A lead and a sentence of counts for one baseline."""
+  name, other = style.method(subject).label, style.method(baseline).label
+  total = len(rows)
+  verdicts = rows["verdict"].value_counts()
+  better, worse = int(verdicts.get("better", 0)), int(verdicts.get("worse", 0))
+  diverged = int(verdicts.get("diverged", 0))
+  unclear = total - better - worse - diverged
+  on = data_sets(total)
+  if not better and not worse:
+    lead = f"No clear difference in test error between {name} and {other} on {on}."
+  elif better and not worse:
+    lead = f"{name} has a lower test error than {other} on {_of(better, total)}."
+  elif worse and not better:
+    lead = f"{name} has a higher test error than {other} on {_of(worse, total)}."
+  else:
+    lead = (
+      f"Compared with {other}, {name} has a lower test error on {better} and a higher one on "
+      f"{worse} of {on}."
+    )
+  parts = [f"{better} lower", f"{worse} higher", f"{unclear} not told apart"]
+  parts += [f"{diverged} where a run of {name} diverged"] if diverged else []
+  ratio = _parameter_ratio(rows, baseline)
+  sentence = (
+    f"Of {on}: {', '.join(parts)}, by paired 95 % bootstrap intervals over "
+    f"{seeds(rows['num_pairs'])}. "
+    f"The {'median ' if total > 1 else ''}difference is {tables.percent(rows['relative'].median())} %"
+    f"{ratio}."
+  )
+  return lead, sentence
+
+
+def _parameter_ratio(rows: pd.DataFrame, baseline: str) -> str:
+  ratio = (rows["trainable_params"] / rows["baseline_params"]).median()
+  return f", with {ratio:.2g} times the trainable parameters" if np.isfinite(ratio) else ""
+
+
+def _winners(summary: pd.DataFrame) -> str:
+  """Which methods had the lowest mean error, and how often."""
+  rows = summary.drop_duplicates([*inputs.SETTING, "method"])
+  rows = rows[np.isfinite(rows["test_mse"])]
+  if rows["method"].nunique() < 3:
+    return ""
+  best = rows.loc[rows.groupby(inputs.SETTING)["test_mse"].idxmin(), "label"].value_counts()
+  names = [f"{label} ({times})" if len(best) > 1 else label for label, times in best.items()]
+  if len(best) == 1:
+    return f"The lowest mean error on every data set is {names[0]}'s."
+  shown = ", ".join(names[:4]) + (" and others" if len(names) > 4 else "")
+  return f"The lowest mean error, by number of data sets: {shown}."
+
+
+def _warnings(summary: pd.DataFrame) -> list[str]:
+  compared = summary[summary["num_pairs"] > 0]
+  if compared.empty:
+    return []
+  warnings = []
+  fewest = int(compared["num_pairs"].min())
+  if fewest < FEW_SEEDS:
+    warnings.append(
+      f"With as few as {seeds([fewest])}, bootstrap intervals are too narrow: read the verdicts as "
+      "provisional."
+    )
+  if len(compared) >= 20:
+    warnings.append(
+      f"The study makes {len(compared)} comparisons; at 95 % about {round(0.05 * len(compared))} "
+      "would come out clear by chance alone. The full table has p-values corrected for that."
+    )
+  return warnings
+
+
+def data_sets(number: int) -> str:
+  return f"{number} data set" + ("" if number == 1 else "s")
+
+
+def _of(number: int, total: int) -> str:
+  if number == total:
+    return f"all {data_sets(total)}" if total > 1 else "the one data set"
+  return f"{number} of {data_sets(total)}"
+
+
+def seeds(numbers) -> str:
+  low, high = int(min(numbers)), int(max(numbers))
+  if low != high:
+    return f"{low} to {high} seeds"
+  return f"{low} seed" + ("" if low == 1 else "s")

@@ -1,0 +1,172 @@
+"""Reads the work directory of a study and checks that a report can be made from it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qlora_jax import errors
+
+# A setting is one data set: a task at one kind and level of noise.
+SETTING = ["task", "noise_kind", "noise_level"]
+
+ROUTER_COLUMNS = {
+  "router/effective_support": "atoms in use",
+  "router/entropy": "routing entropy (nats)",
+  "router/max_share": "largest atom's share",
+  "bound/measured": "measured change",
+  "bound/certified": "certified bound",
+}
+_REQUIRED = [
+  *["run_id", "stage", *SETTING, "method", "seed", "learning_rate", "trainable_params"],
+  *["validation_mse", "test_mse", "base_mse", "diverged"],
+]
+_NUMERIC = [
+  *["noise_level", "seed", "learning_rate", "trainable_params", "validation_mse", "test_mse"],
+  "base_mse",
+]
+_OPTIONAL = ["test_noisy_mse", "steps", "seconds", "atoms", *ROUTER_COLUMNS]
+_CURVES = ["run_id", "step", "train_loss", "validation_mse"]
+_ROUTING = ["run_id", "task", "method", "target", "with_instruction", "block", "atom", "weight"]
+_INFO = {"title": "Study", "command": "", "commit": "", "date": "", "devices": "",
+         "versions": {}, "wall_seconds": None, "config": {}}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """The checked inputs of a report.
+
+  Attributes:
+    results: one row a run; `error` is the test error that the report compares, and `noise_free`
+      says whether it is against the noise-free target.
+    curves: validation error by step and run, or None when the study kept none.
+    routing: mean routing weights, or None when the study kept none.
+    info: `study.json` with every key present.
+  """
+
+  workdir: pathlib.Path
+  results: pd.DataFrame
+  curves: pd.DataFrame | None
+  routing: pd.DataFrame | None
+  info: dict[str, Any]
+
+  def stage(self, name: str) -> pd.DataFrame:
+    return self.results[self.results["stage"] == name]
+
+  def settings(self) -> list[tuple]:
+    """The (task, noise_kind, noise_level) that have final runs, in order."""
+    return sorted(self.stage("final")[SETTING].drop_duplicates().itertuples(index=False, name=None))
+
+  def setting_label(self, setting: Sequence) -> str:
+    """The task's name, with the noise where the study has more than one for that task."""
+    task, kind, level = setting
+    same_task = [s for s in self.settings() if s[0] == task]
+    name = str(task).replace("_", " ")
+    if len(same_task) < 2:
+      return name
+    kinds = {s[1] for s in same_task}
+    noise = f"noise {level:g}" if len(kinds) == 1 else f"{kind} {level:g}".replace("_", " ")
+    return f"{name}, {noise}"
+
+  def shown_settings(self, limit: int = 12) -> list[tuple]:
+    """The settings that get a panel: all, or the middle noise level of each task if too many."""
+    settings = self.settings()
+    if len(settings) <= limit:
+      return settings
+    levels: dict[tuple, list[tuple]] = {}
+    for setting in settings:
+      levels.setdefault(setting[:2], []).append(setting)
+    return [group[len(group) // 2] for group in levels.values()]
+
+
+def read(workdir: str | os.PathLike[str]) -> Study:
+  """Reads `results.parquet`, `study.json` and, where present, `curves` and `routing`.
+
+  Raises:
+    UserError: a file is missing that must be there, cannot be read, or lacks columns.
+  """
+  workdir = pathlib.Path(workdir)
+  if not workdir.is_dir():
+    raise errors.UserError(f"{workdir}: no such directory; give the work directory of a study.")
+  return Study(
+    workdir=workdir,
+    results=_results(workdir / "results.parquet"),
+    curves=_table(workdir / "curves.parquet", _CURVES, optional=True),
+    routing=_table(workdir / "routing.parquet", _ROUTING, optional=True),
+    info=_info(workdir / "study.json"),
+  )
+
+
+def _table(path: pathlib.Path, columns: list[str], optional: bool) -> pd.DataFrame | None:
+  if not path.is_file():
+    if optional:
+      return None
+    raise errors.UserError(f"{path}: no such file; run the study first, it writes this file.")
+  try:
+    table = pd.read_parquet(path)
+  except Exception as error:  # pyarrow raises several unrelated types for a damaged file
+    raise errors.UserError(
+      f"{path}: not a readable Parquet file ({type(error).__name__}); run the study again."
+    ) from error
+  missing = [column for column in columns if column not in table]
+  if missing:
+    raise errors.UserError(
+      f"{path}: lacks the column(s) {', '.join(missing)}; it must have {', '.join(columns)}."
+    )
+  if table.empty:
+    if optional:
+      return None
+    raise errors.UserError(f"{path}: has no rows; it must have one row a run.")
+  return table
+
+
+def _results(path: pathlib.Path) -> pd.DataFrame:
+  table = _table(path, _REQUIRED, optional=False).copy()
+  for column in _NUMERIC + [c for c in _OPTIONAL if c in table]:
+    try:
+      table[column] = pd.to_numeric(table[column]).astype(float)
+    except (ValueError, TypeError) as error:
+      raise errors.UserError(f"{path}: column {column} must hold numbers.") from error
+  for column in _OPTIONAL:
+    if column not in table:
+      table[column] = np.nan
+  for column in ("run_id", "stage", "task", "method"):
+    table[column] = table[column].astype(str)
+  stages = sorted(set(table["stage"]) - {"search", "final"})
+  if stages:
+    raise errors.UserError(f"{path}: stage {stages[0]!r} is unknown; use 'search' or 'final'.")
+  final = table["stage"] == "final"
+  if not final.any():
+    raise errors.UserError(f"{path}: has no row with stage 'final'; run the final stage first.")
+  table["noise_kind"] = table["noise_kind"].astype(object).where(table["noise_kind"].notna(), "none")
+  table["noise_level"] = table["noise_level"].fillna(0.0)
+  table["diverged"] = table["diverged"].astype("boolean").fillna(False).astype(bool)
+  repeated = table[final].duplicated([*SETTING, "method", "seed"])
+  if repeated.any():
+    row = table[final][repeated].iloc[0]
+    raise errors.UserError(
+      f"{path}: two final runs of {row['method']} on {row['task']} share seed {row['seed']:g} "
+      f"(one is {row['run_id']}); give different methods different labels."
+    )
+  # Real data has no noise-free target: there the observed one is all there is.
+  known = table["test_mse"].notna().groupby([table[c] for c in SETTING]).transform("any")
+  table["noise_free"] = known
+  table["error"] = table["test_mse"].where(known, table["test_noisy_mse"])
+  return table.reset_index(drop=True)
+
+
+def _info(path: pathlib.Path) -> dict[str, Any]:
+  if not path.is_file():
+    raise errors.UserError(f"{path}: no such file; run the study first, it writes this file.")
+  try:
+    info = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise errors.UserError(f"{path}: not valid JSON; run the study again.") from error
+  if not isinstance(info, dict):
+    raise errors.UserError(f"{path}: must hold a JSON object with {', '.join(_INFO)}.")
+  return {key: default if info.get(key) is None else info[key] for key, default in _INFO.items()}

@@ -1,0 +1,174 @@
+"""How each method looks in every figure and table: name, colour, line, marker and place.
+
+Colour tells the family (Okabe-Ito, told apart by colour-blind readers); line style and marker tell
+the members of a family apart, and every method in a greyscale print.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable
+
+import matplotlib
+
+INK = "#24292f"  # text, axes, and the methods that are reference points
+PAPER = "#ffffff"
+FAINT = "#d0d7de"  # grid lines, zero lines
+MUTED = "#8c959f"  # methods in the background
+
+_BLUE, _SKY, _GREEN = "#0072b2", "#56b4e9", "#009e73"
+_VERMILLION, _ORANGE, _PURPLE = "#d55e00", "#e69f00", "#cc79a7"
+
+# Two inks of the inlined figures follow the page's light or dark theme; see `html.py`.
+THEME_COLOURS = {INK: "--ink", PAPER: "--paper", FAINT: "--faint", MUTED: "--muted"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """One method's name and looks. `main` methods are drawn in front where all would not fit."""
+
+  key: str
+  label: str
+  color: str
+  line: str | tuple
+  marker: str
+  main: bool = False
+  description: str = ""
+
+
+_DASH_DOT_DOT = (0, (5, 1.5, 1, 1.5, 1, 1.5))
+_LONG_DASH = (0, (8, 2))
+
+_METHODS = (
+  Method("none", "Frozen base", INK, ":", "x", True, "the pretrained network, unchanged"),
+  Method("full", "Full fine-tuning", INK, "-", "s", True, "every weight of the base is trained"),
+  Method("lora", "LoRA", _BLUE, "-", "o", True, "one low-rank update for each weight matrix"),
+  Method(
+    "lora_input", "LoRA, instruction in input", _BLUE, "--", "^", True,
+    "LoRA, with the instruction's embedding added to the network's input",
+  ),
+  Method("rslora", "rsLoRA", _BLUE, "-.", "v", False, "LoRA scaled by 1/sqrt(rank)"),
+  Method(
+    "dora", "DoRA", _SKY, "-", "D", True,
+    "LoRA on the direction of each weight column, with a trained length",
+  ),
+  Method(
+    "lora_xs", "LoRA-XS", _SKY, "--", "<", False,
+    "a small trained core between frozen factors taken from the weight",
+  ),
+  Method(
+    "comol", "CoMoL", _GREEN, "-", "P", True,
+    "a routed mixture of low-rank cores in each weight matrix, nothing shared",
+  ),
+  Method(
+    "lily", "Lily", _GREEN, "--", "X", True,
+    "low-rank experts shared across layers, routed by each layer",
+  ),
+  Method(
+    "queryable", "Queryable", _VERMILLION, "-", "*", True,
+    "a query routes over one shared memory of low-rank atoms",
+  ),
+  Method(
+    "queryable_prior", "Queryable, prior", _VERMILLION, "--", "h", False,
+    "Queryable, with the instruction as a prior over the atoms",
+  ),
+  Method(
+    "queryable_kl", "Queryable, KL", _VERMILLION, "-.", "8", False,
+    "Queryable, with a penalty that pulls the routing towards the instruction's prior",
+  ),
+  Method(
+    "queryable_query", "Queryable, query", _ORANGE, "-", "p", False,
+    "Queryable, with the instruction in the query",
+  ),
+  Method(
+    "queryable_prior_query", "Queryable, prior + query", _ORANGE, "--", "H", False,
+    "Queryable, with the instruction in the prior and in the query",
+  ),
+  Method(
+    "queryable_topk", "Queryable, top-k", _ORANGE, "-.", ">", False,
+    "Queryable, keeping only the few atoms with the largest weights",
+  ),
+  Method(
+    "queryable_recurrent", "Queryable, recurrent", _ORANGE, ":", "1", False,
+    "Queryable, with a recurrent summary of the earlier blocks",
+  ),
+  Method(
+    "queryable_no_summary", "Queryable, no summary", _VERMILLION, _LONG_DASH, "d", False,
+    "Queryable, without a summary of the earlier blocks in the query",
+  ),
+  Method(
+    "static", "Static mixture", _PURPLE, "-", "+", True,
+    "control: the shared atoms in one learned mixture a block, whatever the input",
+  ),
+  Method(
+    "uniform", "Uniform mixture", _PURPLE, "--", "2", False,
+    "control: the shared atoms with equal weights",
+  ),
+)  # fmt: skip
+_BY_KEY = {m.key: m for m in _METHODS}
+_ORDER = {m.key: i for i, m in enumerate(_METHODS)}
+_OTHER_LINES = ("-", "--", "-.", ":", _LONG_DASH, _DASH_DOT_DOT)
+_OTHER_MARKERS = ("3", "4", "|", ".", "_", "o")
+
+ROUTED_REFERENCE = "queryable"  # the method that the headline is about
+
+
+def method(key: str) -> Method:
+  """The looks of `key`; a method that this file does not know is grey under its own name."""
+  if key in _BY_KEY:
+    return _BY_KEY[key]
+  place = sum(map(ord, key))
+  line = _OTHER_LINES[place % len(_OTHER_LINES)]
+  return Method(key, key, MUTED, line, _OTHER_MARKERS[place % len(_OTHER_MARKERS)])
+
+
+def ordered(keys: Iterable[str]) -> list[str]:
+  """The distinct keys in the order of every legend and table; unknown ones last, by name."""
+  return sorted(set(keys), key=lambda key: (_ORDER.get(key, len(_ORDER)), key))
+
+
+def highlighted(keys: Iterable[str], limit: int = 9) -> list[str]:
+  """The methods to draw in colour: all if they are few, otherwise the main ones."""
+  keys = ordered(keys)
+  return keys if len(keys) <= limit else [key for key in keys if method(key).main]
+
+
+@contextlib.contextmanager
+def context():
+  """matplotlib settings of every figure: small type, thin spines, text as outlines in SVG."""
+  settings = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.5,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.handlelength": 3.2,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "svg.fonttype": "path",  # no font need be installed where the report is read
+    "svg.hashsalt": "qlora_jax",  # the same study gives the same bytes
+  }
+  with matplotlib.rc_context(settings):
+    yield

@@ -1,0 +1,1 @@
+"""Noisy-regression data: functions, noise, TFDS builders, instructions and the Grain reader."""

@@ -1,0 +1,346 @@
+"""Statistics of the study: paired intervals, corrected p-values, sensitivity to the learning rate.
+
+Runs that share a seed share data order and initialisation, so methods are compared in pairs: `a`
+and `b` are the same metric of two methods, one entry per seed, in the same order. Every function
+works in float64 and raises ValueError for empty, misshapen or (unless it says otherwise)
+non-finite input: a diverged run is counted by `diverged_share`, never averaged away.
+
+  Holm (1979), A simple sequentially rejective multiple test procedure.
+  Efron & Tibshirani (1993), An Introduction to the Bootstrap.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+SIGNIFICANCE = 0.05
+
+# Differences of equal losses disagree in their last bits; this share of the values is no spread.
+_ROUNDING = 1e-12
+
+
+class Interval(NamedTuple):
+  """The sample's own estimate and the ends of its confidence interval."""
+
+  mean: float
+  low: float
+  high: float
+
+
+def bootstrap_mean(
+  a: ArrayLike, *, num_resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+  """Percentile bootstrap interval of mean(a).
+
+  The percentile method, not BCa: in simulations with a handful of normal or log-normal values
+  BCa covered no better, and it has no answer when the values are equal. Both are too narrow for
+  few seeds: for normal values a 95 % interval covers about 85 % with 5 seeds, 88 % with 8 and
+  92 % with 16.
+
+  Args:
+    a: at least two finite values.
+
+  Raises:
+    ValueError: fewer than two values, or one that is not finite.
+  """
+  a = _vector("a", a, minimum=2)
+  return _interval(
+    lambda x, axis: np.mean(x, axis=axis),
+    (a,),
+    _is_constant(a, a),
+    num_resamples,
+    confidence,
+    seed,
+  )
+
+
+def paired_bootstrap(
+  a: ArrayLike,
+  b: ArrayLike,
+  *,
+  num_resamples: int = 10_000,
+  confidence: float = 0.95,
+  seed: int = 0,
+) -> Interval:
+  """Percentile bootstrap interval of mean(a - b), seeds resampled in pairs; see `bootstrap_mean`.
+
+  Raises:
+    ValueError: fewer than two pairs, unequal lengths, or a value that is not finite.
+  """
+  a, b = _pair(a, b)
+  return _interval(
+    lambda x, y, axis: np.mean(x - y, axis=axis),
+    (a, b),
+    _is_constant(a - b, a, b),
+    num_resamples,
+    confidence,
+    seed,
+  )
+
+
+def paired_bootstrap_relative(
+  a: ArrayLike,
+  b: ArrayLike,
+  *,
+  num_resamples: int = 10_000,
+  confidence: float = 0.95,
+  seed: int = 0,
+) -> Interval:
+  """Percentile bootstrap interval of 100 (mean a - mean b) / mean b, in percent of the baseline b.
+
+  Both means are recomputed in each resample, so the baseline's own noise is part of the interval.
+
+  Raises:
+    ValueError: as `paired_bootstrap`, or a value of `b` that is not positive (some resample would
+      divide by zero or change sign).
+  """
+  a, b = _pair(a, b)
+  if (b <= 0).any():
+    raise ValueError("b must be positive: the difference is relative to its mean")
+  return _interval(
+    lambda x, y, axis: 100.0 * (np.mean(x, axis=axis) / np.mean(y, axis=axis) - 1.0),
+    (a, b),
+    _is_constant(a / b, a / b),  # a = c b: every resample gives 100 (c - 1)
+    num_resamples,
+    confidence,
+    seed,
+  )
+
+
+def paired_p_value(
+  a: ArrayLike, b: ArrayLike, *, num_resamples: int = 10_000, seed: int = 0
+) -> float:
+  """Two-sided p-value of the sign-flip permutation test of mean(a - b) = 0.
+
+  The permutation test, not Wilcoxon's: it tests the mean that `paired_bootstrap` reports, and is
+  exact with ties. All 2^n flips are enumerated up to n = 13 pairs, `num_resamples` are drawn
+  beyond. The smallest possible value is 2 / 2^n: .0625 with 5 seeds, .031 with 6, .002 with 10.
+
+  Raises:
+    ValueError: fewer than two pairs, unequal lengths, or a value that is not finite.
+  """
+  a, b = _pair(a, b)
+  if _is_constant(a - b, a, b) and abs(np.mean(a - b)) <= _ROUNDING * _magnitude(a, b):
+    return 1.0
+  result = stats.permutation_test(
+    (a, b),
+    lambda x, y, axis: np.mean(x - y, axis=axis),
+    permutation_type="samples",
+    vectorized=True,
+    n_resamples=num_resamples,
+    rng=np.random.default_rng(seed),
+  )
+  return float(result.pvalue)
+
+
+def holm(p_values: ArrayLike) -> np.ndarray:
+  """Holm's step-down adjusted p-values, in the order given.
+
+  With p_(1) <= ... <= p_(m): adjusted p_(i) = max over j <= i of min(1, (m - j + 1) p_(j)).
+  Rejecting what is at most alpha bounds the family-wise error by alpha under any dependence.
+
+  Returns:
+    float64 [m].
+
+  Raises:
+    ValueError: no values, or one outside [0, 1].
+  """
+  p = _vector("p_values", p_values)
+  if ((p < 0) | (p > 1)).any():
+    raise ValueError("p_values must lie in [0, 1]")
+  order = np.argsort(p, kind="stable")
+  stepped = np.minimum(1.0, (len(p) - np.arange(len(p))) * p[order])
+  adjusted = np.empty_like(p)
+  adjusted[order] = np.maximum.accumulate(stepped)
+  return adjusted
+
+
+def effect_size(a: ArrayLike, b: ArrayLike) -> float:
+  """Cohen's d_z of pairs: mean(a - b) / std(a - b), with n - 1 in the standard deviation.
+
+  Equal differences give +inf or -inf, and 0 if they are zero.
+
+  Raises:
+    ValueError: fewer than two pairs, unequal lengths, or a value that is not finite.
+  """
+  a, b = _pair(a, b)
+  difference = a - b
+  mean = float(np.mean(difference))
+  if not _is_constant(difference, a, b):
+    return mean / float(np.std(difference, ddof=1))
+  return 0.0 if abs(mean) <= _ROUNDING * _magnitude(a, b) else math.copysign(math.inf, mean)
+
+
+def spread(a: ArrayLike) -> float:
+  """Sample standard deviation (n - 1).
+
+  Raises:
+    ValueError: fewer than two values, or one that is not finite.
+  """
+  return float(np.std(_vector("a", a, minimum=2), ddof=1))
+
+
+def learning_rate_basin(
+  learning_rates: ArrayLike, losses: ArrayLike, tolerance: float = 0.05
+) -> float:
+  """Width, in decades, of the learning rates about the best whose loss is nearly as good.
+
+  "Nearly": mean loss <= best + tolerance |best|. The set is contiguous: it ends at the first rate
+  on either side that is worse, where the edge is found by interpolating the loss linearly in
+  log10 of the rate. It also ends at the grid, where the width is a lower bound, and at the last
+  good rate before a diverged one. Ties for the best go to the lower rate.
+
+  Args:
+    learning_rates: [n] positive and distinct, in any order.
+    losses: [n], or [n, seeds], averaged over seeds here. Non-finite counts as infinitely bad,
+      so one diverged seed rules its rate out.
+
+  Returns:
+    Decades, 0 when a single rate is good or every one diverged.
+
+  Raises:
+    ValueError: shapes that do not fit, rates not positive or repeated, or negative tolerance.
+  """
+  rates = _vector("learning_rates", learning_rates)
+  losses = np.asarray(losses, np.float64)
+  if losses.ndim not in (1, 2) or len(losses) != len(rates) or losses.size == 0:
+    raise ValueError(f"losses must be [{len(rates)}] or [{len(rates)}, seeds], got {losses.shape}")
+  if (rates <= 0).any() or len(np.unique(rates)) != len(rates):
+    raise ValueError("learning_rates must be positive and distinct")
+  if not tolerance >= 0:
+    raise ValueError(f"tolerance must not be negative, got {tolerance}")
+
+  losses = np.where(np.isfinite(losses), losses, np.inf).reshape(len(rates), -1).mean(axis=1)
+  order = np.argsort(rates)
+  positions, losses = np.log10(rates[order]), losses[order]
+  best = int(np.argmin(losses))
+  if not np.isfinite(losses[best]):
+    return 0.0
+  limit = losses[best] + tolerance * abs(losses[best])
+  right = _edge(positions[best:], losses[best:], limit)
+  left = _edge(positions[best::-1], losses[best::-1], limit)
+  return float(right - left)
+
+
+def diverged_share(losses: ArrayLike, reference: float) -> float:
+  """Share of runs whose final loss is non-finite or worse than `reference`, the unadapted base.
+
+  Args:
+    losses: any shape, one entry per run; may be non-finite.
+
+  Raises:
+    ValueError: no runs, or a reference that is not finite.
+  """
+  losses = np.asarray(losses, np.float64)
+  if losses.size == 0:
+    raise ValueError("losses must not be empty")
+  if not np.isfinite(reference):
+    raise ValueError(f"reference must be finite, got {reference}")
+  return float(np.mean(~np.isfinite(losses) | (losses > reference)))
+
+
+def seeds_needed(differences: ArrayLike, resolution: float, power: float = 0.8) -> int:
+  """Seeds with which a paired test would find a mean difference as small as `resolution`.
+
+  The two-sided paired t-test at the 5 % level, with the standard deviation of a pilot's
+  differences: the smallest n whose power (noncentral t) is at least `power`. Never below 6,
+  because under 6 pairs `paired_p_value` cannot fall below .05. The pilot's standard deviation is
+  itself uncertain (with 5 seeds the true one is between 0.6 and 2.9 times it), and the answer
+  goes with its square.
+
+  Args:
+    differences: paired differences of a pilot, at least two.
+    resolution: the difference worth finding, in the same units, positive.
+
+  Raises:
+    ValueError: bad differences, resolution not positive, or power outside (0, 1).
+  """
+  deviation = spread(differences)
+  if not 0 < resolution < math.inf:
+    raise ValueError(f"resolution must be positive, got {resolution}")
+  if not 0 < power < 1:
+    raise ValueError(f"power must lie in (0, 1), got {power}")
+  least = math.ceil(math.log2(2 / SIGNIFICANCE))
+  if deviation == 0:
+    return least
+  quantiles = stats.norm.ppf(1 - SIGNIFICANCE / 2) + max(0.0, stats.norm.ppf(power))
+  normal = (quantiles * deviation / resolution) ** 2
+  if normal > 1000:  # the t-test's own correction, below 3 seeds, no longer matters
+    return math.ceil(normal + stats.norm.ppf(1 - SIGNIFICANCE / 2) ** 2 / 2)
+  count = least
+  while _power(count, resolution / deviation) < power:
+    count += 1
+  return count
+
+
+def _power(count: int, effect: float) -> float:
+  freedom, noncentrality = count - 1, effect * math.sqrt(count)
+  critical = stats.t.ppf(1 - SIGNIFICANCE / 2, freedom)
+  # Beyond 30 the power is 1, and SciPy's noncentral t loses its digits.
+  return 1.0 if noncentrality > 30 + critical else stats.nct.sf(critical, freedom, noncentrality)
+
+
+def _edge(positions: np.ndarray, losses: np.ndarray, limit: float) -> float:
+  """Where the loss first exceeds `limit`, walking from the best rate (entry 0) to the last."""
+  worse = np.flatnonzero(losses > limit)
+  if len(worse) == 0:
+    return positions[-1]
+  after = worse[0]
+  inside, outside = losses[after - 1], losses[after]
+  share = (limit - inside) / (outside - inside)  # 0 next to an infinite loss
+  return positions[after - 1] + share * (positions[after] - positions[after - 1])
+
+
+def _interval(
+  statistic: Callable[..., np.ndarray],
+  samples: Sequence[np.ndarray],
+  constant: bool,
+  num_resamples: int,
+  confidence: float,
+  seed: int,
+) -> Interval:
+  if num_resamples < 1 or not 0 < confidence < 1:
+    raise ValueError("num_resamples must be positive and confidence lie in (0, 1)")
+  mean = float(statistic(*samples, axis=-1))
+  if constant:
+    return Interval(mean, mean, mean)
+  low, high = stats.bootstrap(
+    tuple(samples),
+    statistic,
+    n_resamples=num_resamples,
+    confidence_level=confidence,
+    method="percentile",
+    paired=len(samples) > 1,
+    vectorized=True,
+    rng=np.random.default_rng(seed),
+  ).confidence_interval
+  return Interval(mean, float(low), float(high))
+
+
+def _vector(name: str, values: ArrayLike, minimum: int = 1) -> np.ndarray:
+  values = np.asarray(values, np.float64)
+  if values.ndim != 1 or len(values) < minimum:
+    raise ValueError(f"{name} must hold at least {minimum} in one axis, got shape {values.shape}")
+  if not np.isfinite(values).all():
+    raise ValueError(f"{name} must be finite")
+  return values
+
+
+def _pair(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+  a, b = _vector("a", a, minimum=2), _vector("b", b, minimum=2)
+  if len(a) != len(b):
+    raise ValueError(f"a and b must pair up, got {len(a)} and {len(b)} values")
+  return a, b
+
+
+def _magnitude(*values: np.ndarray) -> float:
+  return max(float(np.abs(value).max()) for value in values)
+
+
+def _is_constant(sample: np.ndarray, *sources: np.ndarray) -> bool:
+  """Whether a sample computed from `sources` is constant up to rounding."""
+  return float(np.ptp(sample)) <= _ROUNDING * _magnitude(*sources)

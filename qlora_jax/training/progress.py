@@ -1,0 +1,259 @@
+"""What a sweep shows while it runs: bars on a terminal, plain lines everywhere else.
+
+A sweep has points; points that compile to one program train together as a group. A terminal gets
+one bar for the points and one for the steps of the current group. A log file, a pipe or a dumb
+terminal gets a line at the start and end of a group and one every few seconds in between, without
+control characters.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+import rich.console
+import rich.live
+import rich.progress
+import rich.text
+
+_LIVE_SECONDS = 0.1  # a bar needs no newer numbers than this
+
+
+class Group:
+  """The points that train together now. Made by `Display.group`."""
+
+  def __init__(
+    self, display: "Display", name: str, num_points: int, total_steps: int, start_step: int
+  ):
+    self.name = name
+    self.num_points = num_points
+    self.total_steps = total_steps
+    self.start_step = start_step
+    self.step = start_step
+    self._display = display
+    self._began = self._shown = display._clock()
+    self._first: tuple[float, int] | None = None  # time and step of the first update
+    self._values = ""
+
+  def update(self, step: int, loss: Any = None, rate: Any = None) -> None:
+    """Reports that `step` steps are done.
+
+    Cheap enough for every step: `loss` and `rate` (units a second) may be device arrays, and are
+    read only when they are about to be shown.
+    """
+    now = self._display._clock()
+    self.step = step
+    if self._first is None:
+      self._first = (now, step)
+    if now - self._shown < self._display._every_seconds:
+      return
+    self._shown = now
+    parts = [] if loss is None else [f"loss {float(loss):.4g}"]
+    if rate is not None:
+      parts.append(f"{_si(float(rate))} {self._display._unit}/s")
+    self._values = ", ".join(parts)
+    self._display._show(self)
+
+  def note(self, text: str) -> None:
+    """Prints a line that stays, such as an evaluation's result."""
+    self._display.log(f"{self.name}, step {self.step}: {text}")
+
+  def seconds_left(self) -> float | None:
+    """Time to the last step at the pace since the first update, which leaves compiling out."""
+    if self._first is None or self.step <= self._first[1]:
+      return None
+    pace = (self._display._clock() - self._first[0]) / (self.step - self._first[1])
+    return pace * (self.total_steps - self.step)
+
+  def _fraction(self, steps: int) -> float:
+    return min(1.0, steps / self.total_steps) if self.total_steps else 1.0
+
+
+class Display:
+  """Shows how far a sweep is. A context manager; leaving it restores the terminal.
+
+  Args:
+    total_points: the sweep's points, finished ones included.
+    unit: what `rate` counts: `examples`, `tokens`.
+    stream: where to write; standard error unless told.
+    plain: True for lines, False for bars; None decides by whether `stream` is a terminal.
+    every_seconds: the least time between two plain lines of a group.
+    clock: seconds, monotonic; tests set it.
+  """
+
+  def __init__(
+    self,
+    total_points: int,
+    unit: str = "examples",
+    stream: TextIO | None = None,
+    plain: bool | None = None,
+    every_seconds: float = 10.0,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    self._stream = sys.stderr if stream is None else stream
+    self._plain = _is_plain(self._stream) if plain is None else plain
+    self._unit = unit
+    self._every_seconds = every_seconds if self._plain else _LIVE_SECONDS
+    self._clock = clock
+    self._total_points = total_points
+    self._points = 0  # finished, earlier ones included
+    self._work = 0.0  # points trained by this process, parts of points included
+    self._began = clock()
+    self._live: rich.live.Live | None = None
+
+  def __enter__(self) -> "Display":
+    self._began = self._clock()
+    if not self._plain:
+      self._start_live()
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    if self._live is not None:
+      self._live.stop()
+      self._live = None
+
+  @contextlib.contextmanager
+  def group(
+    self, name: str, num_points: int, total_steps: int, start_step: int = 0
+  ) -> Iterator[Group]:
+    """Shows one group while the body runs.
+
+    `start_step` is above zero for a group that resumes. The group's points count as finished
+    only when the body ends without an exception.
+    """
+    group = Group(self, name, num_points, total_steps, start_step)
+    resumed = f", from step {start_step}" if start_step else ""
+    points = _count(num_points, "point")
+    if self._plain:
+      self._line(f"{name}: {points}, {_count(total_steps, 'step')}{resumed}")
+    else:
+      task = self._group_bar.add_task(
+        f"{name} ({points}{resumed})", total=total_steps, completed=start_step, left="", values=""
+      )
+      self._group_task = task
+    try:
+      yield group
+      self._points += num_points
+      self._work += num_points * group._fraction(total_steps - start_step)
+      took = _duration(self._clock() - group._began)
+      self.log(f"{name}: done in {took} ({self._overall()})")
+    finally:
+      if not self._plain:
+        self._group_bar.remove_task(task)
+        self._refresh_overall(None)
+
+  def skip(self, name: str, num_points: int) -> None:
+    """Counts a group that an earlier process finished."""
+    self._points += num_points
+    self.log(f"{name}: {_count(num_points, 'point')} finished earlier")
+    self._refresh_overall(None)
+
+  def log(self, text: str) -> None:
+    """Prints one line that stays; above the bars on a terminal."""
+    if self._live is None:
+      self._line(text)
+    else:
+      self._live.console.print(rich.text.Text(_clean(text)), soft_wrap=True)
+
+  def _show(self, group: Group) -> None:
+    left = group.seconds_left()
+    if self._plain:
+      percent = round(100 * group._fraction(group.step))
+      parts = [f"{group.name}: step {group.step}/{group.total_steps} ({percent} %)"]
+      parts += [group._values] if group._values else []
+      parts += [f"{_duration(left)} left"] if left is not None else []
+      parts += [self._overall(group)]
+      self._line(", ".join(parts))
+    elif self._live is not None:
+      self._group_bar.update(
+        self._group_task,
+        completed=group.step,
+        values=group._values,
+        left="" if left is None else f"{_duration(left)} left",
+      )
+      self._refresh_overall(group)
+
+  def _overall(self, group: Group | None = None) -> str:
+    left = self._seconds_left(group)
+    tail = "" if left is None else f", {_duration(left)} left in all"
+    return f"{self._points} of {_count(self._total_points, 'point')}{tail}"
+
+  def _seconds_left(self, group: Group | None) -> float | None:
+    """Time to the last point, if those to come take as long as those this process trained."""
+    done, work = float(self._points), self._work
+    if group is not None:
+      done += group.num_points * group._fraction(group.step)
+      work += group.num_points * group._fraction(group.step - group.start_step)
+    if work <= 0 or done >= self._total_points:
+      return None
+    return (self._clock() - self._began) / work * (self._total_points - done)
+
+  def _line(self, text: str) -> None:
+    self._stream.write(_clean(text) + "\n")
+    self._stream.flush()
+
+  def _start_live(self) -> None:
+    console = rich.console.Console(file=self._stream, force_terminal=True, highlight=False)
+    # Plain text columns: a name with square brackets in it is not markup.
+    name = rich.progress.TextColumn("{task.description}", markup=False)
+    left = rich.progress.TextColumn("{task.fields[left]}", markup=False)
+    values = rich.progress.TextColumn("{task.fields[values]}", markup=False)
+    self._overall_bar = rich.progress.Progress(
+      name, rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), left, console=console
+    )
+    self._group_bar = rich.progress.Progress(
+      name,
+      rich.progress.BarColumn(),
+      rich.progress.MofNCompleteColumn(),
+      values,
+      left,
+      console=console,
+    )
+    self._overall_task = self._overall_bar.add_task("points", total=self._total_points, left="")
+    bars = rich.console.Group(self._overall_bar, self._group_bar)
+    self._live = rich.live.Live(bars, console=console, refresh_per_second=8)
+    self._live.start()
+
+  def _refresh_overall(self, group: Group | None) -> None:
+    if self._live is None:
+      return
+    left = self._seconds_left(group)
+    self._overall_bar.update(
+      self._overall_task,
+      completed=self._points,
+      left="" if left is None else f"{_duration(left)} left in all",
+    )
+
+
+def _is_plain(stream: TextIO) -> bool:
+  try:
+    is_terminal = stream.isatty()
+  except (AttributeError, ValueError):
+    is_terminal = False
+  return not is_terminal or os.environ.get("TERM", "dumb") == "dumb"
+
+
+def _clean(text: str) -> str:
+  """One line without control characters."""
+  return "".join(c for c in " ".join(text.split()) if c.isprintable())
+
+
+def _count(number: int, noun: str) -> str:
+  return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(max(0.0, seconds)), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _si(value: float) -> str:
+  """Three significant digits with a thousands suffix: 950, 12.3k, 4.56M."""
+  for suffix in ("", "k", "M"):
+    if abs(value) < 999.5:
+      return f"{value:.3g}{suffix}"
+    value /= 1000
+  return f"{value:.3g}G"

@@ -1,0 +1,277 @@
+"""Statistics against hand computations, simulations and independent NumPy."""
+
+import itertools
+import math
+import warnings
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from scipy import stats
+
+from qlora_jax.evaluation import statistics
+
+_VALUES = st.floats(-1e3, 1e3, allow_nan=False)
+_SAMPLES = st.lists(_VALUES, min_size=2, max_size=12)
+_PAIRS = st.lists(st.tuples(_VALUES, _VALUES), min_size=2, max_size=9)
+_FEW = hypothesis.settings(max_examples=30, deadline=None)
+
+
+# Bootstrap
+
+
+def test_paired_bootstrap_covers_the_true_difference():
+  rng = np.random.default_rng(0)
+  hits = 0
+  for trial in range(200):
+    seeds = rng.normal(size=20)  # shared by both methods: pairing removes it
+    a = seeds + rng.normal(0.3, 0.2, size=20)
+    b = seeds + rng.normal(0.0, 0.2, size=20)
+    interval = statistics.paired_bootstrap(a, b, num_resamples=500, seed=trial)
+    hits += interval.low <= 0.3 <= interval.high
+    assert interval.high - interval.low < 0.5  # unpaired: about 1.2
+  assert 0.87 <= hits / 200 <= 0.99  # nominal .95, some .93 at n = 20, binomial error .018
+
+
+def test_bootstrap_matches_numpy_resampling():
+  a, b = np.random.default_rng(1).normal(size=(2, 15))
+  indices = np.random.default_rng(2).integers(0, 15, (20_000, 15))
+  low, high = np.percentile((a - b)[indices].mean(axis=1), [2.5, 97.5])
+  interval = statistics.paired_bootstrap(a, b)
+  assert interval.mean == pytest.approx(np.mean(a - b))
+  # Two Monte-Carlo quantiles of a distribution about 1.6 wide: errors of some .02.
+  np.testing.assert_allclose(interval[1:], [low, high], atol=0.05)
+  assert statistics.bootstrap_mean(a - b) == pytest.approx(interval, abs=1e-12)
+
+
+def test_relative_bootstrap_matches_numpy_resampling():
+  rng = np.random.default_rng(3)
+  b = rng.uniform(1, 2, 12)
+  a = 0.9 * b + rng.normal(0, 0.05, 12)
+  indices = rng.integers(0, 12, (20_000, 12))
+  means_a, means_b = a[indices].mean(axis=1), b[indices].mean(axis=1)
+  expected = np.percentile(100 * (means_a - means_b) / means_b, [2.5, 97.5])
+  interval = statistics.paired_bootstrap_relative(a, b)
+  assert interval.mean == pytest.approx(100 * (a.mean() - b.mean()) / b.mean())
+  np.testing.assert_allclose(interval[1:], expected, atol=0.15)
+
+
+@_FEW
+@hypothesis.given(_SAMPLES, st.integers(0, 100))
+def test_interval_holds_the_mean_and_stays_in_the_range(values, seed):
+  interval = statistics.bootstrap_mean(values, num_resamples=200, seed=seed)
+  slack = 1e-9 * (1 + max(map(abs, values)))
+  assert min(values) - slack <= interval.low <= interval.high <= max(values) + slack
+  assert interval.mean == pytest.approx(np.mean(values))
+
+
+@_FEW
+@hypothesis.given(_PAIRS)
+def test_swapping_the_methods_mirrors_the_interval(pairs):
+  a, b = np.array(pairs).T
+  forward = statistics.paired_bootstrap(a, b, num_resamples=200)
+  backward = statistics.paired_bootstrap(b, a, num_resamples=200)
+  expected = (-backward.mean, -backward.high, -backward.low)
+  assert tuple(forward) == pytest.approx(expected, abs=1e-6)
+
+
+def test_same_seed_same_interval_and_higher_confidence_is_wider():
+  a = np.random.default_rng(4).normal(size=10)
+  assert statistics.bootstrap_mean(a, seed=1) == statistics.bootstrap_mean(a, seed=1)
+  narrow, wide = (statistics.bootstrap_mean(a, confidence=c) for c in (0.5, 0.99))
+  assert wide.low < narrow.low < narrow.high < wide.high
+
+
+@pytest.mark.parametrize(
+  "function", [statistics.paired_bootstrap, statistics.paired_bootstrap_relative]
+)
+def test_equal_differences_give_a_point_without_warnings(function):
+  b = np.array([0.1, 0.2, 0.7])
+  a = 1.1 * b if function is statistics.paired_bootstrap_relative else b + 0.3
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    interval = function(a, b)
+  assert interval.low == interval.mean == interval.high
+  assert function(b, b) == (0, 0, 0)
+
+
+# Tests and effect sizes
+
+
+def test_p_value_enumerates_every_sign_flip():
+  a = np.array([0.5, 0.9, -0.1, 0.4, 0.3, 0.2])
+  flips = np.array(list(itertools.product([-1, 1], repeat=6)))
+  means = (flips * a).mean(axis=1)
+  expected = np.mean(np.abs(means) >= abs(a.mean()) - 1e-12)
+  assert statistics.paired_p_value(a, np.zeros(6)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("n", [2, 5, 6, 10])
+def test_smallest_p_value_is_two_over_two_to_the_n(n):
+  assert statistics.paired_p_value(np.arange(1.0, n + 1), np.zeros(n)) == pytest.approx(2 / 2**n)
+
+
+def test_p_value_is_uniform_enough_without_a_difference():
+  rng = np.random.default_rng(5)
+  p = [statistics.paired_p_value(rng.normal(size=8), np.zeros(8)) for _ in range(200)]
+  assert np.mean(np.array(p) <= 0.05) <= 0.1  # binomial error .015
+
+
+def test_many_pairs_are_sampled_close_to_the_t_test():
+  rng = np.random.default_rng(6)
+  a, b = rng.normal(0.4, 1, 30), rng.normal(0, 1, 30)
+  assert statistics.paired_p_value(a, b) == pytest.approx(stats.ttest_rel(a, b).pvalue, abs=0.02)
+
+
+def test_equal_methods_have_p_value_one_and_no_effect():
+  a = [0.3, 0.1, 0.2]
+  assert statistics.paired_p_value(a, a) == 1
+  assert statistics.effect_size(a, a) == 0
+  assert statistics.effect_size(np.add(a, 0.1), a) == math.inf
+  assert statistics.effect_size(np.subtract(a, 0.1), a) == -math.inf
+
+
+def test_effect_size_is_mean_over_deviation_of_differences():
+  a, b = [3.0, 5.0, 9.0], [1.0, 2.0, 5.0]  # differences 2, 3, 4
+  assert statistics.effect_size(a, b) == pytest.approx(3.0)
+  assert statistics.spread([2.0, 3.0, 4.0]) == pytest.approx(1.0)
+
+
+def test_holm_matches_the_example_by_hand():
+  # Sorted .005 .01 .03 .04 times 4 3 2 1: .02 .03 .06 .04; the last is raised to .06.
+  np.testing.assert_allclose(statistics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+
+
+@_FEW
+@hypothesis.given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.randoms())
+def test_holm_is_monotone_between_raw_and_bonferroni_and_ignores_order(p, random):
+  adjusted = statistics.holm(p)
+  assert (adjusted >= p).all()
+  assert (adjusted <= np.minimum(1, len(p) * np.array(p))).all()
+  assert (np.diff(adjusted[np.argsort(p, kind="stable")]) >= 0).all()
+  shuffle = random.sample(range(len(p)), len(p))
+  np.testing.assert_array_equal(statistics.holm(np.array(p)[shuffle]), adjusted[shuffle])
+
+
+# Learning rates, divergence, seeds
+
+
+def test_basin_of_a_parabola_matches_its_closed_form():
+  decades = np.linspace(-4, 0, 401)
+  losses = 2.0 * (1 + 0.2 * (decades + 2) ** 2)  # within 5 % for |decades + 2| <= .5
+  assert statistics.learning_rate_basin(10**decades, losses) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_basin_edges_are_interpolated_in_log_rate():
+  # Limit 1.05: a fifth of the way from 1.0 to 1.25 on the right, half of that to 1.5 on the left.
+  width = statistics.learning_rate_basin([1e-3, 1e-2, 1e-1], [1.5, 1.0, 1.25])
+  assert width == pytest.approx(0.1 + 0.2)
+
+
+def test_basin_is_contiguous_and_ends_at_the_grid_and_at_divergence():
+  rates = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+  assert statistics.learning_rate_basin(rates, [1.0] * 5) == pytest.approx(4)
+  assert statistics.learning_rate_basin(rates, [1, 1, np.nan, 1, 1]) == pytest.approx(1)
+  assert statistics.learning_rate_basin(rates, [np.inf, np.nan, 1, np.inf, 1]) == 0
+  assert statistics.learning_rate_basin(rates, [np.nan] * 5) == 0
+  assert statistics.learning_rate_basin([1e-3], [1.0]) == 0
+
+
+def test_one_diverged_seed_rules_out_its_rate():
+  losses = [[1, 1], [1, 1], [1, np.nan]]
+  assert statistics.learning_rate_basin([1e-3, 1e-2, 1e-1], losses) == pytest.approx(1)
+
+
+@_FEW
+@hypothesis.given(
+  st.lists(st.floats(0.1, 10) | st.just(math.inf), min_size=1, max_size=9), st.randoms()
+)
+def test_basin_ignores_order_and_unit_and_grows_with_tolerance(losses, random):
+  rates = 10.0 ** np.arange(-len(losses), 0)
+  width = statistics.learning_rate_basin(rates, losses)
+  assert 0 <= width <= len(losses) - 1 + 1e-9
+  shuffle = random.sample(range(len(losses)), len(losses))
+  shuffled = statistics.learning_rate_basin(7 * rates[shuffle], np.array(losses)[shuffle])
+  assert shuffled == pytest.approx(width, abs=1e-9)
+  assert statistics.learning_rate_basin(rates, losses, 0.2) >= width - 1e-12
+
+
+def test_diverged_share_counts_non_finite_and_worse_than_the_base():
+  losses = [[0.5, 1.0, 1.1], [np.nan, np.inf, 0.9]]
+  assert statistics.diverged_share(losses, 1.0) == pytest.approx(3 / 6)
+
+
+def test_seeds_needed_matches_the_textbook_and_simulation():
+  pilot = np.array([-1.0, 1.0]) / math.sqrt(2)  # standard deviation 1
+  # Cohen's medium effect, d_z = .5: 34 pairs at power .8, 44 at .9 (G*Power).
+  assert statistics.seeds_needed(pilot, 0.5) == 34
+  assert statistics.seeds_needed(pilot, 0.5, power=0.9) == 44
+  samples = np.random.default_rng(7).normal(0.5, 1, (4000, 34))
+  found = stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05
+  assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+
+
+def test_seeds_needed_has_a_floor_and_grows_with_precision():
+  pilot = [0.1, 0.3, 0.2]
+  assert statistics.seeds_needed(pilot, 100.0) == statistics.seeds_needed([0.1, 0.1], 1.0) == 6
+  counts = [statistics.seeds_needed(pilot, r) for r in (0.1, 0.05, 0.02, 0.01, 0.005, 0.001)]
+  assert counts == sorted(counts) and len(set(counts)) == len(counts)
+  # n = (1.960 + 0.842)^2 / d^2 for many seeds.
+  assert counts[-1] == pytest.approx(7.849 * (0.1 / 0.001) ** 2, rel=1e-3)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+  "function",
+  [
+    statistics.paired_bootstrap,
+    statistics.paired_bootstrap_relative,
+    statistics.paired_p_value,
+    statistics.effect_size,
+  ],
+)
+@pytest.mark.parametrize(
+  ("a", "b"),
+  [
+    ([], []),
+    ([1.0], [1.0]),
+    ([1.0, 2.0], [1.0, 2.0, 3.0]),
+    ([1.0, np.nan], [1.0, 2.0]),
+    ([1.0, 2.0], [1.0, np.inf]),
+    ([[1.0, 2.0]], [[1.0, 2.0]]),
+  ],
+)
+def test_bad_pairs_are_refused(function, a, b):
+  with pytest.raises(ValueError):
+    function(a, b)
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    lambda: statistics.bootstrap_mean([]),
+    lambda: statistics.bootstrap_mean([1.0, 2.0], num_resamples=0),
+    lambda: statistics.bootstrap_mean([1.0, 2.0], confidence=1.0),
+    lambda: statistics.paired_bootstrap_relative([1.0, 2.0], [0.0, 2.0]),
+    lambda: statistics.holm([]),
+    lambda: statistics.holm([0.5, np.nan]),
+    lambda: statistics.holm([1.5]),
+    lambda: statistics.spread([1.0]),
+    lambda: statistics.learning_rate_basin([], []),
+    lambda: statistics.learning_rate_basin([1.0, 2.0], [1.0]),
+    lambda: statistics.learning_rate_basin([0.0, 2.0], [1.0, 1.0]),
+    lambda: statistics.learning_rate_basin([2.0, 2.0], [1.0, 1.0]),
+    lambda: statistics.learning_rate_basin([1.0, 2.0], [1.0, 1.0], -0.1),
+    lambda: statistics.diverged_share([], 1.0),
+    lambda: statistics.diverged_share([1.0], np.nan),
+    lambda: statistics.seeds_needed([1.0], 1.0),
+    lambda: statistics.seeds_needed([1.0, 2.0], 0.0),
+    lambda: statistics.seeds_needed([1.0, 2.0], 1.0, power=1.0),
+  ],
+)
+def test_bad_arguments_are_refused(call):
+  with pytest.raises(ValueError):
+    call()
