@@ -1,0 +1,89 @@
+"""Launches runs, sweeps and dry runs from a config file.
+
+  python launch.py --config=configs/regression.py:runlocal --workdir=DIR
+  python launch.py --config=configs/regression.py --workdir=DIR --sweep
+  python launch.py --config=configs/regression.py --sweep --dry_run
+
+A user's mistake is one line on standard error and exit code 2; an interrupted run exits with 130
+and goes on where it stopped when the same command is given again.
+"""
+
+import importlib.util
+import pathlib
+import shlex
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from qlora_jax import errors, sweeps
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results and checkpoints.")
+_SWEEP = flags.DEFINE_bool("sweep", False, "Run every point of the config's get_hyper.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print points and parameter counts only.")
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  if _CONFIG.value is None:
+    raise errors.UserError("--config: missing; give a file such as configs/regression.py:runlocal")
+  from qlora_jax.training import settings, study  # after the flags: a mistake there answers fast
+
+  config = _CONFIG.value.lock()
+  points = _points(config) if _SWEEP.value else [{}]
+  if _DRY_RUN.value:
+    for own, rates in study.expand(config, points):
+      resolved = settings.resolve(own)
+      for rate in rates:
+        print(
+          f"{own.data.task}/{own.adapter.name} lr {rate:g}: "
+          f"{resolved.trainable_params} trainable parameters, rank {resolved.adapter.rank}"
+        )
+    return
+  if not _WORKDIR.value:
+    raise errors.UserError("--workdir: missing; give a directory for results and checkpoints")
+  workdir = pathlib.Path(_WORKDIR.value)
+  settings.resolve(config)
+  study.prepare(workdir, config, "python " + shlex.join(sys.argv))
+  if not _SWEEP.value:
+    row = study.single(config, workdir)
+    print(f"validation mse {row['validation_mse']:.4f}, test mse {row['test_mse']:.4f}")
+    return
+  study.run(config, points, workdir)
+  from experiments import report
+
+  print(f"report: {report.write_report(workdir)}")
+
+
+def _points(config) -> list[dict]:
+  path = flags.FLAGS["config"].config_filename.split(":")[0]
+  spec = importlib.util.spec_from_file_location("sweep_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_hyper(sweeps, config.variant)
+
+
+def cli() -> None:
+  """Parses flags and runs `main`, turning mistakes into one line."""
+  try:
+    arguments = flags.FLAGS(sys.argv)
+    main(arguments)
+  except errors.UserError as error:
+    _fail(str(error))
+  except (flags.Error, AttributeError, KeyError, TypeError, FileNotFoundError) as error:
+    if "arguments" in locals():
+      raise  # a bug, not a flag
+    _fail(f"flags: {' '.join(str(error).split())}; see the config file for its fields")
+  except KeyboardInterrupt:
+    print("interrupted; the same command continues", file=sys.stderr)
+    sys.exit(130)
+
+
+def _fail(message: str) -> None:
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(2)
+
+
+if __name__ == "__main__":
+  cli()

@@ -1,0 +1,1 @@
+"""Evaluation: the statistics that the study rests on."""

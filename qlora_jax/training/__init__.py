@@ -1,0 +1,1 @@
+"""Training: settings, feed, step, group, loop, study, and what they record."""

@@ -1,0 +1,164 @@
+"""A study: search the learning rate of every setting, choose on validation, train afresh.
+
+The groups of a sweep are the settings that differ in more than the learning rate. Each has two
+stages: `search` (all learning rates x search seeds) and `final` (the chosen rate x fresh seeds).
+"""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import ml_collections
+import numpy as np
+import pandas as pd
+
+from qlora_jax import errors
+from qlora_jax.training import loop, progress, settings
+
+RATE = "optimizer.learning_rate"
+_PACKAGES = ("jax", "flax", "optax", "numpy")
+
+
+def expand(config: ml_collections.ConfigDict, points: list[dict]) -> list[tuple]:
+  """Settings of a sweep: [(config, learning rates)], points that differ in the rate merged."""
+  merged: dict[str, tuple] = {}
+  for point in points:
+    fields = {name: value for name, value in point.items() if name != RATE}
+    own = config.copy_and_resolve_references()
+    own.update_from_flattened_dict(fields)
+    rate = point.get(RATE, config.optimizer.learning_rate)
+    merged.setdefault(json.dumps(fields, sort_keys=True), (own, []))[1].append(float(rate))
+  return list(merged.values())
+
+
+def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str) -> None:
+  """Claims a work directory for a config.
+
+  Raises:
+    errors.UserError: it cannot be written, or belongs to another config (fields are named).
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / ".writable"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise errors.UserError(
+      f"--workdir: {workdir} cannot be written ({error.strerror}); use another directory"
+    ) from error
+  path = workdir / "study.json"
+  plain = json.loads(json.dumps(config.to_dict(), default=list))
+  if path.exists():
+    stored = json.loads(path.read_text())["config"]
+    different = sorted(_differences(stored, plain))
+    if different:
+      raise errors.UserError(
+        f"--workdir: {workdir} belongs to another config ({', '.join(different[:5])} differ);"
+        " use another directory"
+      )
+    return
+  loop.write_json(path, {
+    "title": "Queryable LoRA on noisy regression", "command": command, "commit": _commit(),
+    "date": datetime.date.today().isoformat(),
+    "devices": ", ".join(sorted({d.device_kind for d in jax.devices()})),
+    "versions": {"python": sys.version.split()[0],
+                 **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+    "wall_seconds": 0.0, "config": plain,
+  })  # fmt: skip
+
+
+def run(config: ml_collections.ConfigDict, points: list[dict], workdir: pathlib.Path) -> None:
+  """Runs what a sweep has not finished yet; writes the tables after every setting."""
+  pairs = expand(config, points)
+  for own, _ in pairs:  # all mistakes are told before anything trains
+    settings.resolve(own)
+  search, final = config.protocol.search_seeds, config.protocol.final_seeds
+  total = sum(len(rates) * len(search) + len(final) for _, rates in pairs)
+  with progress.Display(total_points=total) as display:
+    trainer = loop.Loop(workdir, display)
+    results = []
+    for own, rates in pairs:
+      began = time.monotonic()
+      trained = False
+      runs = tuple((seed, rate) for seed in search for rate in rates)
+      if own.adapter.name == "none":  # nothing is trained: no rate to search
+        runs = tuple((seed, rates[0]) for seed in search)
+      found, new = _once(trainer, display, loop.GroupSpec(own, "search", runs))
+      trained |= new
+      best = choose(found["rows"])
+      spec = loop.GroupSpec(own, "final", tuple((seed, best) for seed in final))
+      last, new = _once(trainer, display, spec)
+      trained |= new
+      results += [found, last]
+      if trained:
+        error = np.mean([r["test_mse" if r["test_mse"] == r["test_mse"] else "test_noisy_mse"]
+                         for r in last["rows"]])  # fmt: skip
+        display.log(f"{own.data.task}/{own.adapter.name}: lr {best:g}, test mse {error:.4f}")
+        write_tables(workdir, results, time.monotonic() - began)
+    write_tables(workdir, results, 0.0)
+
+
+def single(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
+  """One run of the config's own seed and learning rate; returns its row."""
+  runs = ((config.seed, config.optimizer.learning_rate),)
+  spec = loop.GroupSpec(config, "final", runs)
+  with progress.Display(total_points=1) as display:
+    result, _ = _once(loop.Loop(workdir, display), display, spec)
+  write_tables(workdir, [result], 0.0)
+  return result["rows"][0]
+
+
+def choose(rows: list[dict]) -> float:
+  """The learning rate with the least mean validation error; a diverged run rules its rate out."""
+  table = pd.DataFrame(rows)
+  table["validation_mse"] = table["validation_mse"].fillna(np.inf)
+  return float(table.groupby("learning_rate")["validation_mse"].mean().idxmin())
+
+
+def write_tables(workdir: pathlib.Path, results: list[dict], seconds: float) -> None:
+  """Writes results (parquet and CSV), curves and routing; adds to the study's wall time."""
+  rows = pd.DataFrame([row for result in results for row in result["rows"]])
+  curves = pd.DataFrame([row for result in results for row in result["curves"]])
+  routing = pd.DataFrame([row for result in results for row in result["routing"]])
+  if len(curves):
+    last = curves.sort_values("step").groupby("run_id")["train_loss"].last()
+    rows["train_loss"] = rows["run_id"].map(last)
+  for name, table in (("results", rows), ("curves", curves), ("routing", routing)):
+    if len(table):
+      temporary = workdir / f"{name}.parquet.tmp"
+      table.to_parquet(temporary, index=False)
+      temporary.replace(workdir / f"{name}.parquet")
+  rows.to_csv(workdir / "results.csv", index=False)
+  path = workdir / "study.json"
+  stored = json.loads(path.read_text())
+  stored["wall_seconds"] += seconds
+  loop.write_json(path, stored)
+
+
+def _once(trainer, display, spec) -> tuple[dict, bool]:
+  finished = trainer.finished(spec)
+  if finished is not None:
+    display.skip(spec.label, len(spec.runs))
+    return finished, False
+  return trainer.train(spec), True
+
+
+def _differences(stored: dict, new: dict, prefix: str = ""):
+  for key in stored.keys() | new.keys():
+    a, b = stored.get(key), new.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      yield from _differences(a, b, f"{prefix}{key}.")
+    elif a != b:
+      yield f"{prefix}{key}"
+
+
+def _commit() -> str:
+  root = pathlib.Path(__file__).parent
+  command = ["git", "rev-parse", "--short", "HEAD"]
+  done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+  return done.stdout.strip()
