@@ -23,7 +23,8 @@ def product(*axes: Iterable[Point]) -> list[Point]:
 def zipit(*axes: Sequence[Point]) -> list[Point]:
   """The i-th points of all axes merged; axes must be equally long."""
   if len({len(axis) for axis in axes}) > 1:
-    raise errors.UserError(f"zipit: the axes have lengths {[len(a) for a in axes]}; make them equal")
+    lengths = [len(axis) for axis in axes]
+    raise errors.UserError(f"zipit: the axes have lengths {lengths}; make them equal")
   return [_merge(points) for points in zip(*axes, strict=True)]
 
 

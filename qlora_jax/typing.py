@@ -1,9 +1,9 @@
 """Array aliases and the axis legend that every signature and einsum string follows.
 
-  B batch          T tokens (regression: T = 1)   D model width     F hidden width
-  R rank           M atoms                        Q query width     k atoms kept per token
-  N blocks         S layers per block             L = N * S layers
-  E instruction width (P: width of the prior's descriptors)
+B batch          T tokens (regression: T = 1)   D model width     F hidden width
+R rank           M atoms                        Q query width     k atoms kept per token
+N blocks         S layers per block             L = N * S layers
+E instruction width (P: width of the prior's descriptors)
 """
 
 import os

@@ -4,10 +4,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from experiments.report import figures
-from experiments.report import html
-from experiments.report import inputs
-from experiments.report import tables
+from experiments.report import figures, html, inputs, tables
 
 
 def write_report(
@@ -38,7 +35,5 @@ def write_report(
   (out / "summary.md").write_text(tables.markdown(summary), encoding="utf-8")
   drawn, absent = figures.draw(study, summary, out / "figures")
   page = out / "report.html"
-  page.write_text(
-    html.render(study, summary, drawn, absent, out / "figures"), encoding="utf-8"
-  )
+  page.write_text(html.render(study, summary, drawn, absent, out / "figures"), encoding="utf-8")
   return page

@@ -4,12 +4,7 @@ import pathlib
 
 import pandas as pd
 
-from experiments.report import inputs
-from experiments.report import panels
-from experiments.report import plot_error
-from experiments.report import plot_routing
-from experiments.report import plot_training
-from experiments.report import style
+from experiments.report import inputs, panels, plot_error, plot_routing, plot_training, style
 
 PLOTS = (
   plot_error.forest,

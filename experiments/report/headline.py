@@ -5,9 +5,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from experiments.report import inputs
-from experiments.report import style
-from experiments.report import tables
+from experiments.report import inputs, style, tables
 
 FEW_SEEDS = 5
 

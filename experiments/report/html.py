@@ -13,11 +13,7 @@ import markupsafe
 import numpy as np
 import pandas as pd
 
-from experiments.report import headline
-from experiments.report import inputs
-from experiments.report import panels
-from experiments.report import style
-from experiments.report import tables
+from experiments.report import headline, inputs, panels, style, tables
 
 _MOST_SVG_BYTES = 2_500_000  # a larger drawing goes in as PNG
 _MARKS = {"better": "▼", "worse": "▲", "no difference": "○", "diverged": "✕"}

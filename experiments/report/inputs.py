@@ -143,7 +143,9 @@ def _results(path: pathlib.Path) -> pd.DataFrame:
   final = table["stage"] == "final"
   if not final.any():
     raise errors.UserError(f"{path}: has no row with stage 'final'; run the final stage first.")
-  table["noise_kind"] = table["noise_kind"].astype(object).where(table["noise_kind"].notna(), "none")
+  table["noise_kind"] = (
+    table["noise_kind"].astype(object).where(table["noise_kind"].notna(), "none")
+  )
   table["noise_level"] = table["noise_level"].fillna(0.0)
   table["diverged"] = table["diverged"].astype("boolean").fillna(False).astype(bool)
   repeated = table[final].duplicated([*SETTING, "method", "seed"])

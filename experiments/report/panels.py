@@ -66,7 +66,10 @@ def handle(key: str, **override) -> matplotlib.lines.Line2D:
   """The legend entry of a method."""
   look = style.method(key)
   settings = {
-    "label": look.label, "color": look.color, "linestyle": look.line, "marker": look.marker
+    "label": look.label,
+    "color": look.color,
+    "linestyle": look.line,
+    "marker": look.marker,
   }
   return matplotlib.lines.Line2D([], [], **(settings | override))
 
@@ -131,4 +134,3 @@ def middle_level_note(study, shown: Sequence) -> str:
 def seeds_text(summary) -> str:
   low, high = int(summary["num_seeds"].min()), int(summary["num_seeds"].max())
   return f"{low} seeds" if low == high else f"{low} to {high} seeds"
-

@@ -5,9 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from experiments.report import inputs
-from experiments.report import panels
-from experiments.report import style
+from experiments.report import inputs, panels, style
 
 
 def forest(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
@@ -144,7 +142,9 @@ def parameters(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str
       panel.axhline(base, color=style.INK, linestyle=":", linewidth=1)
       high = max(high, base)
     panels.log_axis(panel.yaxis, np.nanmin(ends), high)
-    panels.log_axis(panel.xaxis, trained["trainable_params"].min(), trained["trainable_params"].max())
+    panels.log_axis(
+      panel.xaxis, trained["trainable_params"].min(), trained["trainable_params"].max()
+    )
     panel.set_title(study.setting_label(setting))
     panel.grid(True)
   panels.label_outer(axes, "trainable parameters", "test MSE")
@@ -171,5 +171,3 @@ def _error_bars(rows: pd.DataFrame) -> np.ndarray:
 def _handles(methods: list[str], front: list[str]) -> list:
   rest = [m for m in methods if m not in front]
   return [panels.handle(m) for m in front] + ([panels.background_handle(rest)] if rest else [])
-
-

@@ -3,9 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from experiments.report import inputs
-from experiments.report import panels
-from experiments.report import style
+from experiments.report import inputs, panels, style
 
 _MOST_TARGETS = 12
 _COLUMNS = 6

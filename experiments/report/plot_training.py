@@ -3,10 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from experiments.report import inputs
-from experiments.report import panels
-from experiments.report import style
-from experiments.report import tables
+from experiments.report import inputs, panels, style, tables
 
 
 def curves(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
@@ -93,8 +90,12 @@ def learning_rates(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn |
   ring = panels.handle(
     "none", label="chosen rate", linestyle="none", marker="o", markersize=9, fillstyle="none"
   )
-  cross = panels.handle("none", label="a run diverged, or off the scale", linestyle="none", marker="^")
-  best = panels.handle("lora", label="LoRA at its best rate", linewidth=0.8, marker="", linestyle=":")
+  cross = panels.handle(
+    "none", label="a run diverged, or off the scale", linestyle="none", marker="^"
+  )
+  best = panels.handle(
+    "lora", label="LoRA at its best rate", linewidth=0.8, marker="", linestyle=":"
+  )
   extra = [ring, cross] + ([best] if "lora" in methods else [])
   panels.legend(figure, _handles(methods, front) + extra)
   return panels.Drawn(
@@ -103,7 +104,8 @@ def learning_rates(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn |
     "Validation error of the search runs against the learning rate, both on log scales: the mean "
     "over the seeds, with a band from the least to the greatest. A flat, wide valley means that the "
     "learning rate needs little tuning; a curve that shoots up means that training breaks down "
-    "there. A ring marks the rate used for the final runs." + panels.middle_level_note(study, shown),
+    "there. A ring marks the rate used for the final runs."
+    + panels.middle_level_note(study, shown),
     figure,
   )
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from experiments.report import inputs
-from experiments.report import style
+from experiments.report import inputs, style
 from qlora_jax.evaluation import statistics
 
 BASELINES: Mapping[str, Sequence[str]] = {

@@ -123,15 +123,13 @@ class Program:
           result["shares"] = statistics.share_by_group(routing.weights, group, num_groups)
         return result
 
-      return jax.vmap(one)(states.params)
+      return jax.vmap(lambda state: one(state.params))(states)
 
     return jax.jit(route, static_argnames="num_groups")
 
 
 @functools.lru_cache(maxsize=64)
-def program(
-  model: mlp.MLP, optimizer: optimizer_lib.OptimizerConfig, devices: int = 1
-) -> Program:
+def program(model: mlp.MLP, optimizer: optimizer_lib.OptimizerConfig, devices: int = 1) -> Program:
   """The program of a shape, compiled once a process."""
   return Program(model, optimizer, devices)
 

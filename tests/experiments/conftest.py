@@ -95,7 +95,9 @@ def write_study(
         for seed in range(50, 50 + seeds):
           add("final", seed, 1e-2)
         if method in ("queryable", "static") and level == levels[0]:
-          targets = ("sum", "difference", "product", "maximum") if task == "multi_target" else ("y",)
+          targets = (
+            ("sum", "difference", "product", "maximum") if task == "multi_target" else ("y",)
+          )
           for target_index, target in enumerate(targets):
             for given in (True, False):
               for block in range(8):

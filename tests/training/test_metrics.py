@@ -92,9 +92,7 @@ def test_truncate_tells_tensorboard_to_purge_the_later_steps(tmp_path):
     writer.write(3, {"train/loss": 3.0})
     writer.truncate(2)
     writer.write(3, {"train/loss": 30.0})
-  starts = [
-    e.step for e in _events(tmp_path) if e.session_log.status == event_pb2.SessionLog.START
-  ]
+  starts = [e.step for e in _events(tmp_path) if e.session_log.status == event_pb2.SessionLog.START]
   assert starts == [3]
   values = [v.simple_value for e in _events(tmp_path) for v in e.summary.value]
   assert values == [3.0, 30.0]  # the second file did not overwrite the first

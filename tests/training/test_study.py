@@ -1,0 +1,192 @@
+"""The study end to end on a tiny network: grouping, resuming, choosing, and bad input."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import report
+from qlora_jax import errors, sweeps
+from qlora_jax.adapters import factory
+from qlora_jax.training import loop, progress, settings, study
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def load_config_module():
+  spec = importlib.util.spec_from_file_location("regression", ROOT / "configs" / "regression.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+REGRESSION = load_config_module()
+
+
+@pytest.fixture
+def tiny(shared_data):
+  config = REGRESSION.get_config("runlocal")
+  config.data.data_dir = str(shared_data)
+  config.model.update(dict(width=16, hidden=16))
+  config.optimizer.steps, config.pretrain.steps, config.eval.every = 40, 60, 10
+  config.adapter.budget = 1024
+  config.protocol.search_seeds, config.protocol.final_seeds = (0,), (100, 101)
+  return config.lock()
+
+
+def train(workdir, spec):
+  with progress.Display(total_points=len(spec.runs), plain=True) as display:
+    return loop.Loop(workdir, display).train(spec)
+
+
+@pytest.mark.parametrize("name", ["lora", "queryable", "queryable_topk"])
+def test_a_run_in_a_group_equals_the_run_alone(tiny, tmp_path, name):
+  config = tiny.copy_and_resolve_references()
+  config.adapter.name = name
+  runs = ((0, 3e-3), (0, 1e-2), (1, 1e-2))
+  together = train(tmp_path / "group", loop.GroupSpec(config, "search", runs))
+  alone = train(tmp_path / "alone", loop.GroupSpec(config, "search", runs[2:]))
+  # Batched and single matrix products add in another order: float32 rounding over 40 steps.
+  np.testing.assert_allclose(
+    together["rows"][2]["test_mse"], alone["rows"][0]["test_mse"], rtol=1e-3
+  )
+
+
+class Killed(Exception):
+  pass
+
+
+def test_a_killed_group_resumes_to_the_same_bits(tiny, tmp_path, monkeypatch):
+  spec = loop.GroupSpec(tiny, "search", ((0, 1e-2), (1, 1e-2)))
+  whole = train(tmp_path / "whole", spec)
+  monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+  save = loop.checkpoint.save
+
+  def save_then_die(directory, step, tree):
+    save(directory, step, tree)
+    if directory.name == "checkpoints" and step == 20:
+      raise Killed
+
+  monkeypatch.setattr(loop.checkpoint, "save", save_then_die)
+  with pytest.raises(Killed):
+    train(tmp_path / "killed", spec)
+  monkeypatch.setattr(loop.checkpoint, "save", save)
+  resumed = train(tmp_path / "killed", spec)
+  assert [r["test_mse"] for r in resumed["rows"]] == [r["test_mse"] for r in whole["rows"]]
+  assert resumed["curves"] == whole["curves"]
+
+
+def test_a_sweep_writes_tables_and_a_report_and_skips_what_is_finished(tiny, tmp_path, monkeypatch):
+  points = sweeps.product(
+    sweeps.sweep("adapter.name", ("none", "lora", "queryable_prior")),
+    sweeps.sweep("optimizer.learning_rate", (1e-3, 1e-2)),
+  )
+  study.prepare(tmp_path, tiny, "test")
+  study.run(tiny, points, tmp_path)
+  rows = pd.read_parquet(tmp_path / "results.parquet")
+  assert len(rows) == 1 + 2 + 2 * (2 + 2)
+  final = rows[rows.stage == "final"]
+  for name, own in final[final.method != "none"].groupby("method"):
+    search = rows[(rows.stage == "search") & (rows.method == name)]
+    best = search.groupby("learning_rate")["validation_mse"].mean().idxmin()
+    assert set(own.learning_rate) == {best}
+  routing = pd.read_parquet(tmp_path / "routing.parquet")
+  sums = routing.groupby(["method", "target", "with_instruction", "block"])["weight"].sum()
+  np.testing.assert_allclose(sums, 1.0, atol=1e-5)
+  assert report.write_report(tmp_path).stat().st_size > 10_000
+  monkeypatch.setattr(loop.Loop, "train", None)  # training anything again would now fail
+  study.run(tiny, points, tmp_path)
+
+
+def test_runs_sharded_over_two_devices_equal_one_device(tmp_path):
+  code = """
+import jax; jax.config.update("jax_num_cpu_devices", 2)
+import jax.numpy as jnp, numpy as np
+from qlora_jax.adapters import config as adapter_config
+from qlora_jax.models import mlp
+from qlora_jax.training import group, optimizer, settings, step
+shape = mlp.MLPConfig(inputs=4, width=8, hidden=8, layers=2, layers_per_block=1)
+model = mlp.MLP(shape, adapter_config.AdapterConfig(rank=2, atoms=3))
+base = settings.random_base(shape, 0)
+rng = np.random.default_rng(0)
+batch = step.Batch(rng.normal(size=(2, 5, 8, 4)).astype("f"),
+                   rng.normal(size=(2, 5, 8)).astype("f"),
+                   np.zeros((2, 5, 8, 1), "f"))
+losses = []
+for devices in (1, 2):
+  program = group.Program(model, optimizer.OptimizerConfig(steps=5), devices)
+  states, frozen = program.init(base, np.array([0, 0, 1, 1]), np.full(4, 1e-2))
+  states, _ = program.train(states, frozen, batch, np.array([0, 0, 1, 1]))
+  assert len(jax.tree.leaves(states.params)[0].sharding.device_set) == devices
+  losses.append(jax.device_get(states.params))
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *losses)
+"""
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_frozen_base_is_not_part_of_the_state(tiny):
+  resolved = settings.resolve(tiny)
+  program = loop.group_lib.program(resolved.network, resolved.optimizer)
+  base = settings.random_base(resolved.model, 0)
+  states, _ = program.init(base, np.array([0]), np.array([1e-2]))
+  counted = sum(leaf.size for leaf in jax.tree.leaves(states.params))
+  assert counted == resolved.trainable_params
+
+
+@pytest.mark.parametrize("variant", REGRESSION.VARIANTS)
+def test_every_point_of_every_variant_resolves_within_two_percent(variant):
+  config = REGRESSION.get_config(variant)
+  for own, _ in study.expand(config, REGRESSION.get_hyper(sweeps, variant)):
+    resolved = settings.resolve(own)
+    if factory.PRESETS[own.adapter.name].get("method") not in ("none", "full"):
+      assert abs(resolved.trainable_params / own.adapter.budget - 1) <= 0.02
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (["--config=configs/regression.py:nope"], "variant"),
+    (["--config=configs/regression.py:runlocal", "--config.adapter.rnk=3"], "rnk"),
+    (["--config=configs/regression.py:runlocal", "--config.adapter.rank=0"], "adapter.rank"),
+    (
+      ["--config=configs/regression.py:runlocal", "--config.adapter.top_k=99"],
+      "adapter.top_k",
+    ),
+    (
+      ["--config=configs/regression.py:runlocal", "--config.model.layers_per_block=3"],
+      "model.layers_per_block",
+    ),
+    (["--config=configs/regression.py:runlocal", "--config.data.task=nope"], "nope"),
+    (["--config=configs/absent.py"], "absent"),
+  ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
+  workdir = tmp_path / "run"
+  done = subprocess.run(
+    [sys.executable, "launch.py", f"--workdir={workdir}", *arguments],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 2, done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1 and said in done.stderr
+  assert not workdir.exists()
+
+
+def test_a_work_directory_of_another_config_is_refused_by_field(tiny, tmp_path):
+  study.prepare(tmp_path, tiny, "test")
+  before = json.loads((tmp_path / "study.json").read_text())
+  other = tiny.copy_and_resolve_references()
+  other.optimizer.steps = 41
+  with pytest.raises(errors.UserError, match=r"optimizer\.steps"):
+    study.prepare(tmp_path, other, "test")
+  assert json.loads((tmp_path / "study.json").read_text()) == before
+
+
+def test_an_empty_learning_rate_list_is_refused():
+  with pytest.raises(errors.UserError, match=r"optimizer\.learning_rate"):
+    sweeps.sweep("optimizer.learning_rate", [])
