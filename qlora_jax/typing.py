@@ -9,8 +9,12 @@ E instruction width (P: width of the prior's descriptors)
 import os
 from typing import Any, TypeVar
 
+import jax
 import jaxtyping
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray  # noqa: F401  (re-exported)
+import numpy as np
+from jaxtyping import Float, Int  # noqa: F401  (re-exported)
+
+Array = jax.Array | np.ndarray  # functions take host arrays too
 
 PyTree = Any
 _Function = TypeVar("_Function")

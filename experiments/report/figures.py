@@ -8,11 +8,11 @@ from experiments.report import inputs, panels, plot_error, plot_routing, plot_tr
 
 PLOTS = (
   plot_error.forest,
-  plot_training.curves,
   plot_error.noise,
-  plot_training.learning_rates,
   plot_routing.routing,
   plot_error.parameters,
+  plot_training.curves,
+  plot_training.learning_rates,
 )
 DPI = 200
 

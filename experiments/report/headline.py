@@ -7,7 +7,7 @@ import pandas as pd
 
 from experiments.report import inputs, style, tables
 
-FEW_SEEDS = 5
+FEW_SEEDS = 6  # with 5, the smallest possible p-value is 0.0625
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,39 +56,52 @@ def _compare(subject: str, baseline: str, rows: pd.DataFrame) -> tuple[str, str]
   better, worse = int(verdicts.get("better", 0)), int(verdicts.get("worse", 0))
   diverged = int(verdicts.get("diverged", 0))
   unclear = total - better - worse - diverged
-  on = data_sets(total)
-  if not better and not worse:
+  on = data_sets(total) if total > 1 else rows["setting"].iloc[0]
+  if diverged == total:
+    lead = f"A final run of {name} diverged on {_of(diverged, rows)}."
+  elif not better and not worse:
     lead = f"No clear difference in test error between {name} and {other} on {on}."
   elif better and not worse:
-    lead = f"{name} has a lower test error than {other} on {_of(better, total)}."
+    lead = f"{name} has a lower test error than {other} on {_of(better, rows)}."
   elif worse and not better:
-    lead = f"{name} has a higher test error than {other} on {_of(worse, total)}."
+    lead = f"{name} has a higher test error than {other} on {_of(worse, rows)}."
   else:
     lead = (
       f"Compared with {other}, {name} has a lower test error on {better} and a higher one on "
       f"{worse} of {on}."
     )
+  ratio = _parameter_ratio(rows)
+  if total == 1:
+    row = rows.iloc[0]
+    interval = tables.with_interval(
+      row["relative"], row["relative_low"], row["relative_high"], tables.percent
+    )
+    return lead, (
+      f"The difference {'of the other runs ' if diverged else ''}is {interval} % (paired, 95 % bootstrap interval over "
+      f"{seeds(rows['num_pairs'])}){ratio}."
+    )
+  if 0 < diverged < total:
+    lead = f"{lead[:-1]}; on {diverged}, a final run of {name} diverged."
   parts = [f"{better} lower", f"{worse} higher", f"{unclear} not told apart"]
   parts += [f"{diverged} where a run of {name} diverged"] if diverged else []
-  ratio = _parameter_ratio(rows, baseline)
   sentence = (
     f"Of {on}: {', '.join(parts)}, by paired 95 % bootstrap intervals over "
     f"{seeds(rows['num_pairs'])}. "
-    f"The {'median ' if total > 1 else ''}difference is {tables.percent(rows['relative'].median())} %"
-    f"{ratio}."
+    f"The median difference {'over the runs that finished ' if diverged else ''}is "
+    f"{tables.percent(rows['relative'].median())} %{ratio}."
   )
   return lead, sentence
 
 
-def _parameter_ratio(rows: pd.DataFrame, baseline: str) -> str:
+def _parameter_ratio(rows: pd.DataFrame) -> str:
   ratio = (rows["trainable_params"] / rows["baseline_params"]).median()
   return f", with {ratio:.2g} times the trainable parameters" if np.isfinite(ratio) else ""
 
 
 def _winners(summary: pd.DataFrame) -> str:
-  """Which methods had the lowest mean error, and how often."""
+  """Which methods had the lowest mean error, and how often; those that diverged do not count."""
   rows = summary.drop_duplicates([*inputs.SETTING, "method"])
-  rows = rows[np.isfinite(rows["test_mse"])]
+  rows = rows[np.isfinite(rows["test_mse"]) & (rows["failed_runs"] == 0)]
   if rows["method"].nunique() < 3:
     return ""
   best = rows.loc[rows.groupby(inputs.SETTING)["test_mse"].idxmin(), "label"].value_counts()
@@ -107,8 +120,8 @@ def _warnings(summary: pd.DataFrame) -> list[str]:
   fewest = int(compared["num_pairs"].min())
   if fewest < FEW_SEEDS:
     warnings.append(
-      f"With as few as {seeds([fewest])}, bootstrap intervals are too narrow: read the verdicts as "
-      "provisional."
+      f"With as few as {seeds([fewest])}, 95 % bootstrap intervals are too narrow and hold the "
+      "true value less often than they say: read the verdicts as provisional."
     )
   if len(compared) >= 20:
     warnings.append(
@@ -122,10 +135,10 @@ def data_sets(number: int) -> str:
   return f"{number} data set" + ("" if number == 1 else "s")
 
 
-def _of(number: int, total: int) -> str:
-  if number == total:
-    return f"all {data_sets(total)}" if total > 1 else "the one data set"
-  return f"{number} of {data_sets(total)}"
+def _of(number: int, rows: pd.DataFrame) -> str:
+  if len(rows) == 1:
+    return rows["setting"].iloc[0]
+  return f"{'all' if number == len(rows) else f'{number} of'} {data_sets(len(rows))}"
 
 
 def seeds(numbers) -> str:

@@ -23,10 +23,11 @@ _COLUMNS = (
   ("Data set", "task, and the noise where a task has several", "setting", None),
   ("Method", "see the list of methods below", "label", None),
   ("Trainable", "parameters that training changes", "trainable_params", tables.count),
-  ("Learning rate", "chosen by the search", "learning_rate", tables.number),
+  ("Learning rate", "chosen by the search", "learning_rate", tables.plain),
   ("Test MSE", "mean over seeds [95 % interval]", "test_mse", tables.number),
   ("Compared with", "the method that the difference is taken to", "baseline_label", None),
-  ("Difference", "paired difference in test MSE [95 % interval]", "difference", tables.signed),
+  ("Difference", "paired difference in test MSE [95 % interval]", "difference",
+   lambda value: tables.signed(value, 2)),
   ("Difference, %", "the same in percent of the other's error", "relative", tables.percent),
   ("Verdict", "whether the interval leaves out zero", "verdict", None),
   ("p", "chance of such a difference without a true one, corrected (Holm)", "p_holm",
@@ -56,13 +57,15 @@ def render(
   template = environment.get_template("template.html.j2")
   figures = [_figure(number, item, directory) for number, item in enumerate(drawn, start=1)]
   stability = ("curves", "learning_rates")
+  one_baseline = summary["baseline"].nunique() < 2
+  columns = [c for c in _COLUMNS if not (one_baseline and c[2] == "baseline_label")]
   return template.render(
     info=study.info,
     facts=_facts(study),
     headline=headline.write(summary),
     glance=_glance(summary),
-    columns=[{"name": n, "hint": hint, "text": f is None} for n, hint, _, f in _COLUMNS],
-    rows=[_row(row) for row in summary.to_dict("records")],
+    columns=[{"name": n, "hint": hint, "text": f is None} for n, hint, _, f in columns],
+    rows=[_row(row, columns) for row in summary.to_dict("records")],
     settings=list(dict.fromkeys(summary["setting"])),
     result_figures=[f for f in figures if f["name"] not in stability],
     stability_figures=[f for f in figures if f["name"] in stability],
@@ -112,8 +115,8 @@ def _glance(summary: pd.DataFrame) -> dict | None:
   for row in own.to_dict("records"):
     here = summary[(summary[inputs.SETTING] == [row[c] for c in inputs.SETTING]).all(axis=1)]
     other = here[here["method"] == row["baseline"]].iloc[0]
-    finished = here[np.isfinite(here["test_mse"])]
-    best = finished.loc[finished["test_mse"].idxmin()]
+    finished = here[np.isfinite(here["test_mse"]) & (here["failed_runs"] == 0)]
+    best = finished.nsmallest(1, "test_mse").to_dict("records")
     rows.append({
       "setting": row["setting"],
       "base": tables.number(row["base_mse"]),
@@ -122,7 +125,7 @@ def _glance(summary: pd.DataFrame) -> dict | None:
       "own": _interval(row, "test_mse", tables.number),
       "relative": _interval(row, "relative", tables.percent),
       "verdict": row["verdict"],
-      "best": f"{best['label']}, {tables.number(best['test_mse'])}",
+      "best": f"{best[0]['label']}, {tables.number(best[0]['test_mse'])}" if best else "",
     })  # fmt: skip
   several = len({row["baseline"] for row in rows}) > 1
   return {
@@ -133,11 +136,11 @@ def _glance(summary: pd.DataFrame) -> dict | None:
   }
 
 
-def _row(row: dict) -> dict:
+def _row(row: dict, columns: Sequence[tuple]) -> dict:
   """The cells of one line of the full table, each with the value that it sorts by."""
   row = row | {"baseline_label": style.method(row["baseline"]).label if row["baseline"] else ""}
   cells = []
-  for _, _, key, formatted in _COLUMNS:
+  for _, _, key, formatted in columns:
     value = row[key]
     if formatted is None:
       mark = f"{_MARKS[value]} " if key == "verdict" and value in _MARKS else ""

@@ -1,6 +1,7 @@
 """What the figures share: a grid of panels, one legend, log axes with readable ticks."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -47,10 +48,6 @@ def _columns(count: int, most: int) -> int:
   return min(choices, key=lambda columns: (-count % columns, -columns))
 
 
-def is_left(axes) -> bool:
-  return axes.get_subplotspec().is_first_col()
-
-
 def label_outer(all_axes: Sequence, xlabel: str, ylabel: str) -> None:
   """Axis labels on the outer panels only: x where nothing is below, y on the left."""
   specs = [axes.get_subplotspec() for axes in all_axes]
@@ -58,6 +55,7 @@ def label_outer(all_axes: Sequence, xlabel: str, ylabel: str) -> None:
   for axes, spec in zip(all_axes, specs, strict=True):
     if (spec.rowspan.start + 1, spec.colspan.start) not in taken:
       axes.set_xlabel(xlabel)
+      axes.tick_params(axis="x", labelbottom=True)
     if spec.is_first_col():
       axes.set_ylabel(ylabel)
 
@@ -82,6 +80,12 @@ def legend(figure: matplotlib.figure.Figure, handles: Sequence) -> None:
   figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
+def handles(methods: Sequence[str], front: Sequence[str]) -> list[matplotlib.lines.Line2D]:
+  """Entries of the methods in front, and one for all those behind them."""
+  rest = [m for m in methods if m not in front]
+  return [handle(m) for m in front] + ([background_handle(rest)] if rest else [])
+
+
 def background_handle(methods: Sequence[str]) -> matplotlib.lines.Line2D:
   return matplotlib.lines.Line2D(
     [], [], color=style.MUTED, linewidth=0.7, label=f"{len(methods)} other methods"
@@ -102,16 +106,19 @@ def log_axis(axis, low: float, high: float, pad: float = 0.06) -> None:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
+  """The coarsest round numbers that give at least 3 labels, or failing that the most."""
   decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-  inside: list[float] = []
-  for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(np.arange(1, 10, 0.5))):
-    candidates = [s * 10.0**d for d in decades for s in steps]
-    inside = [c for c in candidates if low <= c <= high]
-    if 3 <= len(inside) <= 6:
-      return inside
-    if len(inside) > 6:
-      return inside[:: math.ceil(len(inside) / 6)]
-  return inside if len(inside) > 1 else [float(f"{v:.2g}") for v in np.linspace(low, high, 4)[1:3]]
+  span, best = math.log10(high / low), []
+  for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), np.arange(1, 10, 0.5)):
+    inside = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
+    inside = inside[:: math.ceil(len(inside) / 6)] if inside else []
+    gaps = [math.log10(b / a) for a, b in itertools.pairwise(inside)]
+    crowded = any(gap < 0.12 * span for gap in gaps)
+    if len(inside) > len(best) and not (crowded and best):
+      best = inside
+    if len(best) >= 3:
+      break
+  return best if len(best) > 1 else [float(f"{v:.2g}") for v in np.geomspace(low, high, 4)[1:3]]
 
 
 def short(value: float) -> str:

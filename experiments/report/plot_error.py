@@ -1,7 +1,9 @@
 """Figures of the test error: against LoRA, against the noise, against trainable parameters."""
 
+import dataclasses
 import math
 
+import matplotlib.ticker
 import numpy as np
 import pandas as pd
 
@@ -22,29 +24,37 @@ def forest(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
     len(groups), height=0.75 + 0.175 * len(methods), columns=5, sharex=True, sharey=True
   )
   limit = _forest_limit(compared)
-  several = compared.groupby(inputs.SETTING)["baseline"].nunique().max() > 1
   for panel, (key, rows) in zip(axes, groups, strict=True):
     _forest_panel(panel, rows, methods, limit)
-    baseline = style.method(key[-1]).label
-    panel.set_title(rows["setting"].iloc[0] + (f"\nvs {baseline}" if several else ""))
+    both = compared[(compared[inputs.SETTING] == list(key[:-1])).all(axis=1)]["baseline"].nunique()
+    versus = f"\nvs {style.method(key[-1]).label}" if both > 1 else ""
+    panel.set_title(rows["setting"].iloc[0] + versus)
   axes[0].set_yticks(range(len(methods)), [style.method(m).label for m in methods])
   axes[0].set_ylim(len(methods) - 0.4, -0.6)
-  names = {style.method(b).label for b in compared["baseline"]}
-  against = names.pop() if len(names) == 1 else "the method named above the panel"
+  usual = style.method(compared["baseline"].mode().iloc[0]).label
+  several = compared["baseline"].nunique() > 1
+  against = f"{usual}, or the method named above the panel" if several else usual
   panels.label_outer(axes, "difference in test MSE, %", "")
   return panels.Drawn(
     "difference",
-    f"Difference in test error to {against}",
+    f"Difference in test error to {usual}",
     f"Mean paired difference in test error to {against}, in percent, with its 95 % bootstrap "
     f"interval over {panels.seeds_text(compared)}. Left of the line is a lower error. A filled "
     "point's interval leaves out zero; a hollow point's does not, so the data do not tell the two "
     "methods apart. Triangles at the edge stand for values beyond the axis."
+    + (
+      " A cross marks a method with a run that diverged; it shows the other runs."
+      if (compared["verdict"] == "diverged").any()
+      else ""
+    )
     + panels.middle_level_note(study, shown),
     figure,
   )
 
 
 def _forest_limit(compared: pd.DataFrame) -> float:
+  trained = compared[compared["method"] != "none"]  # the base, far off, would set the scale
+  compared = trained if len(trained) else compared
   ends = compared[["relative", "relative_low", "relative_high"]].abs().to_numpy()
   ends = ends[np.isfinite(ends)]
   return min(ends.max() * 1.1, max(15.0, 1.5 * np.quantile(ends, 0.8)))
@@ -55,6 +65,7 @@ def _forest_panel(panel, rows: pd.DataFrame, methods: list[str], limit: float) -
   panel.grid(axis="x")
   panel.set_xlim(-limit, limit)
   panel.tick_params(axis="y", length=0)
+  panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
   for row in rows.to_dict("records"):
     y, mean = methods.index(row["method"]), row["relative"]
     color = style.method(row["method"]).color
@@ -71,7 +82,8 @@ def _forest_panel(panel, rows: pd.DataFrame, methods: list[str], limit: float) -
       panel.plot([low, high], [y, y], color=color, linewidth=1.6, solid_capstyle="butt")
     clear = row["verdict"] in ("better", "worse")
     face = color if clear else style.PAPER
-    panel.plot(mean, y, "o", color=color, markerfacecolor=face, markersize=4.8)
+    marker = "X" if row["verdict"] == "diverged" else "o"
+    panel.plot(mean, y, marker, color=color, markerfacecolor=face, markersize=4.8)
 
 
 def noise(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
@@ -103,12 +115,15 @@ def noise(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
       )  # fmt: skip
     ends = group[["test_mse", "test_mse_low", "test_mse_high"]].to_numpy()
     panels.log_axis(panel.yaxis, np.nanmin(ends), np.nanmax(ends))
-    panel.set_xticks(sorted(group["noise_level"].unique()))
-    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.set_title(f"{task}, {kind} noise".replace("_", " "))
+    levels = sorted(group["noise_level"].unique())
+    if levels[0] > 0 and levels[-1] > 5 * levels[0]:
+      panels.log_axis(panel.xaxis, levels[0], levels[-1])
+    panel.set_xticks(levels, [f"{level:g}" for level in levels])
+    of_kind = "" if kind in ("none", "own") else f", {kind} noise"
+    panel.set_title(f"{task}{of_kind}".replace("_", " "))
     panel.grid(True)
   panels.label_outer(axes, "noise level", "test MSE")
-  panels.legend(figure, _handles(methods, front))
+  panels.legend(figure, panels.handles(methods, front))
   return panels.Drawn(
     "noise",
     "Error against noise level",
@@ -126,37 +141,39 @@ def parameters(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str
   trained = rows[rows["trainable_params"] > 0]
   if trained["trainable_params"].nunique() < 2:
     return "Error against parameters: all methods have the same number of trainable parameters."
+  fewest, most = trained["trainable_params"].min(), trained["trainable_params"].max()
+  methods = style.ordered(trained["method"])
+  front = style.highlighted(methods)
   figure, axes = panels.grid(len(shown), height=2.6)
   for panel, setting in zip(axes, shown, strict=True):
     here = trained[(trained[inputs.SETTING] == list(setting)).all(axis=1)]
-    base = rows[(rows[inputs.SETTING] == list(setting)).all(axis=1)]["base_mse"].mean()
     for row in here.to_dict("records"):
-      look = style.method(row["method"])
+      look, size = style.method(row["method"]), 6
+      if row["method"] not in front:
+        look, size = dataclasses.replace(look, color=style.MUTED, marker="."), 5
       panel.errorbar(
         row["trainable_params"], row["test_mse"], _error_bars(pd.DataFrame([row])),
-        color=look.color, marker=look.marker, linestyle="none", elinewidth=0.8, markersize=6,
+        color=look.color, marker=look.marker, linestyle="none", elinewidth=0.8, markersize=size,
+        zorder=3 if row["method"] in front else 2,
       )  # fmt: skip
     ends = here[["test_mse", "test_mse_low", "test_mse_high"]].to_numpy()
-    high = np.nanmax(ends)
-    if math.isfinite(base):
-      panel.axhline(base, color=style.INK, linestyle=":", linewidth=1)
-      high = max(high, base)
-    panels.log_axis(panel.yaxis, np.nanmin(ends), high)
-    panels.log_axis(
-      panel.xaxis, trained["trainable_params"].min(), trained["trainable_params"].max()
-    )
+    panels.log_axis(panel.yaxis, np.nanmin(ends), np.nanmax(ends))
+    panels.log_axis(panel.xaxis, fewest, most)
     panel.set_title(study.setting_label(setting))
     panel.grid(True)
   panels.label_outer(axes, "trainable parameters", "test MSE")
-  handles = [panels.handle(k, linestyle="none") for k in style.ordered(trained["method"])]
-  panels.legend(figure, [*handles, panels.handle("none", marker="", linewidth=1)])
+  handles = [panels.handle(k, linestyle="none") for k in front]
+  if len(front) < len(methods):
+    rest = panels.background_handle([m for m in methods if m not in front])
+    rest.set(marker=".", linestyle="none")
+    handles.append(rest)
+  panels.legend(figure, handles)
   return panels.Drawn(
     "parameters",
     "Error against trainable parameters",
     "Mean test error of each method against the number of parameters it trains; bars are 95 % "
     "bootstrap intervals over the seeds. Further down is a lower error, further left is a smaller "
-    "adapter. The dotted line is the frozen base without any adapter."
-    + panels.middle_level_note(study, shown),
+    "adapter." + panels.middle_level_note(study, shown),
     figure,
   )
 
@@ -166,8 +183,3 @@ def _error_bars(rows: pd.DataFrame) -> np.ndarray:
   low = (rows["test_mse"] - rows["test_mse_low"]).fillna(0).clip(lower=0)
   high = (rows["test_mse_high"] - rows["test_mse"]).fillna(0).clip(lower=0)
   return np.stack([low, high])
-
-
-def _handles(methods: list[str], front: list[str]) -> list:
-  rest = [m for m in methods if m not in front]
-  return [panels.handle(m) for m in front] + ([panels.background_handle(rest)] if rest else [])

@@ -1,5 +1,8 @@
 """The routing map: how much weight each block gives each atom, target by target."""
 
+import math
+
+import matplotlib.figure
 import numpy as np
 import pandas as pd
 
@@ -27,9 +30,9 @@ def routing(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   targets = _targets(data)
   shown = targets[:_MOST_TARGETS]
   both = [given for given in (True, False) if (data["with_instruction"] == given).any()]
-  columns = min(_COLUMNS, len(shown))
-  strips = -(-len(shown) // columns)
-  figure = panels.matplotlib.figure.Figure(
+  strips = math.ceil(len(shown) / _COLUMNS)
+  columns = math.ceil(len(shown) / strips)
+  figure = matplotlib.figure.Figure(
     figsize=(max(4.4, panels.WIDTH * columns / _COLUMNS), 1.75 * strips * len(both) + 0.5),
     layout="constrained",
   )
@@ -38,7 +41,6 @@ def routing(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
     axes.set_visible(False)
   cells = {key: _cells(data, *key) for target in shown for key in [(*target, g) for g in both]}
   most = max(np.nanmax(table.to_numpy()) for table in cells.values() if table.size)
-  several_tasks = len({task for task, _ in shown}) > 1
   mesh = None
   for index, target in enumerate(shown):
     strip, column = divmod(index, columns)
@@ -49,7 +51,7 @@ def routing(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
       axes = grid[strip * len(both) + row, column]
       axes.set_visible(True)
       mesh = axes.pcolormesh(
-        table.columns, table.index, table.to_numpy(), vmin=0, vmax=most, cmap="cividis",
+        table.columns, table.index, table.to_numpy(), vmin=0, vmax=most, cmap="Blues",
         shading="nearest", edgecolors="face", linewidth=0.1,
       )  # fmt: skip
       axes.spines[:].set_visible(False)
@@ -57,14 +59,14 @@ def routing(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
       axes.set_yticks(_few(table.index))
       axes.set_xticks(_few(table.columns))
       if row == 0:
-        name = f"{target[0]}: {target[1]}" if several_tasks else str(target[1])
-        axes.set_title(name.replace("_", " "))
+        axes.set_title(_name(*target, targets).replace("_", " "))
       elif (moved := _moved(cells[(*target, True)], table)) is not None:
-        axes.set_title(f"moved by the instruction: {moved:.0%}", fontweight="normal", fontsize=7.5)
+        axes.set_title(f"{100 * moved:.0f} % moved", fontweight="normal", fontsize=7.5)
       if column == 0:
         axes.set_ylabel(("with" if given else "without") + " instruction\nblock", fontsize=7.5)
-      if row == len(both) - 1:
+      if row == len(both) - 1 and index + columns >= len(shown):
         axes.set_xlabel("atom")
+        axes.tick_params(axis="x", labelbottom=True)
   if grid[0, 0].get_visible():
     grid[0, 0].invert_yaxis()
   figure.colorbar(mesh, ax=grid, label="mean weight", shrink=0.7, aspect=30, pad=0.015)
@@ -89,6 +91,13 @@ def _targets(data: pd.DataFrame) -> list[tuple[str, str]]:
   return list(pairs[["task", "target"]].itertuples(index=False, name=None))
 
 
+def _name(task: str, target: str, targets: list[tuple[str, str]]) -> str:
+  """The target's name, with the task's where there are several; the task's alone if it has one."""
+  if len({t for t, _ in targets}) == 1:
+    return target
+  return task if sum(t == task for t, _ in targets) == 1 else f"{task}\n{target}"
+
+
 def _cells(data: pd.DataFrame, task: str, target: str, given: bool) -> pd.DataFrame:
   """Mean weights, blocks by atoms, over the runs."""
   rows = data[
@@ -105,4 +114,4 @@ def _moved(given: pd.DataFrame, withheld: pd.DataFrame) -> float | None:
 
 
 def _few(labels: pd.Index) -> list:
-  return list(labels[:: max(1, -(-len(labels) // 5))])
+  return list(labels[:: max(1, math.ceil(len(labels) / 5))])

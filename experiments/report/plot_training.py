@@ -1,5 +1,6 @@
 """Figures of training: learning curves, and the error against the learning rate."""
 
+import matplotlib.ticker
 import numpy as np
 import pandas as pd
 
@@ -12,7 +13,7 @@ def curves(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
     return "Learning curves: the study has no curves.parquet."
   final = study.stage("final")[["run_id", *inputs.SETTING, "method"]]
   data = study.curves.merge(final, on="run_id")
-  data = data[np.isfinite(data["validation_mse"])]
+  data = data[np.isfinite(data["validation_mse"]) & (data["method"] != "none")]
   shown = [s for s in study.shown_settings() if _of(data, s).any()]
   if not shown:
     return "Learning curves: curves.parquet has no step of a final run."
@@ -24,14 +25,14 @@ def curves(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
     _curves_panel(panel, here, methods, front)
     panel.set_title(study.setting_label(setting))
   panels.label_outer(axes, "training step", "validation MSE")
-  panels.legend(figure, _handles(methods, front))
+  panels.legend(figure, panels.handles(methods, front))
   return panels.Drawn(
     "curves",
     "Learning curves",
     "Validation error during the final runs, each method at its chosen learning rate: the mean "
-    f"over {panels.seeds_text(summary)}, with a band from the least to the greatest. A wide band "
-    "means that the seed matters; a line that turns up again means that training overfits the "
-    "noise." + panels.middle_level_note(study, shown),
+    f"over {panels.seeds_text(summary)}, with a band from the least to the greatest"
+    f"{_band_note(front)}. A wide band means that the seed matters; a line that turns up again "
+    "means that training overfits the noise." + panels.middle_level_note(study, shown),
     figure,
   )
 
@@ -48,23 +49,29 @@ def _curves_panel(panel, here: pd.DataFrame, methods: list[str], front: list[str
     else:
       look = style.method(key)
       every = max(1, len(mean) // 5)
-      panel.fill_between(mean.index, low, high, color=look.color, alpha=0.13, linewidth=0)
+      if key in _banded(front):
+        panel.fill_between(mean.index, low, high, color=look.color, alpha=0.15, linewidth=0)
       panel.plot(
         mean.index, mean, color=look.color, linestyle=look.line, marker=look.marker,
         markevery=(index % every, every), markersize=4.5, zorder=3,
       )  # fmt: skip
-      ends += [low.min(), high.max()]
+      ends += [low.min(), high.max()] if key in _banded(front) else [mean.min(), mean.max()]
   panels.log_axis(panel.yaxis, min(ends), max(ends))
-  panel.xaxis.set_major_locator(_few_steps(here["step"].max()))
+  ticks = matplotlib.ticker.MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=True)
+  panel.xaxis.set_major_locator(ticks)
   panel.xaxis.set_major_formatter(lambda value, _: panels.short(value) if value else "0")
   panel.set_xlim(left=0)
   panel.grid(True)
 
 
-def _few_steps(last: float):
-  import matplotlib.ticker
+def _banded(front: list[str]) -> list[str]:
+  """The methods with a band: all of a few, otherwise the two that the report compares."""
+  return front if len(front) <= 5 else [m for m in front if m in ("lora", style.ROUTED_REFERENCE)]
 
-  return matplotlib.ticker.MaxNLocator(nbins=4, integer=True)
+
+def _band_note(front: list[str]) -> str:
+  names = [style.method(m).label for m in _banded(front)]
+  return "" if len(names) == len(front) else f" for {' and '.join(names)}"
 
 
 def learning_rates(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
@@ -97,14 +104,14 @@ def learning_rates(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn |
     "lora", label="LoRA at its best rate", linewidth=0.8, marker="", linestyle=":"
   )
   extra = [ring, cross] + ([best] if "lora" in methods else [])
-  panels.legend(figure, _handles(methods, front) + extra)
+  panels.legend(figure, panels.handles(methods, front) + extra)
   return panels.Drawn(
     "learning_rates",
     "Sensitivity to the learning rate",
     "Validation error of the search runs against the learning rate, both on log scales: the mean "
-    "over the seeds, with a band from the least to the greatest. A flat, wide valley means that the "
-    "learning rate needs little tuning; a curve that shoots up means that training breaks down "
-    "there. A ring marks the rate used for the final runs."
+    f"over the seeds, with a band from the least to the greatest{_band_note(front)}. A flat, wide "
+    "valley means that the learning rate needs little tuning; a curve that shoots up means that "
+    "training breaks down there. A ring marks the rate used for the final runs."
     + panels.middle_level_note(study, shown),
     figure,
   )
@@ -124,10 +131,11 @@ def _rates_panel(
     if key not in front:
       panel.plot(inside.index, inside["mean"], color=style.MUTED, linewidth=0.6, zorder=1)
       continue
-    panel.fill_between(
-      inside.index, inside["min"], inside["max"].clip(upper=high * 2), color=look.color,
-      alpha=0.13, linewidth=0,
-    )  # fmt: skip
+    if key in _banded(front):
+      panel.fill_between(
+        inside.index, inside["min"], inside["max"].clip(upper=high * 2), color=look.color,
+        alpha=0.15, linewidth=0,
+      )  # fmt: skip
     panel.plot(
       inside.index, inside["mean"], color=look.color, linestyle=look.line, marker=look.marker,
       markersize=4.5, zorder=3,
@@ -156,8 +164,3 @@ def _rates_panel(
 
 def _of(table: pd.DataFrame, setting) -> pd.Series:
   return (table[inputs.SETTING] == list(setting)).all(axis=1)
-
-
-def _handles(methods: list[str], front: list[str]) -> list:
-  rest = [m for m in methods if m not in front]
-  return [panels.handle(m) for m in front] + ([panels.background_handle(rest)] if rest else [])

@@ -43,7 +43,7 @@ _METHODS = (
   Method("full", "Full fine-tuning", INK, "-", "s", True, "every weight of the base is trained"),
   Method("lora", "LoRA", _BLUE, "-", "o", True, "one low-rank update for each weight matrix"),
   Method(
-    "lora_input", "LoRA, instruction in input", _BLUE, "--", "^", True,
+    "lora_input", "LoRA with instruction", _BLUE, "--", "^", True,
     "LoRA, with the instruction's embedding added to the network's input",
   ),
   Method("rslora", "rsLoRA", _BLUE, "-.", "v", False, "LoRA scaled by 1/sqrt(rank)"),
@@ -68,31 +68,31 @@ _METHODS = (
     "a query routes over one shared memory of low-rank atoms",
   ),
   Method(
-    "queryable_prior", "Queryable, prior", _VERMILLION, "--", "h", False,
+    "queryable_prior", "Queryable + prior", _VERMILLION, "--", "h", False,
     "Queryable, with the instruction as a prior over the atoms",
   ),
   Method(
-    "queryable_kl", "Queryable, KL", _VERMILLION, "-.", "8", False,
+    "queryable_kl", "Queryable + KL", _VERMILLION, "-.", "8", False,
     "Queryable, with a penalty that pulls the routing towards the instruction's prior",
   ),
   Method(
-    "queryable_query", "Queryable, query", _ORANGE, "-", "p", False,
+    "queryable_query", "Queryable + query", _ORANGE, "-", "p", False,
     "Queryable, with the instruction in the query",
   ),
   Method(
-    "queryable_prior_query", "Queryable, prior + query", _ORANGE, "--", "H", False,
+    "queryable_prior_query", "Queryable + prior + query", _ORANGE, "--", "H", False,
     "Queryable, with the instruction in the prior and in the query",
   ),
   Method(
-    "queryable_topk", "Queryable, top-k", _ORANGE, "-.", ">", False,
+    "queryable_topk", "Queryable (top-k)", _ORANGE, "-.", ">", False,
     "Queryable, keeping only the few atoms with the largest weights",
   ),
   Method(
-    "queryable_recurrent", "Queryable, recurrent", _ORANGE, ":", "1", False,
+    "queryable_recurrent", "Queryable (recurrent)", _ORANGE, ":", "1", False,
     "Queryable, with a recurrent summary of the earlier blocks",
   ),
   Method(
-    "queryable_no_summary", "Queryable, no summary", _VERMILLION, _LONG_DASH, "d", False,
+    "queryable_no_summary", "Queryable (no summary)", _VERMILLION, _LONG_DASH, "d", False,
     "Queryable, without a summary of the earlier blocks in the query",
   ),
   Method(

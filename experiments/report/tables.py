@@ -62,7 +62,7 @@ def _of_method(key: str, runs: pd.DataFrame, searched: pd.DataFrame) -> dict:
   failed = _failed(runs, "error").to_numpy()
   error = error[~failed]
   mean, low, high = _interval(statistics.bootstrap_mean, error)
-  rates = runs["learning_rate"].dropna()
+  rates = runs.loc[runs["trainable_params"] > 0, "learning_rate"].dropna()
   row = {
     "method": key,
     "label": style.method(key).label,
@@ -177,7 +177,7 @@ def _markdown_cells(row: dict) -> list[str]:
   return [
     row["label"].replace("|", "\\|"),
     count(row["trainable_params"]),
-    number(row["learning_rate"]),
+    plain(row["learning_rate"]),
     interval("test_mse", number),
     interval("difference", signed),
     interval("relative", percent),
@@ -203,9 +203,16 @@ def number(value: float, digits: int = 3) -> str:
   return f"{value:.{decimals}f}"
 
 
-def signed(value: float) -> str:
+def plain(value: float) -> str:
+  """A number as one would type it: 0.01, 3e-05."""
+  return f"{value:g}" if math.isfinite(value) else MISSING
+
+
+def signed(value: float, digits: int = 3) -> str:
   """A number that shows its sign, with a true minus."""
-  return number(value) if value == 0 else ("+" if value > 0 else "−") + number(abs(value))
+  if value == 0 or not math.isfinite(value):
+    return number(value)
+  return ("+" if value > 0 else "−") + number(abs(value), digits)
 
 
 def percent(value: float) -> str:

@@ -1,0 +1,57 @@
+"""The routed step against the LoRA step at equal rank, for one run and for many at once.
+
+  PYTHONPATH=. python benchmarks/routed_step.py
+
+Prints ratios measured in one process; the times beside them hold for this machine only. The
+physical limit is the base's matrix products, which both sides share.
+"""
+
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from qlora_jax.adapters import config as adapter_config
+from qlora_jax.models import mlp
+from qlora_jax.training import group, optimizer, settings, step
+
+STEPS, BATCH, RANK, REPEATS = 50, 64, 8, 5
+
+
+def seconds_a_run_step(adapter: adapter_config.AdapterConfig, runs: int) -> float:
+  """Median seconds a step and run, compiled, over `REPEATS` calls of `STEPS` steps."""
+  shape = mlp.MLPConfig(inputs=24, layers=4, layers_per_block=1)
+  program = group.Program(mlp.MLP(shape, adapter), optimizer.OptimizerConfig(steps=10_000))
+  base = settings.random_base(shape, 0)
+  states, frozen = program.init(base, np.arange(runs), np.full(runs, 1e-3))
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(1, STEPS, BATCH, 24)).astype(np.float32)
+  batches = step.Batch(x, x[..., 0], x[..., :16])
+  row, times = np.zeros(runs, np.int32), []
+  for _ in range(REPEATS + 2):  # the first two compile
+    began = time.perf_counter()
+    states, metrics = program.train(states, frozen, batches, row)
+    jax.block_until_ready((states, metrics))
+    times.append(time.perf_counter() - began)
+  return statistics.median(times[2:]) / STEPS / runs
+
+
+def main() -> None:
+  plain = adapter_config.AdapterConfig(method="lora", rank=RANK)
+  print("step a run, microseconds (ratio to LoRA of the same number of runs)")
+  for runs in (1, 21):
+    reference = seconds_a_run_step(plain, runs)
+    print(f"runs {runs:3d}  lora {1e6 * reference:8.0f}")
+    for name, fields in {
+      "queryable": {},
+      "queryable, no summary": {"summary": "none"},
+      "queryable, top 4": {"top_k": 4},
+      "queryable, product": {"contraction": "product"},
+    }.items():
+      routed = seconds_a_run_step(adapter_config.AdapterConfig(rank=RANK, **fields), runs)
+      print(f"runs {runs:3d}  {name} {1e6 * routed:8.0f}  ({routed / reference:.2f} x)")
+
+
+if __name__ == "__main__":
+  main()
