@@ -26,10 +26,15 @@ def subject_of(summary: pd.DataFrame) -> str | None:
   return next((m for m in present if m.startswith(style.ROUTED_REFERENCE)), None)
 
 
+def compared(summary: pd.DataFrame, method: str | None) -> pd.DataFrame:
+  """The rows that compare `method` with another, also where all of its runs diverged."""
+  return summary[(summary["method"] == method) & ~summary["baseline"].isin(["", method])]
+
+
 def write(summary: pd.DataFrame) -> Headline:
   """The headline of a summary table."""
   subject = subject_of(summary)
-  own = summary[(summary["method"] == subject) & (summary["num_pairs"] > 0)]
+  own = compared(summary, subject)
   details = []
   if own.empty:
     lead = (
@@ -59,6 +64,8 @@ def _compare(subject: str, baseline: str, rows: pd.DataFrame) -> tuple[str, str]
   on = data_sets(total) if total > 1 else rows["setting"].iloc[0]
   if diverged == total:
     lead = f"A final run of {name} diverged on {_of(diverged, rows)}."
+  elif (rows["verdict"] == "too few seeds").all():
+    lead = f"Too few seeds to tell {name} and {other} apart on {on}."
   elif not better and not worse:
     lead = f"No clear difference in test error between {name} and {other} on {on}."
   elif better and not worse:
@@ -71,14 +78,17 @@ def _compare(subject: str, baseline: str, rows: pd.DataFrame) -> tuple[str, str]
       f"{worse} of {on}."
     )
   ratio = _parameter_ratio(rows)
+  pairs = rows.loc[rows["num_pairs"] > 0, "num_pairs"]
+  if pairs.empty:
+    return lead, ""
   if total == 1:
     row = rows.iloc[0]
     interval = tables.with_interval(
       row["relative"], row["relative_low"], row["relative_high"], tables.percent
     )
     return lead, (
-      f"The difference {'of the other runs ' if diverged else ''}is {interval} % (paired, 95 % bootstrap interval over "
-      f"{seeds(rows['num_pairs'])}){ratio}."
+      f"The difference {'of the other runs ' if diverged else ''}is {interval} % (paired, 95 % "
+      f"bootstrap interval over {seeds(pairs)}){ratio}."
     )
   if 0 < diverged < total:
     lead = f"{lead[:-1]}; on {diverged}, a final run of {name} diverged."
@@ -86,7 +96,7 @@ def _compare(subject: str, baseline: str, rows: pd.DataFrame) -> tuple[str, str]
   parts += [f"{diverged} where a run of {name} diverged"] if diverged else []
   sentence = (
     f"Of {on}: {', '.join(parts)}, by paired 95 % bootstrap intervals over "
-    f"{seeds(rows['num_pairs'])}. "
+    f"{seeds(pairs)}. "
     f"The median difference {'over the runs that finished ' if diverged else ''}is "
     f"{tables.percent(rows['relative'].median())} %{ratio}."
   )
@@ -113,19 +123,19 @@ def _winners(summary: pd.DataFrame) -> str:
 
 
 def _warnings(summary: pd.DataFrame) -> list[str]:
-  compared = summary[summary["num_pairs"] > 0]
-  if compared.empty:
+  paired = summary[summary["num_pairs"] > 0]
+  if paired.empty:
     return []
   warnings = []
-  fewest = int(compared["num_pairs"].min())
+  fewest = int(paired["num_pairs"].min())
   if fewest < FEW_SEEDS:
     warnings.append(
       f"With as few as {seeds([fewest])}, 95 % bootstrap intervals are too narrow and hold the "
       "true value less often than they say: read the verdicts as provisional."
     )
-  if len(compared) >= 20:
+  if len(paired) >= 20:
     warnings.append(
-      f"The study makes {len(compared)} comparisons; at 95 % about {round(0.05 * len(compared))} "
+      f"The study makes {len(paired)} comparisons; at 95 % about {round(0.05 * len(paired))} "
       "would come out clear by chance alone. The full table has p-values corrected for that."
     )
   return warnings

@@ -108,7 +108,7 @@ def _hours(seconds) -> str:
 def _glance(summary: pd.DataFrame) -> dict | None:
   """One line a data set: the study's subject, its baseline, and the best method."""
   subject = headline.subject_of(summary)
-  own = summary[(summary["method"] == subject) & (summary["num_pairs"] > 0)]
+  own = headline.compared(summary, subject)
   if own.empty:
     return None
   rows = []
