@@ -13,7 +13,9 @@ def curves(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
     return "Learning curves: the study has no curves.parquet."
   final = study.stage("final")[["run_id", *inputs.SETTING, "method"]]
   data = study.curves.merge(final, on="run_id")
-  data = data[np.isfinite(data["validation_mse"]) & (data["method"] != "none")]
+  data = data[data["method"] != "none"]
+  diverged = not np.isfinite(data["validation_mse"]).all()
+  data = data[np.isfinite(data["validation_mse"])]
   shown = [s for s in study.shown_settings() if _of(data, s).any()]
   if not shown:
     return "Learning curves: curves.parquet has no step of a final run."
@@ -32,7 +34,9 @@ def curves(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
     "Validation error during the final runs, each method at its chosen learning rate: the mean "
     f"over {panels.seeds_text(summary)}, with a band from the least to the greatest"
     f"{_band_note(front)}. A wide band means that the seed matters; a line that turns up again "
-    "means that training overfits the noise." + panels.middle_level_note(study, shown),
+    "means that training overfits the noise."
+    + (" Runs that diverged are left out from where they did." if diverged else "")
+    + panels.middle_level_note(study, shown),
     figure,
   )
 

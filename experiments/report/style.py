@@ -164,6 +164,7 @@ def context():
     "legend.frameon": False,
     "legend.fontsize": 8,
     "legend.handlelength": 3.2,
+    "text.parse_math": False,  # a dollar in a task's name is a dollar
     "figure.facecolor": PAPER,
     "axes.facecolor": PAPER,
     "savefig.facecolor": PAPER,

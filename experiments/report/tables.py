@@ -129,9 +129,11 @@ def _adjust(rows: list[dict]) -> None:
 
 
 def _interval(function, *values: np.ndarray) -> tuple[float, float, float]:
-  """Mean, low and high; nothing from fewer than two seeds."""
-  if len(values[0]) < 2:
+  """Mean, low and high; one seed has a mean and no interval."""
+  if len(values[0]) == 0:
     return _NO_INTERVAL
+  if len(values[0]) == 1:  # the estimate of one seed is that of the same seed twice
+    return (float(function(*(np.repeat(v, 2) for v in values)).mean), math.nan, math.nan)
   return tuple(float(end) for end in function(*values))
 
 
