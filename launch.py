@@ -26,11 +26,9 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print points and parameter count
 
 def main(argv: list[str]) -> None:
   del argv
-  if _CONFIG.value is None:
-    raise errors.UserError("--config: missing; give a file such as configs/regression.py:runlocal")
+  config = _load_config()
   from qlora_jax.training import settings, study  # after the flags: a mistake there answers fast
 
-  config = _CONFIG.value.lock()
   points = _points(config) if _SWEEP.value else [{}]
   if _DRY_RUN.value:
     for own, rates in study.expand(config, points):
@@ -56,12 +54,22 @@ def main(argv: list[str]) -> None:
   print(f"report: {report.write_report(workdir)}")
 
 
+def _load_config():
+  example = "give a file such as configs/regression.py:runlocal"
+  if _CONFIG.value is None:
+    raise errors.UserError(f"--config: missing; {example}")
+  return _CONFIG.value.lock()
+
+
 def _points(config) -> list[dict]:
-  path = flags.FLAGS["config"].config_filename.split(":")[0]
-  spec = importlib.util.spec_from_file_location("sweep_config", path)
+  spec = importlib.util.spec_from_file_location("sweep_config", _config_path())
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_hyper(sweeps, config.variant)
+
+
+def _config_path() -> str:
+  return flags.FLAGS["config"].config_filename.split(":")[0]
 
 
 def cli() -> None:
@@ -71,7 +79,12 @@ def cli() -> None:
     main(arguments)
   except errors.UserError as error:
     _fail(str(error))
-  except (flags.Error, AttributeError, KeyError, TypeError, FileNotFoundError) as error:
+  except OSError as error:
+    # ml_collections reports a config file that it cannot read where its fields are first used.
+    if not str(error).startswith(("Failed loading config", "Configuration is not available")):
+      raise
+    _fail(f"--config: {_config_path()} cannot be read; use one such as configs/regression.py:demo")
+  except (flags.Error, AttributeError, KeyError, TypeError) as error:
     if "arguments" in locals():
       raise  # a bug, not a flag
     _fail(f"flags: {' '.join(str(error).split())}; see the config file for its fields")

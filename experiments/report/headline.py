@@ -18,44 +18,34 @@ class Headline:
   details: tuple[str, ...]
 
 
-def subject_of(summary: pd.DataFrame) -> str | None:
-  """The method that the report is about: fixed in advance, never the one that did best."""
-  present = style.ordered(summary["method"])
-  if style.ROUTED_REFERENCE in present:
-    return style.ROUTED_REFERENCE
-  return next((m for m in present if m.startswith(style.ROUTED_REFERENCE)), None)
-
-
-def compared(summary: pd.DataFrame, method: str | None) -> pd.DataFrame:
-  """The rows that compare `method` with another, also where all of its runs diverged."""
-  return summary[(summary["method"] == method) & ~summary["baseline"].isin(["", method])]
+def compared(summary: pd.DataFrame) -> pd.DataFrame:
+  """The rows of each data set's subject, one for each baseline, also where its runs diverged."""
+  present = summary.groupby("task")["method"].unique()
+  subjects = summary["task"].map({t: style.subject(t, methods) for t, methods in present.items()})
+  own = summary["method"] == subjects
+  return summary[own & ~summary["baseline"].isin([""]) & (summary["baseline"] != summary["method"])]
 
 
 def write(summary: pd.DataFrame) -> Headline:
   """The headline of a summary table."""
-  subject = subject_of(summary)
-  own = compared(summary, subject)
+  # The last baseline of a task is the closest match: on multi_target, LoRA with the instruction.
+  own = compared(summary).groupby(inputs.SETTING).tail(1)
   details = []
   if own.empty:
     lead = (
       "This study does not compare Queryable with another method, so it has no headline result."
     )
   else:
-    # One sentence a baseline; the one met on most data sets leads.
-    sizes = own["baseline"].value_counts()
-    order = sorted(sizes.index, key=lambda b: (-sizes[b], style.ordered(sizes.index).index(b)))
-    sentences = [_compare(subject, b, own[own["baseline"] == b]) for b in order]
-    lead = sentences[0][0]
-    details.append(sentences[0][1])
-    details += [" ".join(pair) for pair in sentences[1:]]
+    lead, *details = _compare(own)
+    details.append(_steadiness(own, summary))
   details.append(_winners(summary))
   details += _warnings(summary)
   return Headline(lead, tuple(d for d in details if d))
 
 
-def _compare(subject: str, baseline: str, rows: pd.DataFrame) -> tuple[str, str]:
-  """A lead and a sentence of counts for one baseline."""
-  name, other = style.method(subject).label, style.method(baseline).label
+def _compare(rows: pd.DataFrame) -> tuple[str, str, str]:
+  """A lead, a sentence of numbers, and one that says which methods the names stand for."""
+  name, other = _common_name(rows["method"]), _common_name(rows["baseline"])
   total = len(rows)
   verdicts = rows["verdict"].value_counts()
   better, worse = int(verdicts.get("better", 0)), int(verdicts.get("worse", 0))
@@ -77,35 +67,87 @@ def _compare(subject: str, baseline: str, rows: pd.DataFrame) -> tuple[str, str]
       f"Compared with {other}, {name} has a lower test error on {better} and a higher one on "
       f"{worse} of {on}."
     )
-  ratio = _parameter_ratio(rows)
+  if 0 < diverged < total:
+    lead = f"{lead[:-1]}; on {diverged}, a final run of {name} diverged."
+  return lead, _numbers(rows, (better, worse, unclear, diverged)), _stands_for(rows, name, other)
+
+
+def _numbers(rows: pd.DataFrame, counts: tuple[int, int, int, int]) -> str:
+  """The sentence of counts, sizes and seeds behind the lead."""
   pairs = rows.loc[rows["num_pairs"] > 0, "num_pairs"]
   if pairs.empty:
-    return lead, ""
-  if total == 1:
+    return ""
+  better, worse, unclear, diverged = counts
+  ratio = _parameter_ratio(rows)
+  if len(rows) == 1:
     row = rows.iloc[0]
     interval = tables.with_interval(
       row["relative"], row["relative_low"], row["relative_high"], tables.percent
     )
-    return lead, (
+    return (
       f"The difference {'of the other runs ' if diverged else ''}is {interval} % (paired, 95 % "
-      f"bootstrap interval over {seeds(pairs)}){ratio}."
+      f"bootstrap interval over {seeds(pairs)}), with {ratio}."
     )
-  if 0 < diverged < total:
-    lead = f"{lead[:-1]}; on {diverged}, a final run of {name} diverged."
   parts = [f"{better} lower", f"{worse} higher", f"{unclear} not told apart"]
-  parts += [f"{diverged} where a run of {name} diverged"] if diverged else []
-  sentence = (
-    f"Of {on}: {', '.join(parts)}, by paired 95 % bootstrap intervals over "
+  parts += [f"{diverged} with a diverged run"] if diverged else []
+  return (
+    f"Of {data_sets(len(rows))}: {', '.join(parts)}, by paired 95 % bootstrap intervals over "
     f"{seeds(pairs)}. "
     f"The median difference {'over the runs that finished ' if diverged else ''}is "
-    f"{tables.percent(rows['relative'].median())} %{ratio}."
+    f"{tables.percent(rows['relative'].median())} %, with {ratio}."
   )
-  return lead, sentence
+
+
+def _steadiness(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
+  """How often the search diverged and how widely the seeds spread, next to the baselines."""
+  columns = [*inputs.SETTING, "method", "diverged_share", "spread"]
+  others = summary[columns].drop_duplicates([*inputs.SETTING, "method"])
+  pairs = rows.merge(
+    others.rename(columns={"method": "baseline"}),
+    on=[*inputs.SETTING, "baseline"], suffixes=("", "_other"),
+  )  # fmt: skip
+  name, other = _common_name(rows["method"]), _common_name(rows["baseline"])
+  parts = []
+  ours, theirs = pairs["diverged_share"].mean(), pairs["diverged_share_other"].mean()
+  if np.isfinite(ours) and np.isfinite(theirs):
+    parts.append(
+      f"{tables.share(ours)} of the search runs of {name} diverged, {tables.share(theirs)} of "
+      f"those of {other}"
+    )
+  ratio = (pairs["spread"] / pairs["spread_other"]).replace(np.inf, np.nan).median()
+  if np.isfinite(ratio):
+    parts.append(f"over the seeds its error spreads {ratio:.2g} times as widely")
+  return f"Steadiness: {'; '.join(parts)}." if parts else ""
+
+
+def _common_name(methods: pd.Series) -> str:
+  """The one method's label; a family's name where data sets differ in the variant."""
+  labels = list(dict.fromkeys(style.method(m).label for m in methods))
+  if len(labels) == 1:
+    return labels[0]
+  for family in ("queryable", "lora"):
+    if methods.str.startswith(family).all():
+      return style.method(family).label
+  return "the baseline"
+
+
+def _stands_for(rows: pd.DataFrame, name: str, other: str) -> str:
+  """Names the variants behind a family's name, data set by data set."""
+  sentences = []
+  for (method, baseline), group in rows.groupby(["method", "baseline"], sort=False):
+    pairs = ((name, style.method(method).label), (other, style.method(baseline).label))
+    parts = [f"{short} stands for {full}" for short, full in pairs if short != full]
+    if parts:
+      tasks = ", ".join(dict.fromkeys(task.replace("_", " ") for task in group["task"]))
+      sentences.append(f"On {tasks}, {' and '.join(parts)}.")
+  return " ".join(sentences)
 
 
 def _parameter_ratio(rows: pd.DataFrame) -> str:
   ratio = (rows["trainable_params"] / rows["baseline_params"]).median()
-  return f", with {ratio:.2g} times the trainable parameters" if np.isfinite(ratio) else ""
+  if 0.95 <= ratio <= 1.05:
+    return "about as many trainable parameters"
+  return f"{ratio:.2g} times the trainable parameters"
 
 
 def _winners(summary: pd.DataFrame) -> str:
@@ -138,6 +180,14 @@ def _warnings(summary: pd.DataFrame) -> list[str]:
       f"The study makes {len(paired)} comparisons; at 95 % about {round(0.05 * len(paired))} "
       "would come out clear by chance alone. The full table has p-values corrected for that."
     )
+  own = summary.drop_duplicates([*inputs.SETTING, "method"])
+  if own["rate_at_edge"].any():
+    names = ", ".join(own.loc[own["rate_at_edge"], "label"].drop_duplicates().head(6))
+    warnings.append(
+      f"In {int(own['rate_at_edge'].sum())} of {int(own['learning_rate'].notna().sum())} cases the "
+      f"chosen learning rate is the lowest or highest one tried ({names}): rates beyond it might "
+      "do better."
+    )
   return warnings
 
 
@@ -148,7 +198,9 @@ def data_sets(number: int) -> str:
 def _of(number: int, rows: pd.DataFrame) -> str:
   if len(rows) == 1:
     return rows["setting"].iloc[0]
-  return f"{'all' if number == len(rows) else f'{number} of'} {data_sets(len(rows))}"
+  if number == len(rows):
+    return "both data sets" if number == 2 else f"all {number} data sets"
+  return f"{number} of {data_sets(len(rows))}"
 
 
 def seeds(numbers) -> str:

@@ -57,6 +57,8 @@ def render(
   template = environment.get_template("template.html.j2")
   figures = [_figure(number, item, directory) for number, item in enumerate(drawn, start=1)]
   stability = ("curves", "learning_rates")
+  own = headline.compared(summary)
+  subjects = set(zip(own["task"], own["method"], strict=True))
   one_baseline = summary["baseline"].nunique() < 2
   columns = [c for c in _COLUMNS if not (one_baseline and c[2] == "baseline_label")]
   return template.render(
@@ -65,7 +67,10 @@ def render(
     headline=headline.write(summary),
     glance=_glance(summary),
     columns=[{"name": n, "hint": hint, "text": f is None} for n, hint, _, f in columns],
-    rows=[_row(row, columns) for row in summary.to_dict("records")],
+    rows=[
+      _row(row, columns, (row["task"], row["method"]) in subjects)
+      for row in summary.to_dict("records")
+    ],
     settings=list(dict.fromkeys(summary["setting"])),
     result_figures=[f for f in figures if f["name"] not in stability],
     stability_figures=[f for f in figures if f["name"] in stability],
@@ -107,8 +112,7 @@ def _hours(seconds) -> str:
 
 def _glance(summary: pd.DataFrame) -> dict | None:
   """One line a data set: the study's subject, its baseline, and the best method."""
-  subject = headline.subject_of(summary)
-  own = headline.compared(summary, subject)
+  own = headline.compared(summary)
   if own.empty:
     return None
   rows = []
@@ -119,6 +123,7 @@ def _glance(summary: pd.DataFrame) -> dict | None:
     best = finished.nsmallest(1, "test_mse").to_dict("records")
     rows.append({
       "setting": row["setting"],
+      "method": row["label"],
       "base": tables.number(row["base_mse"]),
       "baseline": style.method(row["baseline"]).label,
       "other": _interval(other, "test_mse", tables.number),
@@ -127,16 +132,16 @@ def _glance(summary: pd.DataFrame) -> dict | None:
       "verdict": row["verdict"],
       "best": f"{best[0]['label']}, {tables.number(best[0]['test_mse'])}" if best else "",
     })  # fmt: skip
-  several = len({row["baseline"] for row in rows}) > 1
+  several = own[["method", "baseline"]].drop_duplicates().shape[0] > 1
   return {
-    "subject": style.method(subject).label,
+    "subject": "Its test MSE" if several else style.method(own["method"].iloc[0]).label,
     "baseline": "Compared with" if several else rows[0]["baseline"],
     "several": several,
     "rows": rows,
   }
 
 
-def _row(row: dict, columns: Sequence[tuple]) -> dict:
+def _row(row: dict, columns: Sequence[tuple], is_subject: bool) -> dict:
   """The cells of one line of the full table, each with the value that it sorts by."""
   row = row | {"baseline_label": style.method(row["baseline"]).label if row["baseline"] else ""}
   cells = []
@@ -153,7 +158,7 @@ def _row(row: dict, columns: Sequence[tuple]) -> dict:
   return {
     "setting": row["setting"],
     "cells": cells,
-    "subject": row["method"] == style.ROUTED_REFERENCE,
+    "subject": is_subject,
     "failed": row["failed_runs"],
   }
 

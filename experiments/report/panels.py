@@ -75,7 +75,7 @@ def handle(key: str, **override) -> matplotlib.lines.Line2D:
 def legend(figure: matplotlib.figure.Figure, handles: Sequence) -> None:
   """One legend below all panels."""
   width = figure.get_figwidth()
-  columns = min(len(handles), max(2, int(width / 1.8)))
+  columns = min(len(handles), max(2, int(width / 2.1)))
   columns = math.ceil(len(handles) / math.ceil(len(handles) / columns))  # even rows
   figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 

@@ -1,6 +1,7 @@
 """The routing map: how much weight each block gives each atom, target by target."""
 
 import math
+import textwrap
 
 import matplotlib.figure
 import numpy as np
@@ -21,12 +22,8 @@ def routing(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   data = data[np.isfinite(data["weight"])].astype({"with_instruction": bool})
   if data.empty:
     return "Routing map: routing.parquet has no finite weight."
-  methods = style.ordered(data["method"])
-  method = style.ROUTED_REFERENCE
-  method = method if method in methods else next(
-    (m for m in methods if m.startswith(method)), methods[0]
-  )  # fmt: skip
-  data = data[data["method"] == method]
+  methods = {task: _method(task, rows["method"]) for task, rows in data.groupby("task")}
+  data = data[data["method"] == data["task"].map(methods)]
   targets = _targets(data)
   shown = targets[:_MOST_TARGETS]
   both = [given for given in (True, False) if (data["with_instruction"] == given).any()]
@@ -36,7 +33,7 @@ def routing(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
     figsize=(max(4.4, panels.WIDTH * columns / _COLUMNS), 1.75 * strips * len(both) + 0.5),
     layout="constrained",
   )
-  grid = figure.subplots(strips * len(both), columns, squeeze=False, sharex=True, sharey=True)
+  grid = figure.subplots(strips * len(both), columns, squeeze=False)
   for axes in grid.flat:
     axes.set_visible(False)
   cells = {key: _cells(data, *key) for target in shown for key in [(*target, g) for g in both]}
@@ -59,28 +56,47 @@ def routing(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
       axes.set_yticks(_few(table.index))
       axes.set_xticks(_few(table.columns))
       if row == 0:
-        axes.set_title(_name(*target, targets).replace("_", " "))
+        axes.set_title(_name(*target, targets))
       elif (moved := _moved(cells[(*target, True)], table)) is not None:
         axes.set_title(f"{100 * moved:.0f} % moved", fontweight="normal", fontsize=7.5)
       if column == 0:
         axes.set_ylabel(("with" if given else "without") + " instruction\nblock", fontsize=7.5)
+      axes.tick_params(labelbottom=row == len(both) - 1, labelleft=column == 0)
       if row == len(both) - 1 and index + columns >= len(shown):
         axes.set_xlabel("atom")
-        axes.tick_params(axis="x", labelbottom=True)
-  if grid[0, 0].get_visible():
-    grid[0, 0].invert_yaxis()
+      axes.invert_yaxis()
   figure.colorbar(mesh, ax=grid, label="mean weight", shrink=0.7, aspect=30, pad=0.015)
   left_out = len(targets) - len(shown)
   return panels.Drawn(
     "routing",
-    f"Which atoms are used: {style.method(method).label}",
+    "Which atoms are used",
     "Mean weight of each atom (column) in each block (row) over the test inputs, with the "
     "instruction given and with it withheld, on one colour scale. Targets with different maps use "
     "different atoms; equal maps above and below mean that the instruction does not steer the "
     "routing. The share above a lower map is how much of the weight the instruction moves to other "
-    "atoms." + (f" {left_out} more targets are left out." if left_out else ""),
+    f"atoms. {_whose(methods, shown)}"
+    + (f" {left_out} more targets are left out." if left_out else ""),
     figure,
   )
+
+
+def _method(task: str, present: pd.Series) -> str:
+  """The method whose maps are drawn: the one that the report is about, if it has any."""
+  return style.subject(task, present) or style.ordered(present)[0]
+
+
+def _whose(methods: dict[str, str], shown: list[tuple[str, str]]) -> str:
+  """Says which method's maps these are."""
+  tasks: dict[str, list[str]] = {}
+  for task in dict.fromkeys(task for task, _ in shown):
+    tasks.setdefault(style.method(methods[task]).label, []).append(task.replace("_", " "))
+  if len(tasks) == 1:
+    return f"The method is {next(iter(tasks))}."
+  return f"The method is {'; '.join(f'{m} on {_list(names)}' for m, names in tasks.items())}."
+
+
+def _list(names: list[str]) -> str:
+  return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
 
 
 def _targets(data: pd.DataFrame) -> list[tuple[str, str]]:
@@ -92,10 +108,11 @@ def _targets(data: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _name(task: str, target: str, targets: list[tuple[str, str]]) -> str:
-  """The target's name, with the task's where there are several; the task's alone if it has one."""
-  if len({t for t, _ in targets}) == 1:
-    return target
-  return task if sum(t == task for t, _ in targets) == 1 else f"{task}\n{target}"
+  """The target's name under the task's, where there is more than one of either."""
+  parts = [task] if len({t for t, _ in targets}) > 1 else []
+  parts += [target] if sum(t == task for t, _ in targets) > 1 or not parts else []
+  lines = [line for part in parts for line in textwrap.wrap(part.replace("_", " "), 19)]
+  return "\n".join(lines)
 
 
 def _cells(data: pd.DataFrame, task: str, target: str, given: bool) -> pd.DataFrame:

@@ -69,13 +69,14 @@ def _curves_panel(panel, here: pd.DataFrame, methods: list[str], front: list[str
 
 
 def _banded(front: list[str]) -> list[str]:
-  """The methods with a band: all of a few, otherwise the two that the report compares."""
-  return front if len(front) <= 5 else [m for m in front if m in ("lora", style.ROUTED_REFERENCE)]
+  """The methods with a band: all of a few, otherwise those that the headline compares."""
+  named = ("lora", "lora_input", *style.SUBJECTS.values())
+  return front if len(front) <= 5 else [m for m in front if m in named]
 
 
 def _band_note(front: list[str]) -> str:
   names = [style.method(m).label for m in _banded(front)]
-  return "" if len(names) == len(front) else f" for {' and '.join(names)}"
+  return "" if len(names) == len(front) else f" for {', '.join(names)}"
 
 
 def learning_rates(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:

@@ -30,7 +30,7 @@ class Method:
   label: str
   color: str
   line: str | tuple
-  marker: str
+  marker: str | tuple
   main: bool = False
   description: str = ""
 
@@ -41,6 +41,10 @@ _LONG_DASH = (0, (8, 2))
 _METHODS = (
   Method("none", "Frozen base", INK, ":", "x", True, "the pretrained network, unchanged"),
   Method("full", "Full fine-tuning", INK, "-", "s", True, "every weight of the base is trained"),
+  Method(
+    "full_input", "Full with instruction", INK, "--", (4, 1, 0), True,
+    "full fine-tuning, with the instruction's embedding added to the network's input",
+  ),
   Method("lora", "LoRA", _BLUE, "-", "o", True, "one low-rank update for each weight matrix"),
   Method(
     "lora_input", "LoRA with instruction", _BLUE, "--", "^", True,
@@ -68,7 +72,7 @@ _METHODS = (
     "a query routes over one shared memory of low-rank atoms",
   ),
   Method(
-    "queryable_prior", "Queryable + prior", _VERMILLION, "--", "h", False,
+    "queryable_prior", "Queryable + prior", _VERMILLION, "--", "h", True,
     "Queryable, with the instruction as a prior over the atoms",
   ),
   Method(
@@ -109,7 +113,17 @@ _ORDER = {m.key: i for i, m in enumerate(_METHODS)}
 _OTHER_LINES = ("-", "--", "-.", ":", _LONG_DASH, _DASH_DOT_DOT)
 _OTHER_MARKERS = ("3", "4", "|", ".", "_", "o")
 
-ROUTED_REFERENCE = "queryable"  # the method that the headline is about
+# The method that the headline is about, by task; the empty name stands for every other task. On
+# multi_target only the instruction tells the targets apart, so it is the variant that reads it.
+SUBJECTS = {"": "queryable", "multi_target": "queryable_prior"}
+
+
+def subject(task: str, present: Iterable[str]) -> str | None:
+  """The method of `present` that the report is about on `task`: fixed, never the best one."""
+  present = ordered(present)
+  if SUBJECTS.get(task) in present:
+    return SUBJECTS[task]
+  return next((m for m in present if m.startswith(SUBJECTS[""])), None)
 
 
 def method(key: str) -> Method:

@@ -63,11 +63,14 @@ def _of_method(key: str, runs: pd.DataFrame, searched: pd.DataFrame) -> dict:
   error = error[~failed]
   mean, low, high = _interval(statistics.bootstrap_mean, error)
   rates = runs.loc[runs["trainable_params"] > 0, "learning_rate"].dropna()
+  rate = rates.mode().iloc[0] if len(rates) else math.nan
+  tried = sorted(searched["learning_rate"].dropna().unique())
   row = {
     "method": key,
     "label": style.method(key).label,
     "trainable_params": runs["trainable_params"].median(),
-    "learning_rate": rates.mode().iloc[0] if len(rates) else math.nan,
+    "learning_rate": rate,
+    "rate_at_edge": len(tried) > 1 and rate in (tried[0], tried[-1]),
     "num_seeds": len(runs),
     "failed_runs": int(failed.sum()),
     "noise_free": bool(runs["noise_free"].all()),

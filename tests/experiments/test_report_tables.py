@@ -116,6 +116,40 @@ def test_multi_target_is_compared_with_both_baselines(tmp_path, make_study):
   assert set(other.query("task == 'regimes'")["baseline"]) == {"lora_input"}
 
 
+def test_headline_compares_like_with_like_where_the_instruction_decides(tmp_path, make_study):
+  methods = ("lora", "lora_input", "queryable", "queryable_prior")
+  factors = {"lora": 2.0, "lora_input": 1.0, "queryable": 0.5, "queryable_prior": 1.5}
+  make_study(tmp_path, ("multi_target", "regimes"), methods, seeds=6, factors=factors)
+  text = headline.write(tables.summarize(inputs.read(tmp_path)))
+  # Worse than LoRA with the instruction, although better than LoRA without it.
+  assert text.lead == (
+    "Compared with LoRA, Queryable has a lower test error on 1 and a higher one on 1 of 2 data "
+    "sets."
+  )
+  assert text.details[1] == (
+    "On multi target, Queryable stands for Queryable + prior and LoRA stands for LoRA with "
+    "instruction."
+  )
+
+
+def test_headline_tells_how_steady_both_are(tmp_path, make_study):
+  results = make_study(tmp_path, ("regimes",), seeds=4)
+  text = headline.write(tables.summarize(inputs.read(tmp_path)))
+  ratio = _errors(results, "regimes", "queryable").std() / _errors(results, "regimes", "lora").std()
+  assert any("0 % of the search runs of Queryable diverged, 20 % of" in d for d in text.details)
+  assert any(f"spreads {ratio:.2g} times as widely" in d for d in text.details)
+
+
+def test_a_chosen_rate_at_the_edge_of_the_search_is_said(tmp_path, make_study):
+  results = make_study(tmp_path, ("regimes",))
+  assert not tables.summarize(inputs.read(tmp_path))["rate_at_edge"].any()
+  ours = (results["stage"] == "final") & (results["method"] == "queryable")
+  results.loc[ours, "learning_rate"] = 0.1
+  results.to_parquet(tmp_path / "results.parquet")
+  text = headline.write(tables.summarize(inputs.read(tmp_path)))
+  assert any("In 1 of 3 cases" in d and "(Queryable)" in d for d in text.details)
+
+
 def test_one_seed_gives_a_mean_without_verdict(tmp_path, make_study):
   make_study(tmp_path, seeds=1)
   summary = tables.summarize(inputs.read(tmp_path))

@@ -164,6 +164,8 @@ def test_every_point_of_every_variant_resolves_within_two_percent(variant):
     ),
     (["--config=configs/regression.py:runlocal", "--config.data.task=nope"], "nope"),
     (["--config=configs/absent.py"], "absent"),
+    (["--config=configs/absent.py:demo", "--config.adapter.rank=4"], "absent"),
+    ([], "--config"),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
