@@ -83,11 +83,15 @@ def cli() -> None:
     # ml_collections reports a config file that it cannot read where its fields are first used.
     if not str(error).startswith(("Failed loading config", "Configuration is not available")):
       raise
-    _fail(f"--config: {_config_path()} cannot be read; use one such as configs/regression.py:demo")
+    name = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--config=")), "the file")
+    _fail(f"--config: {name} cannot be read; use one such as configs/regression.py:demo")
   except (flags.Error, AttributeError, KeyError, TypeError) as error:
     if "arguments" in locals():
       raise  # a bug, not a flag
-    _fail(f"flags: {' '.join(str(error).split())}; see the config file for its fields")
+    # ml_collections wraps what a config file raises in the text of its traceback.
+    _, _, mistake = str(error).strip().rpartition("UserError: ")
+    own = "UserError: " in str(error)
+    _fail(mistake if own else f"flags: {' '.join(mistake.split())}; see the config file's fields")
   except KeyboardInterrupt:
     print("interrupted; the same command continues", file=sys.stderr)
     sys.exit(130)
