@@ -4,13 +4,14 @@
   python launch.py --config=configs/regression.py --workdir=DIR --sweep
   python launch.py --config=configs/regression.py --sweep --dry_run
 
-A user's mistake is one line on standard error and exit code 2; an interrupted run exits with 130
-and goes on where it stopped when the same command is given again.
+A user's mistake is one line on standard error and exit code 2; an interrupted run saves, exits
+with 130 (143 after SIGTERM), and goes on where it stopped when the same command is given again.
 """
 
 import importlib.util
 import pathlib
 import shlex
+import signal
 import sys
 
 from absl import flags
@@ -22,6 +23,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :va
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results and checkpoints.")
 _SWEEP = flags.DEFINE_bool("sweep", False, "Run every point of the config's get_hyper.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print points and parameter counts only.")
+_WORKERS = flags.DEFINE_integer(
+  "workers", None, "Processes of a sweep on a CPU; one a core unless told.", lower_bound=1
+)
 
 
 def main(argv: list[str]) -> None:
@@ -48,7 +52,7 @@ def main(argv: list[str]) -> None:
     row = study.single(config, workdir)
     print(f"validation mse {row['validation_mse']:.4f}, test mse {row['test_mse']:.4f}")
     return
-  study.run(config, points, workdir)
+  study.run(config, points, workdir, _WORKERS.value or _default_workers())
   from experiments import report
 
   print(f"report: {report.write_report(workdir)}")
@@ -68,12 +72,21 @@ def _points(config) -> list[dict]:
   return module.get_hyper(sweeps, config.variant)
 
 
+def _default_workers() -> int:
+  import jax
+
+  from qlora_jax.training import workers
+
+  return workers.default_count() if jax.default_backend() == "cpu" else 1
+
+
 def _config_path() -> str:
   return flags.FLAGS["config"].config_filename.split(":")[0]
 
 
 def cli() -> None:
   """Parses flags and runs `main`, turning mistakes into one line."""
+  signal.signal(signal.SIGTERM, _terminate)
   try:
     arguments = flags.FLAGS(sys.argv)
     main(arguments)
@@ -92,9 +105,14 @@ def cli() -> None:
     _, _, mistake = str(error).strip().rpartition("UserError: ")
     own = "UserError: " in str(error)
     _fail(mistake if own else f"flags: {' '.join(mistake.split())}; see the config file's fields")
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as stop:
     print("interrupted; the same command continues", file=sys.stderr)
-    sys.exit(130)
+    sys.exit(143 if stop.args else 130)
+
+
+def _terminate(signum, frame) -> None:
+  """A scheduler's SIGTERM is an interruption: the run saves and exits with 128 + 15."""
+  raise KeyboardInterrupt(signum)
 
 
 def _fail(message: str) -> None:

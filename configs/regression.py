@@ -24,6 +24,7 @@ from qlora_jax.adapters import factory
 
 VARIANTS = ("", "runlocal", "demo", "headline")
 LEARNING_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+OTHER_NOISE_LEVELS = (0.0, 0.25, 1.0)  # beside the study's 0.5, for error against noise
 SYNTHETIC = ("regimes", "multi_target", "friedman1", "friedman2", "friedman3", "sines")
 TABLES = ("bikeshare", "house_prices", "avocados", "flights")
 
@@ -61,7 +62,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def get_hyper(hyper, arg: str | None = None) -> list[dict]:
-  """The full search: tasks x methods x learning rates; seeds come from `protocol`."""
+  """The full search: tasks x methods x learning rates, then noise levels; seeds: `protocol`."""
   if arg == "runlocal":
     rates = hyper.sweep("optimizer.learning_rate", (3e-3, 1e-2))
     return hyper.product(hyper.sweep("adapter.name", ("lora", "queryable")), rates)
@@ -91,11 +92,17 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
       hyper.product(_task("regimes"), hyper.sweep("adapter.name", first[3:]), rates),
       hyper.product(_task("multi_target"), hyper.sweep("adapter.name", second[3:]), rates),
     )
-  return hyper.product(
+  rates = hyper.sweep("optimizer.learning_rate", LEARNING_RATES)
+  methods = hyper.product(
     hyper.chainit(*(_task(name) for name in (*SYNTHETIC, *TABLES))),
     hyper.sweep("adapter.name", tuple(factory.PRESETS)),
-    hyper.sweep("optimizer.learning_rate", LEARNING_RATES),
   )
+  noise = hyper.product(
+    hyper.sweep("data.task", ("regimes",)),
+    hyper.sweep("data.noise_level", OTHER_NOISE_LEVELS),
+    hyper.sweep("adapter.name", ("lora", "queryable", "full", "static")),
+  )
+  return hyper.product(hyper.chainit(methods, noise), rates)
 
 
 def _task(name: str) -> list[dict]:

@@ -4,6 +4,8 @@ B batch          T tokens (regression: T = 1)   D model width     F hidden width
 R rank           M atoms                        Q query width     k atoms kept per token
 N blocks         S layers per block             L = N * S layers
 E instruction width (P: width of the prior's descriptors)
+V vocabulary     H heads                        G key/value heads (J = H / G queries each)
+K head width     C key slots (the sequence itself, or the cache)
 """
 
 import os
@@ -12,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jaxtyping
 import numpy as np
-from jaxtyping import Float, Int  # noqa: F401  (re-exported)
+from jaxtyping import Bool, Float, Int  # noqa: F401  (re-exported)
 
 Array = jax.Array | np.ndarray  # functions take host arrays too
 

@@ -1,9 +1,18 @@
 """A block of layers with one routed operator, and the scan over blocks that carries the summary.
 
-Any residual layer with the two methods below fits; the MLP and the decoder share this file:
+Any residual layer with these methods fits; the MLP and the decoder share this file:
 
-  anchor_state(hidden) -> z          the low-rank state of the layer's first adapted map, step (1)
-  __call__(hidden, routing, shared)  -> (hidden, tuple of routings its branches made themselves)
+  __call__(hidden, routing, shared) -> (hidden, tuple of routings its branches made themselves)
+  anchor_state(hidden) -> z     the low-rank state of the layer's first adapted map at another
+                                hidden state; only the history `output` asks for it
+
+A model that hands `context` to the stack has layers of the longer form
+
+  __call__(hidden, routing, shared, context, cache, place) -> (hidden, cache, routings)
+
+with `context` the same for all layers (positions, masks), `cache` a tree carried from layer to
+layer, and `place` = (block index, slot in the block). The adapted maps ask `routing`
+(`router.BlockRouting`) for the routed operator; the first to ask is the block's anchor.
 """
 
 from collections.abc import Callable
@@ -15,7 +24,13 @@ from jax import numpy as jnp
 
 from qlora_jax.adapters import config as config_lib
 from qlora_jax.adapters import contraction, memory, router, summary
-from qlora_jax.typing import Array
+from qlora_jax.typing import Array, PyTree
+
+REMAT = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class RoutingRecord(NamedTuple):
@@ -53,21 +68,28 @@ class Block(nn.Module):
       self.router = router.BlockRouter(self.config, self.maps)
       self.gate = router.SummaryGate(self.config)
 
-  def __call__(self, carry, shared, instruction, log_prior):
-    """One step of the scan; carry = (hidden [*batch, D], summary's carry, block index)."""
-    hidden, running, index = carry
+  def __call__(self, carry, shared, instruction, log_prior, context):
+    """One step of the scan; carry = (hidden [*batch, D], summary's carry, cache, block index)."""
+    hidden, running, cache, index = carry
     cfg, routing, own = self.config, None, []
     if cfg.routed:
-      state = self.stack[0].anchor_state(hidden)
-      routing = self.router(state, running, index, shared, instruction, log_prior)
-      own.append(routing)
-    for layer in self.stack:
-      hidden, routings = layer(hidden, routing, shared)
+      block_router = self.router
+      routing = router.BlockRouting(
+        lambda state: block_router(state, running, index, shared, instruction, log_prior)
+      )
+    for slot, layer in enumerate(self.stack):
+      if context is None:
+        hidden, routings = layer(hidden, routing, shared)
+      else:
+        hidden, cache, routings = layer(hidden, routing, shared, context, cache, (index, slot))
       own.extend(routings)
+    if cfg.routed:
+      own.insert(0, routing.routing)
     if cfg.routed and cfg.summary != "none" and cfg.routing == "query":
       if cfg.history == "routed":
+        made = routing.routing
         left = contraction.contract(
-          cfg, self.maps, state, routing.weights, routing.operator, shared["atoms"]
+          cfg, self.maps, routing.state, made.weights, made.operator, shared["atoms"]
         )
       else:
         left = self.stack[0].anchor_state(hidden)
@@ -77,7 +99,7 @@ class Block(nn.Module):
       record = RoutingRecord(
         jnp.stack([each.weights for each in own]), jnp.stack([each.logits for each in own])
       )
-    return (hidden, running, index + 1), record
+    return (hidden, running, cache, index + 1), record
 
 
 class BlockStack(nn.Module):
@@ -85,6 +107,10 @@ class BlockStack(nn.Module):
 
   Attributes:
     unroll: runs a Python loop over slices of the same stacked parameters instead of the scan.
+    scan_unroll: blocks that one iteration of the compiled scan runs; more is faster for small
+      blocks and slower to compile.
+    remat: what a block keeps for its gradient, a key of `REMAT`: everything, only its input, or
+      its input and the results of its matrix products.
   """
 
   config: config_lib.AdapterConfig
@@ -94,36 +120,55 @@ class BlockStack(nn.Module):
   maps_per_layer: int
   map_outputs: tuple[tuple[str, int], ...]
   unroll: bool = False
+  scan_unroll: int = 1
+  remat: str = "none"
 
   @nn.compact
-  def __call__(self, hidden: Array, instruction: Array | None) -> tuple[Array, RoutingRecord]:
-    """Runs hidden [*batch, D] through all blocks, with the instruction [*batch, E] or None."""
+  def __call__(
+    self,
+    hidden: Array,
+    instruction: Array | None,
+    context: PyTree = None,
+    cache: PyTree = None,
+  ):
+    """Runs hidden [*batch, D] through all blocks, with the instruction [*batch, E] or None.
+
+    Returns:
+      (hidden, `RoutingRecord`), and the cache as a third item when a context is given.
+    """
     cfg = self.config
     shared = memory.SharedParameters(cfg, self.map_outputs, name="memory")()
     log_prior = memory.log_prior(cfg, shared, instruction)
     kind = cfg.summary if cfg.uses_query else "none"
-    running = summary.initial(kind, hidden.shape[:-1], self.blocks, cfg.rank, hidden.dtype)
-    carry = (hidden, running, jnp.zeros((), jnp.int32))
+    running = summary.initial(kind, hidden.shape[:-1], self.blocks, cfg.rank)
+    carry = (hidden, running, cache, jnp.zeros((), jnp.int32))
     arguments = (cfg, self.make_layer, self.layers, self.layers * self.maps_per_layer)
-    if self.unroll and not self.is_mutable_collection("params"):
+    inputs = (shared, instruction, log_prior, context)
+    looped = self.unroll and not self.is_mutable_collection("params")
+    block_class = Block
+    if self.remat != "none":
+      # A scan's body is compiled on its own, so that only the loop needs the barrier against CSE.
+      block_class = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=looped)
+    if looped:
       records = []
       for index in range(self.blocks):
         variables = jax.tree.map(
           lambda leaf, index=index: leaf[index],
           {name: tree["blocks"] for name, tree in self.variables.items() if "blocks" in tree},
         )
-        block = Block(*arguments, parent=None)
-        carry, record = block.apply(variables, carry, shared, instruction, log_prior)
+        carry, record = block_class(*arguments, parent=None).apply(variables, carry, *inputs)
         records.append(record)
       record = jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
-      return carry[0], record._replace(log_prior=log_prior)
-    scanned = nn.scan(
-      Block,
-      variable_axes={"params": 0, "base": 0, "frozen": 0},
-      split_rngs={"params": True},
-      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-      length=self.blocks,
-      metadata_params={nn.PARTITION_NAME: "blocks"},
-    )
-    carry, record = scanned(*arguments, name="blocks")(carry, shared, instruction, log_prior)
-    return carry[0], record._replace(log_prior=log_prior)
+    else:
+      scanned = nn.scan(
+        block_class,
+        variable_axes={"params": 0, "base": 0, "frozen": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * len(inputs),
+        length=self.blocks,
+        unroll=min(self.scan_unroll, self.blocks),
+        metadata_params={nn.PARTITION_NAME: "blocks"},
+      )
+      carry, record = scanned(*arguments, name="blocks")(carry, *inputs)
+    record = record._replace(log_prior=log_prior)
+    return (carry[0], record) if context is None else (carry[0], record, carry[2])

@@ -55,7 +55,7 @@ class LoRA(Branch):
     shared: memory.Shared,
   ):
     del kernel
-    low_rank = jnp.einsum("...d,dr->...r", x, self.lora_a)
+    low_rank = functional.project(x, self.lora_a)
     if routing is not None:
       low_rank = contraction.contract(
         self.config, self.maps, low_rank, routing.weights, routing.operator, shared["atoms"]
@@ -80,7 +80,7 @@ class DoRA(Branch):
     updated = kernel + self.scaling * lora_a @ lora_b
     norm = jax.lax.stop_gradient(jnp.linalg.norm(updated, axis=0))
     ratio = magnitude * jnp.linalg.norm(kernel, axis=0) / norm
-    low_rank = jnp.einsum("...d,dr->...r", x, lora_a)
+    low_rank = functional.project(x, lora_a)
     return ratio * (base + functional.low_rank_output(low_rank, lora_b, self.scaling)), None
 
 
@@ -130,7 +130,7 @@ class CoMoL(Branch):
       nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("rank", "atoms")),
       (self.rank, cfg.atoms),
     )
-    low_rank = jnp.einsum("...d,dr->...r", x, lora_a)
+    low_rank = functional.project(x, lora_a)
     logits = functional.rms_norm(low_rank) @ kernel_of_router
     weights = functional.sparse_weights(logits, cfg.kept_atoms)
     mixed = contraction.contract(cfg, 1, low_rank, weights, None, cores)
@@ -150,7 +150,7 @@ class Lily(Branch):
       nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("rank", "atoms")),
       (self.rank, cfg.atoms),
     )
-    low_rank = jnp.einsum("...d,dr->...r", x, lora_a)
+    low_rank = functional.project(x, lora_a)
     logits = low_rank @ kernel_of_router
     weights = functional.sparse_weights(logits, cfg.kept_atoms)
     experts = shared[f"lily_b_{self.name_of_map}"]

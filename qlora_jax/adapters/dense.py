@@ -16,12 +16,16 @@ from qlora_jax.typing import Array
 class AdaptedDense(nn.Module):
   """y = x W + b, corrected by the adapter's branch.
 
+  The product runs in x's dtype; the branch's weights and the corrected sum are float32.
+
   Attributes:
     config: the adapter.
     map_name: the name of this map in a layer, as in `map_ranks`.
     inputs, outputs: D_in and D_out.
     maps: adapted maps in the block.
     axes: logical axis names of the kernel.
+    use_bias: whether the base has a bias.
+    base_dtype: dtype in which the base is stored.
   """
 
   config: config_lib.AdapterConfig
@@ -30,14 +34,18 @@ class AdaptedDense(nn.Module):
   outputs: int
   maps: int
   axes: tuple[str, str] = ("input", "output")
+  use_bias: bool = True
+  base_dtype: str = "float32"
 
   def setup(self):
     kernel = nn.with_logical_partitioning(nn.initializers.lecun_normal(), self.axes)
     bias = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+    dtype = jnp.dtype(self.base_dtype)
     self.kernel = self.variable(
-      "base", "kernel", lambda: kernel(self.make_rng("params"), (self.inputs, self.outputs))
+      "base", "kernel", lambda: kernel(self.make_rng("params"), (self.inputs, self.outputs), dtype)
     )
-    self.bias = self.variable("base", "bias", lambda: bias(None, (self.outputs,), jnp.float32))
+    if self.use_bias:
+      self.bias = self.variable("base", "bias", lambda: bias(None, (self.outputs,), dtype))
     branch = branches.BRANCHES.get(self.config.method)
     self.branch = branch and branch(
       self.config, self.map_name, self.inputs, self.outputs, self.maps
@@ -48,12 +56,15 @@ class AdaptedDense(nn.Module):
     return self.branch.low_rank_state(x)
 
   def __call__(
-    self, x: Array, routing: router.Routing | None, shared: memory.Shared
+    self, x: Array, routing: router.BlockRouting | None, shared: memory.Shared
   ) -> tuple[Array, router.Routing | None]:
     """Maps x [*batch, D_in] to ([*batch, D_out], the branch's own routing or None)."""
     kernel = self.kernel.value
-    y = jnp.einsum("...d,df->...f", x, kernel)
+    y = jnp.einsum("...d,df->...f", x, kernel.astype(x.dtype))
     own = None
     if self.branch is not None:
-      y, own = self.branch(x, y, kernel, routing, shared)
-    return y + self.bias.value, own
+      block = None if routing is None else routing.at(lambda: self.low_rank_state(x))
+      y, own = self.branch(x, y, kernel, block, shared)
+    if self.use_bias:
+      y = y + self.bias.value
+    return y.astype(x.dtype), own

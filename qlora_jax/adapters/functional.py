@@ -15,6 +15,7 @@ as in `qlora_jax/typing.py`.
 """
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 
 from qlora_jax.typing import Array, Float, typed
@@ -29,11 +30,17 @@ def rms_norm(x: Float[Array, "*batch R"]) -> Float[Array, "*batch R"]:
 
 
 @typed
+def project(x: Float[Array, "*batch D"], lora_a: Float[Array, "D R"]) -> Float[Array, "*batch R"]:
+  """x A in float32, with factors of x's own dtype: what is kept for the gradient stays small."""
+  return jnp.einsum("...d,dr->...r", x, lora_a.astype(x.dtype), preferred_element_type=lora_a.dtype)
+
+
+@typed
 def low_rank_state(
   x: Float[Array, "*batch D"], lora_a: Float[Array, "D R"]
 ) -> Float[Array, "*batch R"]:
   """Step (1): z = RMSNorm(x A*), with A* the `lora_a` of the block's anchor map."""
-  return rms_norm(jnp.einsum("...d,dr->...r", x, lora_a))
+  return rms_norm(project(x, lora_a))
 
 
 @typed
@@ -134,15 +141,36 @@ def routed_operator(
   weights: Float[Array, "*batch M"], atoms: Float[Array, "M R R2"]
 ) -> Float[Array, "*batch R R2"]:
   """Step (6): C = sum_m w_m U_m."""
-  return jnp.einsum("...m,mrs->...rs", weights, atoms)
+  flat = jnp.einsum("...m,ma->...a", weights, atoms.reshape(atoms.shape[0], -1))
+  return flat.reshape(*flat.shape[:-1], *atoms.shape[1:])
 
 
 @typed
 def apply_operator(
   low_rank: Float[Array, "*batch R"], operator: Float[Array, "*#batch R R2"]
 ) -> Float[Array, "*batch R2"]:
-  """(x A) C with one operator a token: a batched [1, R] x [R, R] product."""
+  """(x A) C with one operator a token: a batched [1, R] x [R, R] product.
+
+  On a CPU, whose compiler makes a slow loop of many tiny products (above all of their gradient),
+  the same sum is written with two constant 0/1 matrices: x A is repeated to width R R2, multiplied
+  by C elementwise and summed, all in wide operations.
+  """
+  shape = jnp.broadcast_shapes(operator.shape[:-2], low_rank.shape[:-1])
+  if operator.shape[:-2] != shape:
+    return jnp.einsum("...r,...rs->...s", low_rank, operator)
+  return jax.lax.platform_dependent(low_rank, operator, cpu=_apply_expanded, default=_apply_batched)
+
+
+def _apply_batched(low_rank, operator):
   return jnp.einsum("...r,...rs->...s", low_rank, operator)
+
+
+def _apply_expanded(low_rank, operator):
+  rows, columns = operator.shape[-2:]
+  repeat = np.repeat(np.eye(rows, dtype=low_rank.dtype), columns, axis=1)  # [R, R R2]
+  collect = np.tile(np.eye(columns, dtype=low_rank.dtype), (rows, 1))  # [R R2, R2]
+  flat = operator.reshape(*operator.shape[:-2], rows * columns)
+  return ((low_rank @ repeat) * flat) @ collect
 
 
 @typed

@@ -1,5 +1,6 @@
 """The router of a block: steps (2)-(5) of Queryable LoRA. Letters as in `qlora_jax/typing.py`."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -16,6 +17,30 @@ class Routing(NamedTuple):
   weights: Array
   logits: Array
   operator: Array | None
+
+
+class BlockRouting:
+  """The routing of one block, made once, by the first adapted map that is reached.
+
+  That map is the block's anchor: its low-rank state is the z of step (1). The object lives inside
+  one trace of one block.
+
+  Attributes:
+    state: z [*batch, R], or None before the anchor map is reached.
+    routing: the `Routing` of the block, or None before.
+  """
+
+  def __init__(self, route: Callable[[Array], Routing]):
+    self._route = route
+    self.state: Array | None = None
+    self.routing: Routing | None = None
+
+  def at(self, low_rank_state: Callable[[], Array]) -> Routing:
+    """The block's routing; the first call evaluates `low_rank_state` and routes it."""
+    if self.routing is None:
+      self.state = low_rank_state()
+      self.routing = self._route(self.state)
+    return self.routing
 
 
 class BlockRouter(nn.Module):

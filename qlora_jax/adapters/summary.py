@@ -18,12 +18,14 @@ KINDS = ("attention", "recurrent", "none")
 def initial(kind: str, batch: tuple[int, ...], num_blocks: int, rank: int, dtype=jnp.float32):
   """The state before the first block: zeros [*batch, N, R], [*batch, R] or [*batch, 0]."""
   shape = {"attention": (num_blocks, rank), "recurrent": (rank,), "none": (0,)}[kind]
+  if kind == "attention":
+    return jnp.zeros((num_blocks, *batch, rank), dtype)
   return jnp.zeros((*batch, *shape), dtype)
 
 
 @typed
 def depth_attention(
-  history: Float[Array, "*batch N R"],
+  history: Float[Array, "N *batch R"],
   pseudo_query: Float[Array, "R"],
   index: Int[Array, ""] | int,
 ) -> Float[Array, "*batch R"]:
@@ -31,12 +33,14 @@ def depth_attention(
 
   No 1/sqrt(d) in the scores, as in the source. A pseudo-query of zeros gives the uniform mean.
   """
-  num_blocks = history.shape[-2]
-  scores = jnp.einsum("...nr,r->...n", functional.rms_norm(history), pseudo_query)
-  before = jnp.arange(num_blocks) < index  # [N]
+  num_blocks = history.shape[0]
+  power = jnp.einsum("n...r,n...r->n...", history, history) / history.shape[-1]
+  scores = jnp.einsum("n...r,r->n...", history, pseudo_query)
+  scores = scores * jax.lax.rsqrt(power + functional.RMS_EPSILON)
+  before = (jnp.arange(num_blocks) < index).reshape(num_blocks, *[1] * (history.ndim - 2))
   # A finite floor, not -inf: at the first block every score is masked, and -inf would give NaN.
-  attention = jax.nn.softmax(jnp.where(before, scores, -1e30), axis=-1) * before
-  return jnp.einsum("...n,...nr->...r", attention, history)
+  attention = jax.nn.softmax(jnp.where(before, scores, -1e30), axis=0) * before
+  return jnp.sum(attention[..., None] * history, axis=0)
 
 
 @typed
@@ -58,5 +62,5 @@ def read(kind: str, carry: Array, index: Array | int, pseudo_query: Array | None
 def write(kind: str, carry: Array, state: Array, index: Array | int, gate: Array | None) -> Array:
   """The carry after block `index` left `state` [*batch, R] behind."""
   if kind == "attention":
-    return jax.lax.dynamic_update_index_in_dim(carry, state, index, carry.ndim - 2)
+    return jax.lax.dynamic_update_index_in_dim(carry, state, index, 0)
   return gated_update(carry, state, gate) if kind == "recurrent" else carry

@@ -18,6 +18,7 @@ from qlora_jax.adapters import config as adapter_config
 from qlora_jax.typing import Array
 
 MAPS = ("up", "down")
+_SCAN_UNROLL = 8  # at this width a block is faster than one iteration of a compiled loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,7 @@ class MLP(nn.Module):
       len(MAPS),
       tuple((name, shape[1]) for name, shape in cfg.map_shapes.items()),
       cfg.unroll,
+      _SCAN_UNROLL,
       name="stack",
     )(hidden, instruction)
     values, _ = dense.AdaptedDense(

@@ -1,6 +1,9 @@
 """Saving and restoring trees with Orbax: atomic folders, the newest whole one wins."""
 
+import contextlib
+import fcntl
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
@@ -27,3 +30,12 @@ def restore(directory: pathlib.Path, like: PyTree) -> tuple[int, PyTree] | None:
       return None
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     return step, manager.restore(step, args=ocp.args.StandardRestore(target))
+
+
+@contextlib.contextmanager
+def lock(directory: pathlib.Path) -> Iterator[None]:
+  """Holds `directory` for this process: others that ask wait, even if the holder is killed."""
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  with open(directory.with_name(f".{directory.name}.lock"), "w") as handle:
+    fcntl.flock(handle, fcntl.LOCK_EX)  # released when the file closes
+    yield

@@ -62,7 +62,7 @@ class Loop:
 
   def __init__(self, workdir: pathlib.Path, display: progress.Display):
     self.workdir = workdir
-    self._display = display
+    self.display = display
     self._bases: dict[str, step_lib.PyTree] = {}
     self._arrays: dict[tuple, dict] = {}
     self._base_error: dict[str, float] = {}
@@ -108,6 +108,11 @@ class Loop:
     model = mlp.MLPConfig(**config.model)
     base = settings.random_base(model, 0)
     directory = self.workdir / "bases" / key
+    with checkpoint.lock(directory):  # of several workers one trains it, the others find it
+      self._bases[key] = self._trained_base(config, task, model, base, directory)
+    return self._bases[key]
+
+  def _trained_base(self, config, task, model, base, directory):
     restored = checkpoint.restore(directory, base)
     if restored is None:
       arrays = pipeline.source_arrays(
@@ -129,13 +134,12 @@ class Loop:
       whole = step_lib.Batch(*(leaf[None] for leaf in data.whole(0, "validation")))
       predictions = group_lib.predict_all(program, states, frozen, whole, row)
       error = float(np.mean(np.square(predictions[0] - arrays["validation"].targets)))
-      self._display.log(f"base of {task.source_key}: source validation mse {error:.4f}")
+      self.display.log(f"base of {task.source_key}: source validation mse {error:.4f}")
       base = jax.tree.map(lambda leaf: leaf[0], states.params["base"])
       checkpoint.save(directory, opt.steps, base)
     else:
       base = restored[1]
-    self._bases[key] = jax.device_get(base)
-    return self._bases[key]
+    return jax.device_get(base)
 
   def _directory(self, spec: GroupSpec) -> pathlib.Path:
     return self.workdir / "groups" / spec.identity
@@ -180,7 +184,7 @@ class Loop:
     )  # fmt: skip
     with (
       metrics.MetricWriter(directory) as writer,
-      self._display.group(spec.label, len(spec.runs), max(steps, 1), start_step=done) as shown,
+      self.display.group(spec.label, len(spec.runs), max(steps, 1), start_step=done) as shown,
     ):
       writer.truncate(done)
       saved_at = time.monotonic()

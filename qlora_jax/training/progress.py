@@ -1,9 +1,9 @@
 """What a sweep shows while it runs: bars on a terminal, plain lines everywhere else.
 
 A sweep has points; points that compile to one program train together as a group. A terminal gets
-one bar for the points and one for the steps of the current group. A log file, a pipe or a dumb
-terminal gets a line at the start and end of a group and one every few seconds in between, without
-control characters.
+one bar for the points and one for the steps of every group that trains now. A log file, a pipe or
+a dumb terminal gets a line at the start and end of a group and one every few seconds in between,
+without control characters.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _LIVE_SECONDS = 0.1  # a bar needs no newer numbers than this
 
 
 class Group:
-  """The points that train together now. Made by `Display.group`."""
+  """Points that train together now. Made by `Display.group`."""
 
   def __init__(
     self, display: "Display", name: str, num_points: int, total_steps: int, start_step: int
@@ -36,6 +36,7 @@ class Group:
     self._began = self._shown = display._clock()
     self._first: tuple[float, int] | None = None  # time and step of the first update
     self._values = ""
+    self._task: rich.progress.TaskID | None = None  # its bar
 
   def update(self, step: int, loss: Any = None, rate: Any = None) -> None:
     """Reports that `step` steps are done.
@@ -102,6 +103,7 @@ class Display:
     self._work = 0.0  # points trained by this process, parts of points included
     self._began = clock()
     self._live: rich.live.Live | None = None
+    self._active: list[Group] = []
 
   def __enter__(self) -> "Display":
     self._began = self._clock()
@@ -129,26 +131,29 @@ class Display:
     if self._plain:
       self._line(f"{name}: {points}, {_count(total_steps, 'step')}{resumed}")
     else:
-      task = self._group_bar.add_task(
+      group._task = self._group_bar.add_task(
         f"{name} ({points}{resumed})", total=total_steps, completed=start_step, left="", values=""
       )
-      self._group_task = task
+    self._active.append(group)
     try:
       yield group
+      self._active.remove(group)
       self._points += num_points
       self._work += num_points * group._fraction(total_steps - start_step)
       took = _duration(self._clock() - group._began)
       self.log(f"{name}: done in {took} ({self._overall()})")
     finally:
+      if group in self._active:
+        self._active.remove(group)
       if not self._plain:
-        self._group_bar.remove_task(task)
-        self._refresh_overall(None)
+        self._group_bar.remove_task(group._task)
+        self._refresh_overall()
 
   def skip(self, name: str, num_points: int) -> None:
     """Counts a group that an earlier process finished."""
     self._points += num_points
     self.log(f"{name}: {_count(num_points, 'point')} finished earlier")
-    self._refresh_overall(None)
+    self._refresh_overall()
 
   def log(self, text: str) -> None:
     """Prints one line that stays; above the bars on a terminal."""
@@ -164,26 +169,26 @@ class Display:
       parts = [f"{group.name}: step {group.step}/{group.total_steps} ({percent} %)"]
       parts += [group._values] if group._values else []
       parts += [f"{_duration(left)} left"] if left is not None else []
-      parts += [self._overall(group)]
+      parts += [self._overall()]
       self._line(", ".join(parts))
     elif self._live is not None:
       self._group_bar.update(
-        self._group_task,
+        group._task,
         completed=group.step,
         values=group._values,
         left="" if left is None else f"{_duration(left)} left",
       )
-      self._refresh_overall(group)
+      self._refresh_overall()
 
-  def _overall(self, group: Group | None = None) -> str:
-    left = self._seconds_left(group)
+  def _overall(self) -> str:
+    left = self._seconds_left()
     tail = "" if left is None else f", {_duration(left)} left in all"
     return f"{self._points} of {_count(self._total_points, 'point')}{tail}"
 
-  def _seconds_left(self, group: Group | None) -> float | None:
+  def _seconds_left(self) -> float | None:
     """Time to the last point, if those to come take as long as those this process trained."""
     done, work = float(self._points), self._work
-    if group is not None:
+    for group in self._active:
       done += group.num_points * group._fraction(group.step)
       work += group.num_points * group._fraction(group.step - group.start_step)
     if work <= 0 or done >= self._total_points:
@@ -216,10 +221,10 @@ class Display:
     self._live = rich.live.Live(bars, console=console, refresh_per_second=8)
     self._live.start()
 
-  def _refresh_overall(self, group: Group | None) -> None:
+  def _refresh_overall(self) -> None:
     if self._live is None:
       return
-    left = self._seconds_left(group)
+    left = self._seconds_left()
     self._overall_bar.update(
       self._overall_task,
       completed=self._points,

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from qlora_jax import errors
-from qlora_jax.training import loop, progress, settings
+from qlora_jax.training import compiled, loop, progress, settings, workers
 
 RATE = "optimizer.learning_rate"
 _PACKAGES = ("jax", "flax", "optax", "numpy")
@@ -72,35 +72,61 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: s
   })  # fmt: skip
 
 
-def run(config: ml_collections.ConfigDict, points: list[dict], workdir: pathlib.Path) -> None:
-  """Runs what a sweep has not finished yet; writes the tables after every setting."""
+def run(
+  config: ml_collections.ConfigDict, points: list[dict], workdir: pathlib.Path, num_workers: int = 1
+) -> None:
+  """Runs what a sweep has not finished yet; writes the tables after every setting.
+
+  Args:
+    config, points: as for `expand`.
+    workdir: prepared by `prepare`.
+    num_workers: processes that train settings side by side, each on a core of its own.
+  """
   pairs = expand(config, points)
   for own, _ in pairs:  # all mistakes are told before anything trains
     settings.resolve(own)
   search, final = config.protocol.search_seeds, config.protocol.final_seeds
   total = sum(len(rates) * len(search) + len(final) for _, rates in pairs)
+  results: list[list[dict]] = [[] for _ in pairs]
   with progress.Display(total_points=total) as display:
-    trainer = loop.Loop(workdir, display)
-    results = []
-    for own, rates in pairs:
-      began = time.monotonic()
-      trained = False
-      runs = tuple((seed, rate) for seed in search for rate in rates)
-      if own.adapter.name == "none":  # nothing is trained: no rate to search
-        runs = tuple((seed, rates[0]) for seed in search)
-      found, new = _once(trainer, display, loop.GroupSpec(own, "search", runs))
-      trained |= new
-      best = choose(found["rows"])
-      spec = loop.GroupSpec(own, "final", tuple((seed, best) for seed in final))
-      last, new = _once(trainer, display, spec)
-      trained |= new
-      results += [found, last]
+    last = time.monotonic()
+    for index, (found, trained) in workers.run(
+      make_loop, (workdir,), train_setting, pairs, num_workers, display
+    ):
+      results[index] = found
       if trained:
-        error = np.mean([r["test_mse" if r["test_mse"] == r["test_mse"] else "test_noisy_mse"]
-                         for r in last["rows"]])  # fmt: skip
-        display.log(f"{own.data.task}/{own.adapter.name}: lr {best:g}, test mse {error:.4f}")
-        write_tables(workdir, results, time.monotonic() - began)
-    write_tables(workdir, results, 0.0)
+        now = time.monotonic()
+        write_tables(workdir, [each for done in results for each in done], now - last)
+        last = now
+    write_tables(workdir, [each for done in results for each in done], 0.0)
+
+
+def make_loop(display: progress.Display, workdir: pathlib.Path) -> loop.Loop:
+  """What a process keeps between settings; compiled programs are kept on disk between processes."""
+  compiled.enable()
+  return loop.Loop(workdir, display)
+
+
+def train_setting(trainer: loop.Loop, setting: tuple) -> tuple[list[dict], bool]:
+  """One (config, learning rates): the search, the choice, the final runs.
+
+  Returns:
+    Both results, and whether anything was trained.
+  """
+  (own, rates), display = setting, trainer.display
+  search, final = own.protocol.search_seeds, own.protocol.final_seeds
+  runs = tuple((seed, rate) for seed in search for rate in rates)
+  if own.adapter.name == "none":  # nothing is trained: no rate to search
+    runs = tuple((seed, rates[0]) for seed in search)
+  found, searched = _once(trainer, display, loop.GroupSpec(own, "search", runs))
+  best = choose(found["rows"])
+  spec = loop.GroupSpec(own, "final", tuple((seed, best) for seed in final))
+  last, trained = _once(trainer, display, spec)
+  if trained:
+    column = "test_noisy_mse" if np.isnan(last["rows"][0]["test_mse"]) else "test_mse"
+    error = np.mean([row[column] for row in last["rows"]])
+    display.log(f"{own.data.task}/{own.adapter.name}: lr {best:g}, test mse {error:.4f}")
+  return [found, last], searched or trained
 
 
 def single(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
@@ -108,7 +134,7 @@ def single(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
   runs = ((config.seed, config.optimizer.learning_rate),)
   spec = loop.GroupSpec(config, "final", runs)
   with progress.Display(total_points=1) as display:
-    result, _ = _once(loop.Loop(workdir, display), display, spec)
+    result, _ = _once(make_loop(display, workdir), display, spec)
   write_tables(workdir, [result], 0.0)
   return result["rows"][0]
 

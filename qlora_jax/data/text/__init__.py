@@ -1,0 +1,1 @@
+"""Instruction data: data sets, chat formatting, packing, the Grain pipeline and scoring."""

@@ -1,0 +1,283 @@
+"""What training reads: a data set by name, tokenised splits, and batches in a fixed order.
+
+    load --> TextData --encode--> EncodedSplit --batches--> grain.IterDataset of TextBatch
+
+The order is a pure function of the seed. Rows are formed for the whole batch of all processes and
+each process takes its own part, so the global batches do not depend on the number of processes:
+their parts, one after another, are the batch that a single process would see.
+"""
+
+import dataclasses
+import pathlib
+import zlib
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from qlora_jax import errors
+from qlora_jax.data import order
+from qlora_jax.data.text import (
+  formatting,
+  gsm8k,
+  instruction_induction,
+  jsonl,
+  packing,
+  records,
+  word_tasks,
+)
+
+NAMES = ("word_tasks", "instruction_induction", "gsm8k")
+TextBatch = packing.TextBatch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedSplit:
+  """A tokenised split whose examples all fit.
+
+  Attributes:
+    examples: tokenised examples.
+    length: T, the places of a row.
+    pad_id: token of padding.
+    report: what was truncated and dropped.
+  """
+
+  examples: tuple[formatting.Encoded, ...]
+  length: int
+  pad_id: int
+  report: packing.FitReport
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+
+def load(
+  name: str,
+  *,
+  seed: int = 0,
+  data_dir: str | pathlib.Path = "data",
+  manual_folder: str | pathlib.Path | None = None,
+  tasks: Sequence[str] | None = None,
+  train_rows: int | None = None,
+) -> records.TextData:
+  """Loads a data set.
+
+  Args:
+    name: one of `NAMES`, or the path of a `.jsonl` file or of a folder of them.
+    seed: data seed: training rows kept and wordings of the instructions. The test examples are the
+      same for every seed.
+    data_dir: where prepared data sets are kept.
+    manual_folder: folder that holds the published files of `instruction_induction` or `gsm8k`;
+      None to download them.
+    tasks: tasks to use; None for all. For data sets of several tasks only.
+    train_rows: at most so many training rows a task.
+
+  Raises:
+    UserError: an unknown name or task (the message lists the known ones), a file that is missing or
+      not as it should be, or an argument that the data set has no use for.
+  """
+  if manual_folder is not None and name not in NAMES[1:]:
+    raise errors.UserError(f"manual_folder has no meaning for {name!r}; leave it out")
+  if tasks is not None and name not in NAMES[:2]:
+    raise errors.UserError(f"tasks has no meaning for {name!r}; leave it out")
+  if name == "word_tasks":
+    return word_tasks.load(seed=seed, tasks=tasks, train_rows=train_rows)
+  if name == "instruction_induction":
+    return instruction_induction.load(
+      seed=seed,
+      data_dir=data_dir,
+      manual_folder=manual_folder,
+      tasks=tasks,
+      train_rows=train_rows,
+    )
+  if name == "gsm8k":
+    return gsm8k.load(
+      seed=seed, data_dir=data_dir, manual_folder=manual_folder, train_rows=train_rows
+    )
+  if pathlib.Path(name).exists() or str(name).endswith(".jsonl"):
+    return jsonl.load(name, seed=seed, train_rows=train_rows)
+  raise errors.UserError(
+    f"unknown data set {name!r}; known: {', '.join(NAMES)}, or the path of a .jsonl file"
+  )
+
+
+def encode(
+  examples: Sequence[records.Example],
+  tokenizer: formatting.Tokenizer,
+  render: formatting.Render,
+  *,
+  length: int,
+  instruction_in_prompt: bool,
+  on_long: str = "drop",
+) -> EncodedSplit:
+  """Tokenises a split and makes it fit rows of `length` places.
+
+  Raises:
+    UserError: see `formatting.encode_example` and `packing.fit`.
+  """
+  encoded = [
+    formatting.encode_example(
+      example, tokenizer, render, instruction_in_prompt=instruction_in_prompt
+    )
+    for example in examples
+  ]
+  kept, report = packing.fit(encoded, length, on_long)
+  pad_id = 0 if tokenizer.pad_id is None else tokenizer.pad_id
+  return EncodedSplit(tuple(kept), length, pad_id, report)
+
+
+def batches(
+  split: EncodedSplit,
+  *,
+  batch_size: int,
+  seed: int,
+  pack: bool = True,
+  window: int = 256,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> grain.IterDataset:
+  """An endless stream of training batches.
+
+  Every epoch is a fresh permutation; a batch may cross from one epoch into the next. The state of
+  its iterator is a small dictionary of integers, and restoring it is independent of the step.
+
+  Args:
+    split: what to read.
+    batch_size: rows in the batch of all processes together.
+    seed: decides the order.
+    pack: several examples a row; False gives one example a row, padded.
+    window: see `packing.plan`.
+    shard_index, shard_count: this process and the number of processes.
+
+  Returns:
+    A Grain data set of `TextBatch` with B = batch_size / shard_count.
+
+  Raises:
+    UserError: a size or a seed out of range, or a batch that the processes cannot share evenly.
+  """
+  for field, value, least in (
+    ("batch_size", batch_size, 1),
+    ("seed", seed, 0),
+    ("window", window, 1),
+    ("shard_count", shard_count, 1),
+    ("shard_index", shard_index, 0),
+  ):
+    if value < least:
+      raise errors.UserError(f"{field} is {value}; it must be at least {least}")
+  if shard_index >= shard_count:
+    raise errors.UserError(f"shard_index is {shard_index}; it must be below {shard_count}")
+  if batch_size % shard_count:
+    raise errors.UserError(f"batch_size is {batch_size}; it must be a multiple of {shard_count}")
+  return _Batches(split, batch_size, seed, window if pack else 1, shard_index, shard_count)
+
+
+def packing_efficiency(
+  split: EncodedSplit, *, seed: int, pack: bool = True, window: int = 256
+) -> float:
+  """Share of the places of the first epoch's rows that are not padding."""
+  lengths = _lengths(split)
+  rows = _epoch_rows(lengths, split.length, seed, 0, window if pack else 1)
+  return packing.efficiency(lengths, rows, split.length)
+
+
+def evaluation_batches(
+  split: EncodedSplit, *, batch_size: int, shard_index: int = 0, shard_count: int = 1
+) -> Iterator[tuple[TextBatch, np.ndarray]]:
+  """Every example once, in order, one a row.
+
+  All processes get the same number of batches of `batch_size / shard_count` rows; missing rows are
+  all padding.
+
+  Yields:
+    The batch, and int32 [B]: the example's position in `split.examples`, or -1 for padding.
+  """
+  if batch_size < 1 or batch_size % shard_count:
+    raise errors.UserError(f"batch_size is {batch_size}; it must be a multiple of {shard_count}")
+  local = batch_size // shard_count
+  for start in range(0, len(split), batch_size):
+    index = start + shard_index * local + np.arange(local)
+    index = np.where(index < len(split), index, -1).astype(np.int32)
+    rows = [() if i < 0 else (split.examples[i],) for i in index]
+    yield packing.build(rows, split.length, split.pad_id), index
+
+
+class _Batches(grain.IterDataset):
+  """See `batches`."""
+
+  def __init__(self, split, batch_size, seed, window, shard_index, shard_count):
+    super().__init__()
+    self.split, self.seed, self.window = split, seed, window
+    self.batch_size = batch_size
+    local = batch_size // shard_count
+    self.own_rows = slice(shard_index * local, (shard_index + 1) * local)
+    self.lengths = _lengths(split)
+    setting = f"{split.length}/{batch_size}/{seed}/{window}".encode()
+    self.fingerprint = zlib.crc32(setting + self.lengths.tobytes())
+
+  def __iter__(self) -> grain.DatasetIterator:
+    return _BatchIterator(self)
+
+
+class _BatchIterator(grain.DatasetIterator):
+  """Remembers the epoch and row that the next global batch starts with."""
+
+  def __init__(self, data: _Batches):
+    super().__init__()
+    self._data = data
+    self._step = self._epoch = self._row = 0
+    self._rows: list[tuple[int, ...]] | None = None
+
+  def __next__(self) -> TextBatch:
+    chosen: list[tuple[int, ...]] = []
+    while len(chosen) < self._data.batch_size:
+      rows = self._epoch_rows()
+      taken = rows[self._row : self._row + self._data.batch_size - len(chosen)]
+      chosen += taken
+      self._row += len(taken)
+      if self._row == len(rows):
+        self._epoch, self._row, self._rows = self._epoch + 1, 0, None
+    self._step += 1
+    split = self._data.split
+    own = [[split.examples[i] for i in row] for row in chosen[self._data.own_rows]]
+    return packing.build(own, split.length, split.pad_id)
+
+  def get_state(self) -> dict[str, int]:
+    return {
+      "step": self._step,
+      "epoch": self._epoch,
+      "row": self._row,
+      "fingerprint": self._data.fingerprint,
+    }
+
+  def set_state(self, state: dict[str, int]) -> None:
+    """Continues after the step at which the state was taken.
+
+    Raises:
+      UserError: the state is of other data, another seed, length, batch size or packing.
+    """
+    if state["fingerprint"] != self._data.fingerprint:
+      raise errors.UserError(
+        "the data iterator's checkpoint belongs to other data or to another seed, length, "
+        "batch_size or packing window; restore with the settings it was saved with"
+      )
+    self._step, self._epoch, self._row = (int(state[key]) for key in ("step", "epoch", "row"))
+    self._rows = None
+
+  def _epoch_rows(self) -> list[tuple[int, ...]]:
+    if self._rows is None:
+      data = self._data
+      self._rows = _epoch_rows(data.lengths, data.split.length, data.seed, self._epoch, data.window)
+    return self._rows
+
+
+def _lengths(split: EncodedSplit) -> np.ndarray:
+  return np.array([packing.num_places(one) for one in split.examples], np.int64)
+
+
+def _epoch_rows(
+  lengths: np.ndarray, row_length: int, seed: int, epoch: int, window: int
+) -> list[tuple[int, ...]]:
+  """Rows of one epoch, as positions of examples, in the order of Grain's shuffle."""
+  shuffled = order.batch_order(len(lengths), len(lengths), 1, seed, start_step=epoch)[0]
+  rows = packing.plan(lengths[shuffled], row_length, window)
+  return [tuple(int(shuffled[i]) for i in row) for row in rows]
