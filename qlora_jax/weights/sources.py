@@ -39,7 +39,7 @@ def open_source(name_or_path: str | pathlib.Path) -> Source:
   """
   name = str(name_or_path)
   if name in BUILT_IN:
-    return gguf_source.GgufSource(wheels.find(*BUILT_IN[name]), name)
+    return gguf_source.GgufSource(wheels.find(*BUILT_IN[name], "requirements-llm.txt"), name)
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return safetensors_source.SafetensorsSource(path, name)

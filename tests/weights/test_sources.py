@@ -257,7 +257,7 @@ def test_hub_id_asks_for_the_revision_and_reads_the_folder(monkeypatch, folder):
 
 def test_missing_wheel_says_how_to_install_it(monkeypatch):
   monkeypatch.setitem(sources.BUILT_IN, "smollm2-135m-instruct", ("no_such_package", "x.gguf"))
-  _refused("smollm2-135m-instruct", "requirements-data.txt", "--no-deps")
+  _refused("smollm2-135m-instruct", "requirements-llm.txt", "--no-deps")
 
 
 @pytest.fixture(scope="module")
