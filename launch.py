@@ -11,13 +11,13 @@ with 130 (143 after SIGTERM), and goes on where it stopped when the same command
 import importlib.util
 import pathlib
 import shlex
-import signal
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
 from qlora_jax import errors, sweeps
+from qlora_jax.training import stop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results and checkpoints.")
@@ -86,7 +86,7 @@ def _config_path() -> str:
 
 def cli() -> None:
   """Parses flags and runs `main`, turning mistakes into one line."""
-  signal.signal(signal.SIGTERM, _terminate)
+  stop.install()
   try:
     arguments = flags.FLAGS(sys.argv)
     main(arguments)
@@ -105,14 +105,9 @@ def cli() -> None:
     _, _, mistake = str(error).strip().rpartition("UserError: ")
     own = "UserError: " in str(error)
     _fail(mistake if own else f"flags: {' '.join(mistake.split())}; see the config file's fields")
-  except KeyboardInterrupt as stop:
+  except KeyboardInterrupt as interruption:
     print("interrupted; the same command continues", file=sys.stderr)
-    sys.exit(143 if stop.args else 130)
-
-
-def _terminate(signum, frame) -> None:
-  """A scheduler's SIGTERM is an interruption: the run saves and exits with 128 + 15."""
-  raise KeyboardInterrupt(signum)
+    sys.exit(stop.exit_code(interruption))
 
 
 def _fail(message: str) -> None:

@@ -107,6 +107,4 @@ def store(
     jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), at)
     for buffer, new in zip(kept, (key, value), strict=True)
   )
-  return kept, *(
-    jax.lax.dynamic_index_in_dim(buffer, layer, 0, keepdims=False) for buffer in kept
-  )
+  return kept, *(jax.lax.dynamic_index_in_dim(buffer, layer, 0, keepdims=False) for buffer in kept)

@@ -20,11 +20,10 @@ from qlora_jax.adapters import config as adapter_config
 from qlora_jax.data import pipeline
 from qlora_jax.instructions import cache, projection
 from qlora_jax.models import mlp
-from qlora_jax.training import checkpoint, feed, metrics, optimizer, progress, settings
+from qlora_jax.training import checkpoint, feed, metrics, optimizer, progress, settings, stop
 from qlora_jax.training import group as group_lib
 from qlora_jax.training import step as step_lib
 
-CHECKPOINT_SECONDS = 15.0
 ROUTING_ROWS = 1024  # test rows that routing statistics are taken over
 _NONE = adapter_config.AdapterConfig(method="none")
 
@@ -52,7 +51,7 @@ class GroupSpec:
     """A hash of everything that decides the results."""
     config = self.config.to_dict()
     config.pop("seed", None), config["optimizer"].pop("learning_rate"), config.pop("mesh")
-    config["data"].pop("data_dir"), config.pop("protocol")
+    config["data"].pop("data_dir"), config.pop("protocol"), config.pop("checkpoint")
     text = json.dumps([config, self.stage, self.runs], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -78,6 +77,7 @@ class Loop:
     Returns:
       'rows', one a run; 'curves' and 'routing' as in the tables of the report.
     """
+    stop.check()
     began = time.monotonic()
     resolved = settings.resolve(spec.config)
     directory = self._directory(spec)
@@ -188,32 +188,29 @@ class Loop:
     ):
       writer.truncate(done)
       saved_at = time.monotonic()
-      try:
-        while done < steps:
-          count = min(spec.config.eval.every, steps - done)
-          began = time.monotonic()
-          states, values = program.train(states, frozen, data.chunk(seeds, done, count), row)
-          predictions = group_lib.predict_all(program, states, frozen, validation, row)
-          error = np.mean(np.square(predictions - validation.targets[row]), axis=1)
-          done += count
-          losses = np.asarray(values["train/loss"])
-          for index, (seed, rate) in enumerate(spec.runs):
-            writer.write(
-              done,
-              {"train/loss": losses[index], "validation/mse": error[index]},
-              f"seed={seed},lr={rate:g}",
-            )
-          elapsed = time.monotonic() - began
-          examples = count * data.batch_size * len(spec.runs) / elapsed
-          shown.update(done, loss=float(np.nanmedian(losses)), rate=examples)
-          if time.monotonic() - saved_at > CHECKPOINT_SECONDS and done < steps:
-            writer.flush()
-            checkpoint.save(directory / "checkpoints", done, states)
-            saved_at = time.monotonic()
-      except KeyboardInterrupt:
-        writer.flush()
-        checkpoint.save(directory / "checkpoints", done, states)
-        raise
+      while done < steps:
+        count = min(spec.config.eval.every, steps - done)
+        began = time.monotonic()
+        states, values = program.train(states, frozen, data.chunk(seeds, done, count), row)
+        predictions = group_lib.predict_all(program, states, frozen, validation, row)
+        error = np.mean(np.square(predictions - validation.targets[row]), axis=1)
+        done += count
+        losses = np.asarray(values["train/loss"])
+        for index, (seed, rate) in enumerate(spec.runs):
+          writer.write(
+            done,
+            {"train/loss": losses[index], "validation/mse": error[index]},
+            f"seed={seed},lr={rate:g}",
+          )
+        elapsed = time.monotonic() - began
+        examples = count * data.batch_size * len(spec.runs) / elapsed
+        shown.update(done, loss=float(np.nanmedian(losses)), rate=examples)
+        due = time.monotonic() - saved_at > spec.config.checkpoint.seconds
+        if (due or stop.requested()) and done < steps:
+          writer.flush()
+          checkpoint.save(directory / "checkpoints", done, states)
+          saved_at = time.monotonic()
+          stop.check()
       writer.flush()
       shown.update(max(steps, 1))
     names = {f"seed={s},lr={r:g}": self._run_id(spec, s, r) for s, r in spec.runs}

@@ -67,6 +67,8 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     )
   if config.eval.every < 1:
     raise errors.UserError(f"eval.every: {config.eval.every} is not at least 1")
+  if not config.checkpoint.seconds >= 0:
+    raise errors.UserError(f"checkpoint.seconds: {config.checkpoint.seconds} is not at least 0")
   overrides = dict(config.adapter)
   name, budget = overrides.pop("name"), overrides.pop("budget")
   network = shapes(model)

@@ -17,7 +17,7 @@ from concurrent import futures
 from typing import Any
 
 from qlora_jax import errors
-from qlora_jax.training import progress
+from qlora_jax.training import progress, stop
 
 _STATE: Any = None  # what `setup` built in this worker
 
@@ -59,6 +59,8 @@ def run(
   executor = futures.ProcessPoolExecutor(
     count, context, initializer=_start, initargs=(cores, events, setup, setup_args)
   )
+  # A terminal interrupts all processes, a scheduler the parent alone: the workers hear of both.
+  stop.on_request(lambda: _pass_on(executor))
   try:
     pending = {executor.submit(_work, work, job): index for index, job in enumerate(jobs)}
     for future in futures.as_completed(pending):
@@ -75,11 +77,17 @@ def run(
     shower.join(timeout=5)
 
 
+def _pass_on(executor: futures.ProcessPoolExecutor) -> None:
+  for process in list((executor._processes or {}).values()):
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(process.pid, signal.SIGTERM)
+
+
 def _start(cores, events, setup: Callable, setup_args: tuple) -> None:
   global _STATE
   with contextlib.suppress(queue.Empty):
     os.sched_setaffinity(0, {cores.get(timeout=5)})
-  signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+  stop.install(patient=True)
   _STATE = setup(_Remote(events), *setup_args)
 
 

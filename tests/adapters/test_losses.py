@@ -11,7 +11,7 @@ from qlora_jax.adapters import block, config, losses, statistics
 BLOCKS, ROUTERS, ROWS, TOKENS, ATOMS = 2, 3, 4, 5, 6
 RNG = np.random.default_rng(1)
 LOGITS = RNG.normal(size=(BLOCKS, ROUTERS, ROWS, TOKENS, ATOMS)).astype("f")
-KEPT = LOGITS >= np.median(LOGITS, axis=-1, keepdims=True)
+KEPT = np.median(LOGITS, axis=-1, keepdims=True) <= LOGITS
 WEIGHTS = np.asarray(jax.nn.softmax(np.where(KEPT, LOGITS, -np.inf)))
 LOG_PRIOR = np.asarray(jax.nn.log_softmax(RNG.normal(size=(ROWS, TOKENS, ATOMS)).astype("f")))
 MASK = (RNG.uniform(size=(ROWS, TOKENS)) > 0.4).astype("f")

@@ -63,9 +63,10 @@ class Killed(Exception):
 
 
 def test_a_killed_group_resumes_to_the_same_bits(tiny, tmp_path, monkeypatch):
-  spec = loop.GroupSpec(tiny, "search", ((0, 1e-2), (1, 1e-2)))
+  config = tiny.copy_and_resolve_references()
+  config.checkpoint.seconds = 0.0
+  spec = loop.GroupSpec(config, "search", ((0, 1e-2), (1, 1e-2)))
   whole = train(tmp_path / "whole", spec)
-  monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
   save = loop.checkpoint.save
 
   def save_then_die(directory, step, tree):

@@ -1,0 +1,73 @@
+"""Every command that the documentation shows runs, shrunk to a few steps where it trains."""
+
+import itertools
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+COMMAND = re.compile(r"^ *((?:make|python|pip|pytest)\b.*)$")
+FENCED = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+SMALL = [
+  "--config.model.width=16", "--config.model.hidden=16", "--config.adapter.budget=1024",
+  "--config.optimizer.steps=2", "--config.pretrain.steps=2",
+]  # fmt: skip
+
+
+def commands():
+  found = {}
+  for page in PAGES:
+    for block in FENCED.findall(page.read_text()):
+      for line in block.replace("\\\n", " ").splitlines():
+        if matched := COMMAND.match(line):
+          text = " ".join(re.sub(r"\s#.*", "", matched[1]).split())
+          found.setdefault(text, page.name)
+  return [pytest.param(text, id=f"{name}: {text}") for text, name in found.items()]
+
+
+def execute(arguments, tmp_path):
+  done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stdout + done.stderr
+  return done
+
+
+@pytest.mark.parametrize("text", commands())
+def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data):
+  program, *arguments = shlex.split(re.sub(r"\[.*", "", text))  # without [optional parts]
+  if program == "make":
+    execute(["make", "-n", *arguments], tmp_path)
+  elif program == "pip":
+    files = [name for flag, name in itertools.pairwise(arguments) if flag == "-r"]
+    assert files and all((ROOT / name).is_file() for name in files)
+    assert {"--no-deps", "--require-hashes"} <= set(arguments)
+  elif arguments[0] == "launch.py":
+    if "--sweep" in arguments:  # hours: every point is resolved and printed
+      execute([sys.executable, *arguments, "--dry_run"], tmp_path)
+      return
+    arguments = [
+      f"--workdir={tmp_path}/run" if each.startswith("--workdir") else each for each in arguments
+    ]
+    small = SMALL if not any("adapter.rank" in each for each in arguments) else SMALL[3:]
+    done = execute(
+      [sys.executable, *arguments, *small, f"--config.data.data_dir={shared_data}"], tmp_path
+    )
+    assert "validation mse" in done.stdout
+  elif arguments[:2] == ["-m", "experiments.report"]:
+    small = ["--config=configs/regression.py:runlocal", *SMALL, f"--workdir={tmp_path}/run"]
+    data = f"--config.data.data_dir={shared_data}"
+    execute([sys.executable, "launch.py", *small, data], tmp_path)
+    execute([sys.executable, "-m", "experiments.report", f"--workdir={tmp_path}/run"], tmp_path)
+    assert (tmp_path / "run/report/report.html").stat().st_size > 10_000
+  elif pathlib.Path(arguments[0]).parent.name == "benchmarks":
+    execute([sys.executable, "-m", "py_compile", arguments[0]], tmp_path)
+  else:
+    pytest.fail(f"no rule runs this command: {text}")
+
+
+def test_the_documentation_shows_commands():
+  assert len(commands()) >= 6

@@ -1,0 +1,137 @@
+"""The command as a user runs it: killed, stopped, resumed, side by side, and given bad input."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = [
+  "--config=configs/regression.py:runlocal", "--config.model.width=16", "--config.model.hidden=16",
+  "--config.adapter.budget=1024", "--config.optimizer.steps=60", "--config.eval.every=2",
+  "--config.pretrain.steps=40", "--config.checkpoint.seconds=0",
+  "--config.protocol.search_seeds=(0,)", "--config.protocol.final_seeds=(100,101)",
+]  # fmt: skip
+COMPARED = ["stage", "method", "seed", "learning_rate", "validation_mse", "test_mse", "train_loss"]
+
+
+def command(workdir, data, *more):
+  return [
+    sys.executable, "launch.py", *TINY, f"--workdir={workdir}", f"--config.data.data_dir={data}",
+    *more,
+  ]  # fmt: skip
+
+
+def finish(workdir, data, *more):
+  done = subprocess.run(
+    command(workdir, data, *more), cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stderr
+
+
+def results(workdir):
+  rows = pd.read_parquet(workdir / "results.parquet")[COMPARED]
+  return rows.sort_values(["stage", "method", "seed", "learning_rate"]).reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, shared_data):
+  workdir = tmp_path_factory.mktemp("launch") / "whole"
+  finish(workdir, shared_data, "--sweep", "--workers=1")
+  return results(workdir)
+
+
+def test_two_workers_give_the_results_of_one(whole, tmp_path, shared_data):
+  told = finish(tmp_path / "run", shared_data, "--sweep", "--workers=2")
+  assert "lora/search: done" in told and "queryable/final: done" in told
+  # A core of its own changes how a matrix product is cut up: float32 rounding over 60 steps.
+  pd.testing.assert_frame_equal(results(tmp_path / "run"), whole, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("sent", "code"),
+  [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
+)
+def test_a_stopped_sweep_goes_on_to_the_same_bits(whole, tmp_path, shared_data, sent, code):
+  workdir = tmp_path / "run"
+  process = subprocess.Popen(
+    command(workdir, shared_data, "--sweep", "--workers=1"), cwd=ROOT, stderr=subprocess.PIPE,
+    text=True,
+  )  # fmt: skip
+  while not list(workdir.glob("groups/*/checkpoints/[0-9]*")):  # in the middle of a group
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.02)
+  process.send_signal(sent)
+  _, told = process.communicate(timeout=60)
+  assert process.returncode == code, told
+  assert "Traceback" not in told
+  finish(workdir, shared_data, "--sweep", "--workers=1")
+  pd.testing.assert_frame_equal(results(workdir), whole, check_exact=True)
+
+
+def refused(*arguments):
+  done = subprocess.run(
+    [sys.executable, "launch.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 2, done.stderr
+  lines = done.stderr.strip().splitlines()
+  assert len(lines) == 1
+  return lines[0]
+
+
+def test_a_work_directory_that_cannot_be_written_is_named(tmp_path):
+  (tmp_path / "file").write_text("kept")
+  line = refused(*TINY, f"--workdir={tmp_path}/file/run")
+  assert line.startswith("error: --workdir:") and "cannot be written" in line
+  assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_empty_list_of_learning_rates_is_named(tmp_path):
+  config = tmp_path / "empty.py"
+  config.write_text(
+    f"import sys; sys.path.insert(0, {str(ROOT / 'configs')!r})\n"
+    "from regression import get_config\n"
+    "def get_hyper(hyper, arg=None):\n"
+    "  return hyper.sweep('optimizer.learning_rate', ())\n"
+  )
+  line = refused(f"--config={config}", "--sweep", f"--workdir={tmp_path}/run")
+  assert "optimizer.learning_rate" in line and not (tmp_path / "run").exists()
+
+
+def test_a_locked_directory_of_another_config_names_the_field(tmp_path, shared_data):
+  workdir = tmp_path / "run"
+  finish(workdir, shared_data, "--config.optimizer.steps=2")
+  before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+  line = refused(*TINY, f"--workdir={workdir}", "--config.optimizer.steps=3")
+  assert "optimizer.steps" in line
+  assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_a_bad_value_deep_in_a_sweep_is_told_before_anything_trains(tmp_path):
+  config = tmp_path / "late.py"
+  config.write_text(
+    f"import sys; sys.path.insert(0, {str(ROOT / 'configs')!r})\n"
+    "from regression import get_config\n"
+    "def get_hyper(hyper, arg=None):\n"
+    "  return hyper.sweep('adapter.top_k', (2, 10 ** 6))\n"
+  )
+  line = refused(f"--config={config}", "--sweep", f"--workdir={tmp_path}/run")
+  assert line.startswith("error: adapter.top_k: 1000000")
+  assert not list((tmp_path / "run").glob("groups/*"))
+
+
+def test_a_dry_run_prints_every_point_and_writes_nothing(tmp_path):
+  done = subprocess.run(
+    [sys.executable, "launch.py", *TINY, "--sweep", "--dry_run"],
+    cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "HOME": str(tmp_path)},
+  )  # fmt: skip
+  lines = done.stdout.strip().splitlines()
+  assert len(lines) == 4  # two methods, two learning rates
+  assert all("trainable parameters" in line for line in lines)
+  assert not list(tmp_path.iterdir())
