@@ -157,12 +157,12 @@ def test_low_rank_state_query_prior_and_logits_follow_their_equations():
 
 @pytest.mark.parametrize("index", range(4))
 def test_depth_attention_follows_its_equation_and_starts_at_zero(index):
-  history, p = RNG.normal(size=(6, 4, 3)), RNG.normal(size=3)
+  history, p = RNG.normal(size=(4, 6, 3)), RNG.normal(size=3)  # blocks first
   expected = np.zeros((6, 3))
   if index:
-    scores = np.exp(norm64(history[:, :index]) @ p)
-    attention = scores / scores.sum(-1, keepdims=True)
-    expected = np.einsum("bn,bnr->br", attention, history[:, :index])
+    scores = np.exp(norm64(history[:index]) @ p)
+    attention = scores / scores.sum(0)
+    expected = np.einsum("nb,nbr->br", attention, history[:index])
   actual = summary.depth_attention(history.astype("f"), p.astype("f"), index)
   np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
