@@ -90,11 +90,12 @@ def noise(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   """Test error against noise level, one panel a task and kind of noise."""
   rows = summary.drop_duplicates([*inputs.SETTING, "method"])
   rows = rows[np.isfinite(rows["test_mse"])]
-  groups = [
-    (key, group)
-    for key, group in rows.groupby(["task", "noise_kind"], sort=True)
-    if group["noise_level"].nunique() > 1
-  ]
+  # A method run at one level has no line to draw: controls often are.
+  groups = []
+  for key, group in rows.groupby(["task", "noise_kind"], sort=True):
+    levels = group.groupby("method")["noise_level"].transform("nunique")
+    if (levels > 1).any():
+      groups.append((key, group[levels > 1]))
   if not groups:
     return "Error against noise level: no task was run at more than one noise level."
   figure, axes = panels.grid(len(groups), height=2.6)

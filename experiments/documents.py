@@ -1,0 +1,140 @@
+"""`python -m experiments.documents`: writes the measured tables into the documentation.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; its numbers come from
+`experiments/results/` alone, so a test can remake them and compare.
+"""
+
+import argparse
+import functools
+import pathlib
+import re
+import sys
+
+import pandas as pd
+
+from experiments.report import inputs, style, tables
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+PAGES = ("README.md", "docs/results.md")
+_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@functools.cache
+def regression() -> pd.DataFrame:
+  """The summary of the committed regression study; `docs/report.md` has its columns."""
+  return tables.summarize(inputs.read(RESULTS / "regression"))
+
+
+def _rows(setting: str, methods: list[str], baseline: str) -> pd.DataFrame:
+  summary = regression()
+  rows = summary[(summary["setting"] == setting) & (summary["baseline"] == baseline)]
+  return rows.set_index("method", drop=False).loc[methods]
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+  rule = ["---"] * len(header)
+  return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]) + "\n"
+
+
+def _difference(row: pd.Series) -> str:
+  if row["verdict"] == "baseline":
+    return "baseline"
+  text = tables.with_interval(
+    row["relative"], row["relative_low"], row["relative_high"], tables.percent
+  ).replace(" [", " % [")
+  return f"**{text}**" if row["verdict"] == "better" else text
+
+
+def deciding() -> str:
+  """The two tasks that separate the routing and the prior from what LoRA can express."""
+  chosen = {
+    ("regimes, noise 0.5", "lora"): [
+      "lora", "queryable", "queryable_no_summary", "static", "uniform", "lily", "comol", "full",
+    ],
+    ("multi target", "lora_input"): [
+      "lora_input", "queryable_prior", "queryable_query", "queryable_prior_query", "queryable",
+      "full_input",
+    ],
+  }  # fmt: skip
+  rows = []
+  for (setting, baseline), methods in chosen.items():
+    known = set(regression()["method"])
+    for _, row in _rows(setting, [m for m in methods if m in known], baseline).iterrows():
+      rows.append([
+        setting, row["label"], f"{row['trainable_params']:,.0f}",
+        tables.with_interval(row["test_mse"], row["test_mse_low"], row["test_mse_high"]),
+        _difference(row),
+      ])  # fmt: skip
+  return _markdown(["task", "method", "trainable", "test MSE", "difference"], rows)
+
+
+def every_task() -> str:
+  """Queryable LoRA beside LoRA in every setting, whatever came out."""
+  summary, rows = regression(), []
+  for setting in summary["setting"].unique():
+    for ours, theirs in (("queryable", "lora"), ("queryable_prior", "lora_input")):
+      part = summary[(summary["setting"] == setting) & (summary["method"] == ours)]
+      both = summary[(summary["setting"] == setting) & (summary["method"] == theirs)]
+      base = part[part["baseline"] == theirs]
+      if both.empty or base.empty or (setting == "multi target" and theirs == "lora"):
+        continue
+      row, other = base.iloc[0], both.iloc[0]
+      rows.append([
+        setting, row["label"], style.method(theirs).label, tables.number(row["test_mse"]),
+        tables.number(other["test_mse"]), _difference(row), row["verdict"],
+        f"{tables.number(row['spread'])} / {tables.number(other['spread'])}",
+        f"{tables.number(row['basin_decades'], 2)} / {tables.number(other['basin_decades'], 2)}",
+      ])  # fmt: skip
+  header = ["setting", "method", "against", "test MSE", "its test MSE", "difference", "verdict",
+            "spread over seeds", "basin, decades"]  # fmt: skip
+  return _markdown(header, rows)
+
+
+def counts() -> str:
+  """Wins, ties and losses of each method against LoRA over the settings it ran in."""
+  against = regression()
+  against = against[(against["baseline"] == "lora") & (against["verdict"] != "baseline")]
+  against = against[against["method"] != "none"]
+  rows = []
+  for key in style.ordered(against["method"]):
+    own = against[against["method"] == key]
+    number = own["verdict"].value_counts()
+    worse = number.get("worse", 0) + number.get("diverged", 0)
+    rows.append([
+      style.method(key).label, str(len(own)), str(number.get("better", 0)),
+      str(number.get("no difference", 0)), str(worse),
+      tables.percent(own["relative"].median()) + " %",
+    ])  # fmt: skip
+  header = ["method", "settings", "lower error", "not told apart", "higher error", "median"]
+  return _markdown(header, rows)
+
+
+TABLES = {"deciding": deciding, "every_task": every_task, "counts": counts}
+
+
+def filled(text: str) -> str:
+  """`text` with every marked table remade; a name without a table raises KeyError."""
+  return _MARKED.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", text)
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Writes the pages, or with --check names the ones that differ and returns 1."""
+  parser = argparse.ArgumentParser(prog="python -m experiments.documents", description=__doc__)
+  parser.add_argument("--check", action="store_true", help="write nothing; fail where they differ")
+  check = parser.parse_args(argv).check
+  differing = []
+  for page in PAGES:
+    path = ROOT / page
+    text = path.read_text()
+    if filled(text) != text:
+      differing.append(page)
+      if not check:
+        path.write_text(filled(text))
+  if check and differing:
+    print(f"tables out of date in {', '.join(differing)}: run python -m experiments.documents")
+  return int(check and bool(differing))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
