@@ -37,3 +37,4 @@ format: setup-dev
 bench: setup
 	$(BIN)/python benchmarks/routed_step.py
 	$(BIN)/python benchmarks/vectorised_sweep.py
+	$(BIN)/python benchmarks/contraction.py

@@ -57,6 +57,10 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data):
       [sys.executable, *arguments, *small, f"--config.data.data_dir={shared_data}"], tmp_path
     )
     assert "validation mse" in done.stdout
+  elif arguments[:2] == ["-m", "experiments.report"] and "experiments/results" in text:
+    kept = [each for each in arguments if not each.startswith("--out")]
+    execute([sys.executable, *kept, f"--out={tmp_path}/report"], tmp_path)
+    assert (tmp_path / "report/report.html").stat().st_size > 100_000
   elif arguments[:2] == ["-m", "experiments.report"]:
     small = ["--config=configs/regression.py:runlocal", *SMALL, f"--workdir={tmp_path}/run"]
     data = f"--config.data.data_dir={shared_data}"
