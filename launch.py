@@ -54,8 +54,11 @@ def main(argv: list[str]) -> None:
     return
   study.run(config, points, workdir, _WORKERS.value or _default_workers())
   from experiments import report
+  from experiments.report import terminal
 
-  print(f"report: {report.write_report(workdir)}")
+  page = report.write_report(workdir)
+  terminal.show(page)
+  print(f"report: {page}")
 
 
 def _load_config():

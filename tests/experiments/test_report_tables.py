@@ -1,12 +1,15 @@
 """The report's numbers, against independent recomputation from the raw rows."""
 
+import io
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import rich.console
 
-from experiments.report import headline, inputs, tables
+from experiments import report
+from experiments.report import headline, inputs, tables, terminal
 
 
 def _row(summary, **want):
@@ -203,3 +206,16 @@ def test_markdown_has_one_line_a_method_and_equal_columns(tmp_path, make_study):
   assert len(lines) == 3 * 2 + len(summary)
   assert len({line.count("|") for line in lines}) == 1
   assert pd.isna(summary.loc[summary["method"] == "lora", "difference"]).all()
+
+
+def test_the_terminal_shows_every_row_with_its_interval(tmp_path, make_study):
+  make_study(tmp_path, seeds=4)
+  page = report.write_report(tmp_path)
+  console = rich.console.Console(file=io.StringIO(), width=100)
+  terminal.show(page, console)
+  lines = console.file.getvalue().splitlines()
+  summary = tables.summarize(inputs.read(tmp_path))
+  for row in summary.to_dict("records"):
+    interval = tables.with_interval(row["test_mse"], row["test_mse_low"], row["test_mse_high"])
+    assert any(row["label"] in line and interval in line for line in lines), row["label"]
+  assert max(map(len, lines)) <= 100
