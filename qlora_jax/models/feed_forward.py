@@ -1,0 +1,47 @@
+"""The decoder's feed-forward network, gated (SwiGLU, GeGLU) or plain."""
+
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+
+from qlora_jax.typing import Array
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "silu": jax.nn.silu,
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+  "relu": jax.nn.relu,
+}
+
+
+class FeedForward(nn.Module):
+  """down(act(gate x) * up x), or down(act(up x)) when not gated.
+
+  Attributes:
+    make_map: builds one adapted map by its name.
+    activation: a key of `ACTIVATIONS`.
+    gated: whether there is a gate.
+  """
+
+  make_map: Callable[[str], nn.Module]
+  activation: str
+  gated: bool
+
+  def setup(self):
+    self.gate = self.make_map("gate") if self.gated else None
+    self.up = self.make_map("up")
+    self.down = self.make_map("down")
+
+  def __call__(self, x: Array, routing, shared) -> tuple[Array, list]:
+    """Maps x [*batch, D] to ([*batch, D], the maps' own routings)."""
+    act, own = ACTIVATIONS[self.activation], []
+    if self.gated:
+      gate, routed = self.gate(x, routing, shared)
+      inner, second = self.up(x, routing, shared)
+      inner, own = act(gate) * inner, [routed, second]
+    else:
+      inner, routed = self.up(x, routing, shared)
+      inner, own = act(inner), [routed]
+    y, routed = self.down(inner, routing, shared)
+    return y, [*own, routed]
