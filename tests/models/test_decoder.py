@@ -197,13 +197,15 @@ def test_batched_generation_equals_each_prompt_alone_and_needs_no_more_state():
   prompts = [[3, 4, 5, 6, 7, 8], [9], [10, 11, 12]]
   sampling = generation.SamplingConfig(max_tokens=8)
   together = generation.generate(model, variables, prompts, sampling=sampling)
+  score = jax.jit(functools.partial(model.apply, method="score"))
   for prompt, expected in zip(prompts, together, strict=True):
     assert generation.generate(model, variables, [prompt], sampling=sampling) == [expected]
-    tokens = list(prompt)
-    for token in expected:  # without any cache
-      scores, _ = model.apply(variables, np.asarray([tokens], np.int32), method="score")
-      assert int(np.argmax(scores[0, -1])) == token
-      tokens.append(token)
+    tokens = np.zeros((1, 16), np.int32)  # the rest is never seen: the model is causal
+    tokens[0, : len(prompt)] = prompt
+    for place, token in enumerate(expected, len(prompt)):  # without any cache
+      scores, _ = score(variables, tokens)
+      assert int(np.argmax(scores[0, place - 1])) == token
+      tokens[0, place] = token
 
 
 def test_generation_stops_at_a_stop_token():
