@@ -29,10 +29,39 @@ def rms_norm(x: Float[Array, "*batch R"]) -> Float[Array, "*batch R"]:
   return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + RMS_EPSILON)
 
 
+@jax.custom_vjp
+def _product(x: Array, factor: Array) -> Array:
+  """x [*batch, a] times a thin factor [a, b], summed in the factor's dtype.
+
+  Its gradient in the factor is formed as (narrow)^T (wide): the order of automatic differentiation
+  would lay the wide matrix out anew for every map, which takes a CPU longer than the product.
+  """
+  return jnp.einsum(
+    "...a,ab->...b", x, factor.astype(x.dtype), preferred_element_type=factor.dtype
+  )
+
+
+def _product_forward(x: Array, factor: Array) -> tuple[Array, tuple[Array, Array]]:
+  return _product(x, factor), (x, factor)
+
+
+def _product_backward(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+  x, factor = kept
+  batch = tuple(range(x.ndim - 1))
+  sums = ((batch, batch), ((), ()))
+  own = jnp.einsum("...b,ab->...a", grad, factor).astype(x.dtype)
+  if factor.shape[0] <= factor.shape[1]:
+    return own, jax.lax.dot_general(x, grad, sums, preferred_element_type=factor.dtype)
+  return own, jax.lax.dot_general(grad, x, sums, preferred_element_type=factor.dtype).T
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 @typed
 def project(x: Float[Array, "*batch D"], lora_a: Float[Array, "D R"]) -> Float[Array, "*batch R"]:
   """x A in float32, with factors of x's own dtype: what is kept for the gradient stays small."""
-  return jnp.einsum("...d,dr->...r", x, lora_a.astype(x.dtype), preferred_element_type=lora_a.dtype)
+  return _product(x, lora_a)
 
 
 @typed
@@ -202,4 +231,4 @@ def low_rank_output(
   low_rank: Float[Array, "*batch R"], lora_b: Float[Array, "R D"], scaling: float
 ) -> Float[Array, "*batch D"]:
   """The last factor of step (6): scaling * (x A C) B, scaling being alpha/R or alpha/sqrt(R)."""
-  return scaling * jnp.einsum("...r,rd->...d", low_rank, lora_b)
+  return _product(scaling * low_rank, lora_b)

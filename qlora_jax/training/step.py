@@ -1,5 +1,6 @@
 """The train state and the pure train step. Letters as in `qlora_jax/typing.py`."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.struct
@@ -81,9 +82,13 @@ def train_step(
   batch: Batch,
   model: nn.Module,
   tx: optax.GradientTransformation,
+  loss: Callable[..., tuple[Array, Array]] = loss_fn,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One optimiser step; gradients are taken in the trained tree alone."""
-  (_, error), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, batch, model)
+  """One optimiser step; gradients are taken in the trained tree alone.
+
+  `loss(params, frozen, batch, model)` gives (what is minimised, what is reported).
+  """
+  (_, error), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, model)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   updates = jax.tree.map(lambda update: state.learning_rate * update, updates)
   metrics = {"train/loss": error, "train/grad_norm": optax.global_norm(grads)}

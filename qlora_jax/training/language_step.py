@@ -1,0 +1,107 @@
+"""The loss of a language model, on answer tokens alone. Letters as in `qlora_jax/typing.py`.
+
+Logits are made for A answer places in chunks, so that [B, T, V] never exists.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax import numpy as jnp
+
+from qlora_jax.adapters import losses
+from qlora_jax.data.text import packing
+from qlora_jax.models import decoder
+from qlora_jax.training import step as step_lib
+from qlora_jax.typing import Array, PyTree
+
+CHUNK = 128  # answer places whose logits exist at once
+
+
+class LanguageBatch(NamedTuple):
+  """B rows of T tokens, and the A places of them whose next token is an answer's.
+
+  Attributes:
+    tokens, positions, segments: int32 [B, T].
+    loss_mask: float32 [B, T]; routing penalties are taken over these tokens.
+    instruction: float32 [B, T, E], or None.
+    places: int32 [A], indices into the flattened [B T].
+    targets: int32 [A]; weights: float32 [A], 0 where A is rounded up.
+  """
+
+  tokens: Array
+  positions: Array
+  segments: Array
+  loss_mask: Array
+  instruction: Array | None
+  places: Array
+  targets: Array
+  weights: Array
+
+
+def from_text(batch: packing.TextBatch, table: np.ndarray | None) -> LanguageBatch:
+  """What the step takes; `table` [instructions, E] holds the embeddings, or None.
+
+  A is rounded up to CHUNK times a power of two, so that few shapes are compiled.
+  """
+  found = np.flatnonzero(batch.loss_mask)
+  size = CHUNK
+  while size < len(found):
+    size *= 2
+  places, weights = np.zeros(size, np.int32), np.zeros(size, np.float32)
+  places[: len(found)], weights[: len(found)] = found, 1.0
+  instruction = None if table is None else table[batch.instruction_id]
+  return LanguageBatch(
+    batch.tokens, batch.positions, batch.segment_ids, batch.loss_mask, instruction, places,
+    batch.targets.ravel()[places], weights,
+  )  # fmt: skip
+
+
+def answer_losses(
+  model: decoder.Decoder, variables: PyTree, hidden: Array, batch: LanguageBatch
+) -> Array:
+  """Negative log-likelihood [A] in nats of each answer token, from hidden states [B, T, D]."""
+  chosen = hidden.reshape(-1, hidden.shape[-1])[batch.places]
+
+  @jax.checkpoint  # a chunk's logits are made again for its gradient
+  def chunk(inputs):
+    states, targets = inputs
+    logits = model.apply(variables, states, method="logits")
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+  chunks = (chosen.reshape(-1, CHUNK, chosen.shape[-1]), batch.targets.reshape(-1, CHUNK))
+  return jax.lax.map(chunk, chunks).ravel()
+
+
+def loss_fn(
+  params: PyTree, frozen: step_lib.Frozen, batch: LanguageBatch, model: decoder.Decoder
+) -> tuple[Array, Array]:
+  """Mean loss of an answer token plus the routing penalties; returns (loss, mean nats)."""
+  variables = step_lib.variables(model, params, frozen)
+  output = model.apply(variables, batch.tokens, batch.positions, batch.segments, batch.instruction)
+  each = answer_losses(model, variables, output.hidden, batch)
+  nats = jnp.sum(each * batch.weights) / jnp.maximum(jnp.sum(batch.weights), 1.0)
+  return nats + losses.penalty(model.adapter, output.routing, batch.loss_mask), nats
+
+
+def init_params(model: decoder.Decoder, base: PyTree, key: Array) -> tuple[PyTree, step_lib.Frozen]:
+  """Draws the adapter over a given base: the trained tree, and what stays frozen."""
+  dim = model.adapter.instruction_dim
+  batch = step_lib.Batch(
+    jnp.zeros((1, 2), jnp.int32), jnp.zeros(1), jnp.zeros((1, dim)) if dim else None
+  )
+  return step_lib.init_params(_Initialised(model), base, key, batch)
+
+
+class _Initialised(NamedTuple):
+  """A decoder as `step.init_params` calls a model: features and an instruction."""
+
+  model: decoder.Decoder
+
+  @property
+  def adapter(self):
+    return self.model.adapter
+
+  def apply(self, variables, tokens, instruction, **options):
+    return self.model.apply(variables, tokens, instruction, method="initialise", **options)
