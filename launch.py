@@ -31,28 +31,38 @@ _WORKERS = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
   del argv
   config = _load_config()
-  from qlora_jax.training import settings, study  # after the flags: a mistake there answers fast
+  from qlora_jax.training import loop, study  # after the flags: a mistake there answers fast
 
   points = _points(config) if _SWEEP.value else [{}]
   if _DRY_RUN.value:
     for own, rates in study.expand(config, points):
-      resolved = settings.resolve(own)
+      resolved = study.resolve(own)
+      adapter = resolved.model.adapter if study.is_language(own) else resolved.adapter
       for rate in rates:
         print(
-          f"{own.data.task}/{own.adapter.name} lr {rate:g}: "
-          f"{resolved.trainable_params} trainable parameters, rank {resolved.adapter.rank}"
+          f"{loop.data_name(own)}/{own.adapter.name} lr {rate:g}: "
+          f"{resolved.trainable_params} trainable parameters, rank {adapter.rank}"
         )
     return
   if not _WORKDIR.value:
     raise errors.UserError("--workdir: missing; give a directory for results and checkpoints")
   workdir = pathlib.Path(_WORKDIR.value)
-  settings.resolve(config)
+  study.resolve(config)
   study.prepare(workdir, config, "python " + shlex.join(sys.argv))
   if not _SWEEP.value:
-    row = study.single(config, workdir)
-    print(f"validation mse {row['validation_mse']:.4f}, test mse {row['test_mse']:.4f}")
+    row, summary = study.single(config, workdir)
+    print(summary)
+    if "directory" in row:
+      print(f"adapter: {workdir / row['directory'] / 'adapter'}")
     return
-  study.run(config, points, workdir, _WORKERS.value or _default_workers())
+  # A language model keeps all cores busy on its own.
+  count = _WORKERS.value or (1 if study.is_language(config) else _default_workers())
+  study.run(config, points, workdir, count)
+  if study.is_language(config):
+    from experiments.report import language
+
+    print(language.write(workdir))
+    return
   from experiments import report
   from experiments.report import terminal
 

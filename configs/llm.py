@@ -1,8 +1,13 @@
 """Fine-tuning a language model with an adapter.
 
-  python launch.py --config=configs/llm.py:demo --workdir=runs/llm
+  python launch.py --config=configs/llm.py:demo --workdir=runs/llm-demo
+  python launch.py --config=configs/llm.py:pair --workdir=runs/llm-pair --sweep
+  python launch.py --config=configs/llm.py:induction --workdir=runs/llm-induction --sweep
 
-`model.weights` is a built-in name, a Hugging Face folder or hub id, or a .gguf file.
+`model.weights` is a built-in name, a Hugging Face folder or hub id, or a .gguf file; `data.name`
+is a built-in data set or a .jsonl file. `induction` compares six ways to use the instruction on
+six tasks of instruction-induction; `pair` is the two of them that decide, on the word tasks, which
+need no download.
 """
 
 import ml_collections
@@ -11,11 +16,19 @@ from ml_collections import config_dict
 from configs import regression
 from qlora_jax import sweeps
 
-VARIANTS = ("", "demo")
+VARIANTS = ("", "demo", "pair", "induction")
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+DEMO_TASKS = (
+  "first_letter", "last_letter", "plural", "uppercase", "number_to_words", "next_number",
+)  # fmt: skip
+INDUCTION_TASKS = (
+  "antonyms", "singular_to_plural", "first_word_letter", "num_to_verbal", "translation_en-fr",
+  "letters_list",
+)  # fmt: skip
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """SmolLM2-135M-Instruct on the built-in word tasks; `demo` is sized for two CPU cores."""
+  """SmolLM2-135M-Instruct on the built-in word tasks, or a variant: see the file's head."""
   arg = arg or ""
   sweeps.check_variant(arg, VARIANTS)
   config = ml_collections.ConfigDict()
@@ -28,22 +41,55 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )  # fmt: skip
   config.model.adapted = config_dict.placeholder(tuple)
   config.adapter = regression.get_config().adapter
-  config.adapter.name = "queryable_prior"
-  config.adapter.budget = 1_000_000
+  config.adapter.name = "queryable_prior_query"
+  config.adapter.budget = 2_450_000  # LoRA of rank 8 on all seven maps of SmolLM2-135M
   config.optimizer = dict(
-    learning_rate=1e-3, steps=600, batch_size=8, warmup=0.05, weight_decay=0.0, clip=1.0,
-    memory_multiplier=1.0, router_multiplier=1.0,
+    learning_rate=1e-3, steps=600, batch_size=8, micro_batches=1, warmup=0.05, weight_decay=0.0,
+    clip=1.0, memory_multiplier=1.0, router_multiplier=1.0,
   )  # fmt: skip
   config.data = dict(name="word_tasks", data_dir="data", length=256, pack=True, on_long="drop")
   config.data.manual_folder = config_dict.placeholder(str)
   config.data.tasks = config_dict.placeholder(tuple)
   config.data.train_rows = config_dict.placeholder(int)
   config.instruction = dict(encoder="minilm", dim=32, in_prompt=False, shuffled=False)
-  config.eval = dict(every=10, examples=50, max_tokens=24, batch_size=16)
+  config.protocol = dict(search_seeds=(0,), final_seeds=(100, 101, 102))
+  config.eval = dict(every=10, examples=60, max_tokens=24, batch_size=16)
   config.checkpoint = dict(seconds=60.0)
-  if arg == "demo":
-    config.optimizer.steps = 80
+  if arg in ("demo", "pair"):
+    config.data.tasks = DEMO_TASKS
+    config.data.length = 128
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.steps = 100
     config.optimizer.batch_size = 4
-    config.eval.examples = 6
+    config.eval.every = 2
+    config.eval.examples = 8
     config.eval.max_tokens = 12
+  if arg == "pair":
+    config.optimizer.steps = 60
+    config.eval.examples = 30
+  if arg == "induction":
+    config.data.name = "instruction_induction"
+    config.data.tasks = INDUCTION_TASKS
+    config.data.train_rows = 200
+    config.data.length = 128
+    config.optimizer.batch_size = 4
+    config.optimizer.steps = 150
+    config.eval.examples = 100
   return config
+
+
+def get_hyper(hyper, arg: str | None = None) -> list[dict]:
+  """Ways to use the instruction x learning rates; seeds: `protocol`."""
+  rates = hyper.sweep("optimizer.learning_rate", LEARNING_RATES)
+  deciding = (("lora", True, False), ("queryable_prior", True, False))
+  ways = (
+    ("lora", False, False), ("queryable", False, False), ("queryable_prior", False, False),
+    ("queryable_prior", False, True), *deciding,
+  )  # fmt: skip
+  if arg in ("demo", "pair"):
+    ways = deciding
+  points = [
+    {"adapter.name": name, "instruction.in_prompt": in_prompt, "instruction.shuffled": shuffled}
+    for name, in_prompt, shuffled in ways
+  ]
+  return hyper.product(points, rates)

@@ -36,9 +36,7 @@ def _product(x: Array, factor: Array) -> Array:
   Its gradient in the factor is formed as (narrow)^T (wide): the order of automatic differentiation
   would lay the wide matrix out anew for every map, which takes a CPU longer than the product.
   """
-  return jnp.einsum(
-    "...a,ab->...b", x, factor.astype(x.dtype), preferred_element_type=factor.dtype
-  )
+  return jnp.einsum("...a,ab->...b", x, factor.astype(x.dtype), preferred_element_type=factor.dtype)
 
 
 def _product_forward(x: Array, factor: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -40,22 +40,33 @@ class LanguageBatch(NamedTuple):
   weights: Array
 
 
-def from_text(batch: packing.TextBatch, table: np.ndarray | None) -> LanguageBatch:
-  """What the step takes; `table` [instructions, E] holds the embeddings, or None.
+def from_text(batch: packing.TextBatch, table: np.ndarray | None, parts: int = 1) -> LanguageBatch:
+  """What the step takes: every leaf with a leading axis of `parts` micro-batches.
 
   A is rounded up to CHUNK times a power of two, so that few shapes are compiled.
+
+  Args:
+    batch: B rows, a multiple of `parts`.
+    table: embeddings [instructions, E], or None.
+    parts: micro-batches, run one after another.
   """
-  found = np.flatnonzero(batch.loss_mask)
+  rows = np.split(np.arange(len(batch.tokens)), parts)
+  most = max(int(np.count_nonzero(batch.loss_mask[part])) for part in rows)
   size = CHUNK
-  while size < len(found):
+  while size < most:
     size *= 2
-  places, weights = np.zeros(size, np.int32), np.zeros(size, np.float32)
-  places[: len(found)], weights[: len(found)] = found, 1.0
-  instruction = None if table is None else table[batch.instruction_id]
-  return LanguageBatch(
-    batch.tokens, batch.positions, batch.segment_ids, batch.loss_mask, instruction, places,
-    batch.targets.ravel()[places], weights,
-  )  # fmt: skip
+  made = []
+  for part in rows:
+    mask = batch.loss_mask[part]
+    found = np.flatnonzero(mask)
+    places, weights = np.zeros(size, np.int32), np.zeros(size, np.float32)
+    places[: len(found)], weights[: len(found)] = found, 1.0
+    instruction = None if table is None else table[batch.instruction_id[part]]
+    made.append(LanguageBatch(
+      batch.tokens[part], batch.positions[part], batch.segment_ids[part], mask, instruction,
+      places, batch.targets[part].ravel()[places], weights,
+    ))  # fmt: skip
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *made)
 
 
 def answer_losses(
@@ -77,12 +88,39 @@ def answer_losses(
 def loss_fn(
   params: PyTree, frozen: step_lib.Frozen, batch: LanguageBatch, model: decoder.Decoder
 ) -> tuple[Array, Array]:
-  """Mean loss of an answer token plus the routing penalties; returns (loss, mean nats)."""
+  """Summed loss of the answer tokens, and the mean of the routing penalties."""
   variables = step_lib.variables(model, params, frozen)
   output = model.apply(variables, batch.tokens, batch.positions, batch.segments, batch.instruction)
   each = answer_losses(model, variables, output.hidden, batch)
-  nats = jnp.sum(each * batch.weights) / jnp.maximum(jnp.sum(batch.weights), 1.0)
-  return nats + losses.penalty(model.adapter, output.routing, batch.loss_mask), nats
+  penalty = losses.penalty(model.adapter, output.routing, batch.loss_mask)
+  return jnp.sum(each * batch.weights), penalty
+
+
+def gradients(
+  params: PyTree, frozen: step_lib.Frozen, batches: LanguageBatch, model: decoder.Decoder
+) -> tuple[Array, PyTree]:
+  """(Mean nats of an answer token, gradient of it plus the penalties), see `from_text`.
+
+  Micro-batches are weighted by their answer tokens: their number does not change the loss. Each
+  penalty is over a micro-batch's own tokens, and they are weighted alike.
+  """
+  total = jnp.maximum(jnp.sum(batches.weights), 1.0)
+
+  def minimised(params, batch):
+    nats, penalty = loss_fn(params, frozen, batch, model)
+    share = jnp.sum(batch.weights) / total
+    return nats / total + share * penalty, nats / total
+
+  def body(carry, batch):
+    (_, nats), grads = jax.value_and_grad(minimised, has_aux=True)(params, batch)
+    return jax.tree.map(jnp.add, carry, (nats, grads)), None
+
+  if len(batches.tokens) == 1:
+    batch = jax.tree.map(lambda leaf: leaf[0], batches)
+    (_, nats), grads = jax.value_and_grad(minimised, has_aux=True)(params, batch)
+    return nats, grads
+  zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+  return jax.lax.scan(body, zero, batches)[0]
 
 
 def init_params(model: decoder.Decoder, base: PyTree, key: Array) -> tuple[PyTree, step_lib.Frozen]:

@@ -44,20 +44,27 @@ class GroupSpec:
 
   @property
   def label(self) -> str:
-    return f"{self.config.data.task}/{self.config.adapter.name}/{self.stage}"
+    return f"{data_name(self.config)}/{self.config.adapter.name}/{self.stage}"
 
   @property
   def identity(self) -> str:
     """A hash of everything that decides the results."""
     config = self.config.to_dict()
-    config.pop("seed", None), config["optimizer"].pop("learning_rate"), config.pop("mesh")
+    config.pop("seed", None), config["optimizer"].pop("learning_rate"), config.pop("mesh", None)
     config["data"].pop("data_dir"), config.pop("protocol"), config.pop("checkpoint")
     text = json.dumps([config, self.stage, self.runs], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def data_name(config: ml_collections.ConfigDict) -> str:
+  """The regression task, or the text data set."""
+  return config.data.task if "task" in config.data else config.data.name
+
+
 class Loop:
   """Trains groups in one work directory; keeps what groups share in memory."""
+
+  objective = "validation_mse"  # the column that a learning rate is chosen by
 
   def __init__(self, workdir: pathlib.Path, display: progress.Display):
     self.workdir = workdir
@@ -70,6 +77,12 @@ class Loop:
     """The result that an earlier process stored, or None."""
     path = self._directory(spec) / "result.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+  def summary(self, rows: list[dict]) -> str:
+    """One line about the final runs of a setting."""
+    column = "test_noisy_mse" if np.isnan(rows[0]["test_mse"]) else "test_mse"
+    validation, error = (np.mean([row[name] for row in rows]) for name in (self.objective, column))
+    return f"validation mse {validation:.4f}, test mse {error:.4f}"
 
   def train(self, spec: GroupSpec) -> dict:
     """Trains a group and stores its result.

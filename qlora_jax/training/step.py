@@ -76,19 +76,22 @@ def loss_fn(params: PyTree, frozen: Frozen, batch: Batch, model: nn.Module):
   return error + losses.penalty(model.adapter, prediction.routing), error
 
 
+def gradients(params: PyTree, frozen: Frozen, batch: Batch, model: nn.Module):
+  """(Mean squared error, gradient of the loss) in the trained tree alone."""
+  (_, error), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, batch, model)
+  return error, grads
+
+
 def train_step(
   state: TrainState,
   frozen: Frozen,
   batch: Batch,
   model: nn.Module,
   tx: optax.GradientTransformation,
-  loss: Callable[..., tuple[Array, Array]] = loss_fn,
+  gradients: Callable[..., tuple[Array, PyTree]] = gradients,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One optimiser step; gradients are taken in the trained tree alone.
-
-  `loss(params, frozen, batch, model)` gives (what is minimised, what is reported).
-  """
-  (_, error), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, model)
+  """One optimiser step; `gradients(params, frozen, batch, model)` gives (loss to report, tree)."""
+  error, grads = gradients(state.params, frozen, batch, model)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   updates = jax.tree.map(lambda update: state.learning_rate * update, updates)
   metrics = {"train/loss": error, "train/grad_norm": optax.global_norm(grads)}

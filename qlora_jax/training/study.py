@@ -18,10 +18,28 @@ import numpy as np
 import pandas as pd
 
 from qlora_jax import errors
-from qlora_jax.training import compiled, loop, progress, settings, workers
+from qlora_jax.training import (
+  compiled,
+  language_loop,
+  language_settings,
+  loop,
+  progress,
+  settings,
+  workers,
+)
 
 RATE = "optimizer.learning_rate"
 _PACKAGES = ("jax", "flax", "optax", "numpy")
+
+
+def is_language(config: ml_collections.ConfigDict) -> bool:
+  """Whether a config fine-tunes a language model; it is noisy regression otherwise."""
+  return config.get("kind") == "language"
+
+
+def resolve(config: ml_collections.ConfigDict):
+  """The config's checked settings; raises a UserError that names the first field that is wrong."""
+  return (language_settings if is_language(config) else settings).resolve(config)
 
 
 def expand(config: ml_collections.ConfigDict, points: list[dict]) -> list[tuple]:
@@ -63,7 +81,9 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: s
       )
     return
   loop.write_json(path, {
-    "title": "Queryable LoRA on noisy regression", "command": command, "commit": _commit(),
+    "title": "Queryable LoRA on " + (
+      f"{config.model.weights}, {config.data.name}" if is_language(config) else "noisy regression"
+    ), "command": command, "commit": _commit(),
     "date": datetime.date.today().isoformat(),
     "devices": ", ".join(sorted({d.device_kind for d in jax.devices()})),
     "versions": {"python": sys.version.split()[0],
@@ -84,14 +104,16 @@ def run(
   """
   pairs = expand(config, points)
   for own, _ in pairs:  # all mistakes are told before anything trains
-    settings.resolve(own)
+    resolve(own)
   search, final = config.protocol.search_seeds, config.protocol.final_seeds
   total = sum(len(rates) * len(search) + len(final) for _, rates in pairs)
   results: list[list[dict]] = [[] for _ in pairs]
-  with progress.Display(total_points=total) as display:
+  with progress.Display(
+    total_points=total, unit="tokens" if is_language(config) else "examples"
+  ) as display:
     last = time.monotonic()
     for index, (found, trained) in workers.run(
-      make_loop, (workdir,), train_setting, pairs, num_workers, display
+      make_loop, (workdir, is_language(config)), train_setting, pairs, num_workers, display
     ):
       results[index] = found
       if trained:
@@ -101,13 +123,13 @@ def run(
     write_tables(workdir, [each for done in results for each in done], 0.0)
 
 
-def make_loop(display: progress.Display, workdir: pathlib.Path) -> loop.Loop:
+def make_loop(display: progress.Display, workdir: pathlib.Path, language: bool):
   """What a process keeps between settings; compiled programs are kept on disk between processes."""
   compiled.enable()
-  return loop.Loop(workdir, display)
+  return (language_loop if language else loop).Loop(workdir, display)
 
 
-def train_setting(trainer: loop.Loop, setting: tuple) -> tuple[list[dict], bool]:
+def train_setting(trainer, setting: tuple) -> tuple[list[dict], bool]:
   """One (config, learning rates): the search, the choice, the final runs.
 
   Returns:
@@ -119,31 +141,32 @@ def train_setting(trainer: loop.Loop, setting: tuple) -> tuple[list[dict], bool]
   if own.adapter.name == "none":  # nothing is trained: no rate to search
     runs = tuple((seed, rates[0]) for seed in search)
   found, searched = _once(trainer, display, loop.GroupSpec(own, "search", runs))
-  best = choose(found["rows"])
+  best = choose(found["rows"], trainer.objective)
   spec = loop.GroupSpec(own, "final", tuple((seed, best) for seed in final))
   last, trained = _once(trainer, display, spec)
   if trained:
-    column = "test_noisy_mse" if np.isnan(last["rows"][0]["test_mse"]) else "test_mse"
-    error = np.mean([row[column] for row in last["rows"]])
-    display.log(f"{own.data.task}/{own.adapter.name}: lr {best:g}, test mse {error:.4f}")
+    told = trainer.summary(last["rows"])
+    display.log(f"{loop.data_name(own)}/{own.adapter.name}: lr {best:g}, {told}")
   return [found, last], searched or trained
 
 
-def single(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
-  """One run of the config's own seed and learning rate; returns its row."""
+def single(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[dict, str]:
+  """One run of the config's own seed and learning rate: its row, and a line about it."""
   runs = ((config.seed, config.optimizer.learning_rate),)
   spec = loop.GroupSpec(config, "final", runs)
-  with progress.Display(total_points=1) as display:
-    result, _ = _once(make_loop(display, workdir), display, spec)
+  language = is_language(config)
+  with progress.Display(total_points=1, unit="tokens" if language else "examples") as display:
+    trainer = make_loop(display, workdir, language)
+    result, _ = _once(trainer, display, spec)
   write_tables(workdir, [result], 0.0)
-  return result["rows"][0]
+  return result["rows"][0], trainer.summary(result["rows"])
 
 
-def choose(rows: list[dict]) -> float:
-  """The learning rate with the least mean validation error; a diverged run rules its rate out."""
+def choose(rows: list[dict], column: str = "validation_mse") -> float:
+  """The learning rate with the least mean of a column; a diverged run rules its rate out."""
   table = pd.DataFrame(rows)
-  table["validation_mse"] = table["validation_mse"].fillna(np.inf)
-  return float(table.groupby("learning_rate")["validation_mse"].mean().idxmin())
+  table[column] = table[column].fillna(np.inf)
+  return float(table.groupby("learning_rate")[column].mean().idxmin())
 
 
 def write_tables(workdir: pathlib.Path, results: list[dict], seconds: float) -> None:

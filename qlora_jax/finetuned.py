@@ -1,0 +1,115 @@
+"""A fine-tuned model: an adapter folder on the base that it was trained on, ready to generate."""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from qlora_jax import errors
+from qlora_jax.adapters import config as adapter_config
+from qlora_jax.data.text import formatting, records
+from qlora_jax.instructions import cache, projection
+from qlora_jax.models import decoder, families, generation
+from qlora_jax.training import language
+from qlora_jax.typing import PyTree
+from qlora_jax.weights import adapter_file, hf_layout, sources
+
+
+class FineTuned:
+  """Answers prompts with the adapter on or off.
+
+  Args:
+    directory: an adapter's folder, as a run writes it.
+    weights: the base, if it is elsewhere than when the adapter was trained: a built-in name, a
+      folder, a hub id or a .gguf file.
+
+  Raises:
+    UserError: no adapter there, or it was trained on another base.
+  """
+
+  def __init__(self, directory: str | pathlib.Path, weights: str | None = None):
+    tree, metadata = adapter_file.load(directory, None)
+    name = weights or metadata["model_name"]
+    source = sources.open_source(name)
+    adapter_file.load(directory, source.fingerprint, base_name=name)
+    self.metadata: dict[str, Any] = metadata
+    self.tokenizer = source.tokenizer()
+    shape = dict(metadata["model_config"])
+    shape["adapted"] = tuple(shape["adapted"])
+    config = families.config_from_hf(source.config, **shape)
+    self.tokenizer.check_vocab(config.vocabulary)
+    fields = dict(metadata["adapter"])
+    fields["map_ranks"] = tuple(tuple(pair) for pair in fields["map_ranks"])
+    self.adapted = decoder.Decoder(config, adapter_config.AdapterConfig(**fields))
+    self.base = decoder.Decoder(config, adapter_config.AdapterConfig(method="none"))
+    base = hf_layout.load_base(source, config)
+    self.variables: PyTree = {
+      "params": jax.device_put(tree["params"]), "base": base,
+      "frozen": jax.device_put(tree.get("frozen", {})),
+    }  # fmt: skip
+    fitted = tree.get("projection")
+    self.projection = fitted and projection.Projection(**fitted)
+
+  @property
+  def uses_instruction(self) -> bool:
+    """Whether the router or the input reads the instruction's embedding."""
+    return self.adapted.adapter.uses_instruction
+
+  def tokens_of(self, prompt: str, instruction: str = "") -> np.ndarray:
+    """The prompt as tokens [n], in the form that the adapter was trained on."""
+    example = records.Example(instruction, prompt, ("",), "chat", 0)
+    encoded = formatting.encode_example(
+      example, self.tokenizer, language.render_with(self.tokenizer),
+      instruction_in_prompt=self.metadata["instruction"]["in_prompt"],
+    )  # fmt: skip
+    return encoded.prompt
+
+  def embedding_of(self, instruction: str) -> np.ndarray | None:
+    """The instruction's embedding [1, E], or None where the adapter reads none."""
+    if not self.uses_instruction:
+      return None
+    if not instruction.strip():
+      raise errors.UserError(
+        "--instruction: missing; this adapter is routed by an instruction, such as"
+        " --instruction='Write the first letter of the word.'"
+      )
+    embedded = cache.embed(
+      [instruction], self.metadata["instruction"]["encoder"], cache.default_dir()
+    )
+    return projection.apply(self.projection, embedded)
+
+  def stream(
+    self,
+    prompt: str,
+    instruction: str = "",
+    sampling: generation.SamplingConfig | None = None,
+    adapter_on: bool = True,
+  ) -> Iterator[str]:
+    """Yields the answer piece by piece; the pieces together are the whole text.
+
+    Raises:
+      UserError: an adapter that is routed by an instruction is given none; an empty prompt.
+    """
+    if not prompt.strip():
+      raise errors.UserError("--prompt: empty; give some text")
+    model, variables = (self.adapted, self.variables)
+    embedding = self.embedding_of(instruction) if adapter_on else None
+    if not adapter_on:
+      model, variables = self.base, {"base": self.variables["base"]}
+    stop, made, told = set(language.stop_ids(self.tokenizer)), [], ""
+    for tokens in generation.stream(
+      model, variables, [self.tokens_of(prompt, instruction)], sorted(stop), sampling, embedding
+    ):
+      if int(tokens[0]) in stop:
+        break
+      made.append(int(tokens[0]))
+      text = self.tokenizer.decode(made, skip_special_tokens=True)
+      if text.endswith("\ufffd"):
+        continue  # the middle of a character
+      yield text[len(told) :]
+      told = text
+    text = self.tokenizer.decode(made, skip_special_tokens=True)
+    if text[len(told) :]:
+      yield text[len(told) :]

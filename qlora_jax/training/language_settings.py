@@ -1,0 +1,78 @@
+"""From a language model's config to checked settings: mistakes are told before weights are read."""
+
+import dataclasses
+import math
+
+import jax
+import ml_collections
+
+from qlora_jax import errors
+from qlora_jax.adapters import factory, sizing
+from qlora_jax.instructions import encoders
+from qlora_jax.models import decoder, families
+from qlora_jax.training import optimizer as optimizer_lib
+from qlora_jax.weights import source, sources
+
+_COUNTS = {
+  "data": ("length",), "eval": ("every", "examples", "max_tokens", "batch_size"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What a config stands for, all of it checked.
+
+  Attributes:
+    source: the opened weights; model: decoder with its sized adapter; optimizer: of the run.
+    trainable_params: count of the trained tree; micro_batches: parts of a batch, one at a time.
+  """
+
+  source: source.Source
+  model: decoder.Decoder
+  optimizer: optimizer_lib.OptimizerConfig
+  trainable_params: int
+  micro_batches: int
+
+
+def resolve(config: ml_collections.ConfigDict) -> Settings:
+  """Validates a config, opens the weights and sizes the adapter.
+
+  Raises:
+    errors.UserError: one line that names the first field that is wrong.
+  """
+  optimizer = dict(config.optimizer)
+  rate, parts = optimizer.pop("learning_rate"), optimizer.pop("micro_batches")
+  if not 0 < rate < math.inf:
+    raise errors.UserError(f"optimizer.learning_rate: {rate} is not a finite number above 0")
+  if parts < 1 or optimizer["batch_size"] % parts:
+    raise errors.UserError(
+      f"optimizer.micro_batches: {parts} does not divide batch_size = {optimizer['batch_size']}"
+    )
+  if config.instruction.encoder not in encoders.NAMES:
+    raise errors.UserError(
+      f"instruction.encoder: {config.instruction.encoder!r} is unknown; use one of"
+      f" {', '.join(encoders.NAMES)}"
+    )
+  for section, names in _COUNTS.items():
+    for name in names:
+      if config[section][name] < 1:
+        raise errors.UserError(f"{section}.{name}: {config[section][name]} is not at least 1")
+  for field in ("search_seeds", "final_seeds"):
+    if not config.protocol[field]:
+      raise errors.UserError(f"protocol.{field}: the list is empty; give at least one seed")
+  opened = sources.open_source(config.model.weights)
+  fields = {k: v for k, v in config.model.items() if k != "weights" and v is not None}
+  if "adapted" in fields:
+    fields["adapted"] = tuple(fields["adapted"])
+  shape = families.config_from_hf(opened.config, **fields)
+  overrides = dict(config.adapter)
+  name, budget = overrides.pop("name"), overrides.pop("budget")
+  base = decoder.abstract(shape)["base"]
+  network = shape.network(sum(leaf.size for leaf in jax.tree.leaves(base)))
+  adapter = factory.make(
+    name, overrides, network, budget=budget, instruction_dim=config.instruction.dim
+  )
+  return Settings(
+    opened, decoder.Decoder(shape, adapter), optimizer_lib.OptimizerConfig(**optimizer),
+    sizing.count(adapter, network), parts,
+  )  # fmt: skip
