@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 export PYTHONPATH := .
 
-.PHONY: setup setup-dev demo study test lint format bench
+.PHONY: setup setup-dev setup-llm demo demo-llm study test lint format bench
 setup: .venv/.ready
 .venv/.ready: requirements.txt requirements-data.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -12,15 +12,31 @@ setup: .venv/.ready
 	$(PIP) --no-compile --no-deps --require-hashes -r requirements-data.txt
 	touch $@
 
-setup-dev: .venv/.ready-dev
-.venv/.ready-dev: .venv/.ready requirements-dev.txt requirements-llm.txt
-	$(PIP) -r requirements-dev.txt
+setup-llm: .venv/.ready-llm
+.venv/.ready-llm: .venv/.ready requirements-llm.txt
 	$(PIP) --no-deps --require-hashes -r requirements-llm.txt
+	touch $@
+
+setup-dev: .venv/.ready-dev
+.venv/.ready-dev: .venv/.ready-llm requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 demo: setup
 	$(BIN)/python launch.py --config=configs/regression.py:demo --workdir=runs/demo --sweep
 	@echo "Open runs/demo/report/report.html"
+
+# In a terminal the dialogue waits for you; elsewhere it answers the three lines.
+demo-llm: setup-llm
+	$(BIN)/python launch.py --config=configs/llm.py:demo --workdir=runs/demo-llm
+	@if [ -t 0 ] && [ -t 1 ]; then \
+	  $(BIN)/python -m qlora_jax.generate --adapter=runs/demo-llm/adapter \
+	    --instruction="Write the plural of the word."; \
+	else \
+	  printf '%s\n' "/instruction Write the plural of the word." berry \
+	    "/instruction Change the word to capital letters." berry "/adapter off" berry \
+	    | $(BIN)/python -m qlora_jax.generate --adapter=runs/demo-llm/adapter --max_tokens=16; \
+	fi
 
 study: setup
 	$(BIN)/python launch.py --config=configs/regression.py --workdir=runs/regression --sweep

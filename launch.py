@@ -3,6 +3,7 @@
   python launch.py --config=configs/regression.py:runlocal --workdir=DIR
   python launch.py --config=configs/regression.py --workdir=DIR --sweep
   python launch.py --config=configs/regression.py --sweep --dry_run
+  python launch.py --config=configs/llm.py:demo --workdir=DIR
 
 A user's mistake is one line on standard error and exit code 2; an interrupted run saves, exits
 with 130 (143 after SIGTERM), and goes on where it stopped when the same command is given again.
@@ -52,8 +53,10 @@ def main(argv: list[str]) -> None:
   if not _SWEEP.value:
     row, summary = study.single(config, workdir)
     print(summary)
-    if "directory" in row:
-      print(f"adapter: {workdir / row['directory'] / 'adapter'}")
+    if study.is_language(config):
+      from qlora_jax.training import language_loop
+
+      print(f"adapter: {language_loop.publish(workdir, row)}")
     return
   # A language model keeps all cores busy on its own.
   count = _WORKERS.value or (1 if study.is_language(config) else _default_workers())

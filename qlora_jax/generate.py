@@ -1,6 +1,6 @@
 """Talks to a fine-tuned model in the terminal.
 
-  python -m qlora_jax.generate --adapter=DIR --instruction="Write the word backwards." --prompt=otter
+  python -m qlora_jax.generate --adapter=DIR --instruction="Write the plural." --prompt=otter
   python -m qlora_jax.generate --adapter=DIR
 
 Without --prompt every line of standard input is a prompt. Lines that begin with a slash are

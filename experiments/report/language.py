@@ -37,7 +37,8 @@ def summary(rows: pd.DataFrame) -> str:
     nats = f"{own['validation_nats'].mean():.3f} ± {own['validation_nats'].std(ddof=1):.3f}"
     lines.append(
       f"| {label(*key)} | {own['learning_rate'].iloc[0]:g} | {own['trainable_params'].iloc[0]:,} |"
-      f" {len(own)} | {nats} | {_share(own, 'test_accuracy')} | {_share(own, 'test_seen_accuracy')} |"
+      f" {len(own)} | {nats} | {_share(own, 'test_accuracy')} |"
+      f" {_share(own, 'test_seen_accuracy')} |"
     )
   for in_prompt, own in final.groupby("in_prompt", sort=False):
     base = own.iloc[0]

@@ -235,8 +235,8 @@ class Run:
     if "validation" not in self.data.splits:
       return {}
     total, count, routing = 0.0, 0.0, []
-    for text, _ in pipeline.evaluation_batches(
-      self.encode("validation"), batch_size=self.config.eval.batch_size
+    for text in pipeline.packed_evaluation_batches(
+      self.encode("validation"), batch_size=self.config.optimizer.batch_size
     ):
       stop.check()
       table = self.table if model.adapter.instruction_dim else None

@@ -2,10 +2,20 @@
 
 import json
 import pathlib
+import shutil
 
 from qlora_jax.training import language, loop, metrics, progress, stop
 
-_NAMES = {"test": "test", "test_seen": "test_seen"}
+_SPLITS = ("test", "test_seen")
+
+
+def publish(workdir: pathlib.Path, row: dict) -> pathlib.Path | None:
+  """Copies the adapter of a single run to `workdir/adapter`; None where nothing was trained."""
+  source, target = workdir / row["directory"] / language.ADAPTER, workdir / language.ADAPTER
+  if not source.is_dir():
+    return None
+  shutil.copytree(source, target, dirs_exist_ok=True)
+  return target
 
 
 class Loop:
@@ -72,7 +82,7 @@ class Loop:
       "steps": found["steps"], "seconds": found["seconds"],
       "validation_nats": after.get("validation/nats", float("nan")),
     }  # fmt: skip
-    for split in _NAMES:
+    for split in _SPLITS:
       for side, prefix in ((found["before"], "base_"), (after, "")):
         if f"{split}/accuracy" in side:
           row[f"{prefix}{split}_accuracy"] = side[f"{split}/accuracy"]

@@ -1,0 +1,194 @@
+"""Fine-tuning from a config to an adapter that talks: losses, resuming, saving, bad input."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+from configs import llm
+from qlora_jax import errors, finetuned
+from qlora_jax.data.text import pipeline
+from qlora_jax.training import language, language_step, progress, stop
+from qlora_jax.training import step as step_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def tiny(folder, adapter="queryable_prior_query", **optimizer):
+  config = llm.get_config()
+  config.model.weights, config.model.layers_per_block = str(folder), 2
+  config.adapter.name, config.adapter.rank, config.adapter.atoms = adapter, 4, 4
+  config.optimizer.update({"steps": 30, "batch_size": 8, "learning_rate": 1e-2, **optimizer})
+  config.data.tasks, config.data.train_rows, config.data.length = ("plural", "uppercase"), 20, 128
+  config.eval.update({"every": 5, "examples": 2, "max_tokens": 4, "batch_size": 4})
+  config.instruction.dim = 4
+  config.checkpoint.seconds = 0.0
+  return config
+
+
+def make_run(config, folder):
+  return language.Run(config, folder, folder, progress.Display(total_points=1, plain=True))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama, tmp_path_factory):
+  """A run that nothing stopped, and its result."""
+  run = make_run(tiny(tiny_llama), tmp_path_factory.mktemp("language") / "whole")
+  return run, run.train("whole")
+
+
+def drawn(folder, tmp_path, adapter="lora", parts=1):
+  run = make_run(tiny(folder, adapter), tmp_path)
+  params, frozen = language_step.init_params(run.model, run.base, jax.random.key(0))
+  keys = iter(jax.random.split(jax.random.key(1), 1000))
+  params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), params)
+  text = next(iter(pipeline.batches(run.encode("train"), batch_size=8, seed=0)))
+  return run, params, frozen, text, language_step.from_text(text, run.table, parts)
+
+
+def test_training_fits_answers_and_reports_before_and_after(whole):
+  run, result = whole
+  assert result["after"]["validation/nats"] < 0.8 * result["before"]["validation/nats"]
+  assert {"test/accuracy", "test/plural/accuracy", "test_seen/accuracy"} <= set(result["after"])
+  assert 1 <= result["after"]["router/effective_support"] <= 4
+  lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30]
+  assert all(line["train/tokens_per_second"] > 0 for line in lines)
+
+
+def test_the_loss_is_the_mean_over_answer_tokens_alone(tiny_llama, tmp_path):
+  run, params, frozen, text, batch = drawn(tiny_llama, tmp_path)
+  nats, _ = language_step.gradients(params, frozen, batch, run.model)
+  variables = step_lib.variables(run.model, params, frozen)
+  logits, _ = run.model.apply(
+    variables, text.tokens, text.positions, text.segment_ids, method="score"
+  )
+  each = -jax.nn.log_softmax(logits)[
+    np.arange(8)[:, None], np.arange(text.tokens.shape[1]), text.targets
+  ]
+  mask = text.loss_mask
+  assert 0 < mask.sum() < (text.segment_ids > 0).sum()
+  np.testing.assert_allclose(nats, (each * mask).sum() / mask.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "queryable"])
+def test_micro_batches_give_the_gradient_of_the_batch(adapter, tiny_llama, tmp_path):
+  run, params, frozen, text, batch = drawn(tiny_llama, tmp_path, adapter)
+  nats, grads = language_step.gradients(params, frozen, batch, run.model)
+  parts = language_step.from_text(text, run.table, 4)
+  assert parts.tokens.shape == (4, 2, 128)
+  other, accumulated = language_step.gradients(params, frozen, parts, run.model)
+  np.testing.assert_allclose(other, nats, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(accumulated), jax.tree.leaves(grads), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(b).max()) + 1e-8)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(whole, tiny_llama, tmp_path, monkeypatch):
+  run, _ = whole
+  stopped = make_run(tiny(tiny_llama), tmp_path)
+  calls = iter(range(10**6))
+  monkeypatch.setattr(stop, "requested", lambda: next(calls) >= 12)
+
+  def check():
+    if next(calls) >= 12:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(stop, "check", check)
+  with pytest.raises(KeyboardInterrupt):
+    stopped.train("stopped")
+  monkeypatch.undo()
+  assert not (tmp_path / "adapter").exists()
+  assert list((tmp_path / "checkpoints").glob("[0-9]*"))
+  make_run(tiny(tiny_llama), tmp_path).train("again")
+  files = [each / "adapter/adapter.safetensors" for each in (tmp_path, run.directory)]
+  again, once = (safetensors_numpy.load_file(path) for path in files)
+  assert again.keys() == once.keys()
+  for name in once:
+    np.testing.assert_array_equal(again[name], once[name], err_msg=name)
+
+
+def test_a_saved_adapter_says_what_the_run_said(whole):
+  run, _ = whole
+  examples = language.some(run.data.splits["test"], 2)
+  params, frozen = language_step.init_params(run.model, run.base, jax.random.key(0))
+  loaded = finetuned.FineTuned(run.directory / "adapter")
+  kept = jax.tree.map(np.asarray, loaded.variables["params"])
+  assert jax.tree.structure(kept) == jax.tree.structure(jax.tree.map(np.asarray, params))
+  said = run.answers(step_lib.variables(run.model, kept, frozen), run.model, examples)
+  sampling = language.generation.SamplingConfig(max_tokens=4)
+  for example, expected in zip(examples, said, strict=True):
+    pieces = loaded.stream(example.prompt, example.instruction, sampling)
+    assert "".join(pieces) == expected
+  off = "".join(loaded.stream(examples[0].prompt, "", sampling, adapter_on=False))
+  assert off not in said
+
+
+def test_an_adapter_is_refused_on_another_base(whole, other_llama):
+  run, _ = whole
+  with pytest.raises(errors.UserError, match=r"was trained on .*tiny.* not on .*other"):
+    finetuned.FineTuned(run.directory / "adapter", str(other_llama))
+
+
+def generate(*arguments, told=None):
+  return subprocess.run(
+    [sys.executable, "-m", "qlora_jax.generate", *arguments], cwd=ROOT, capture_output=True,
+    text=True, check=False, input=told,
+  )  # fmt: skip
+
+
+def test_the_dialogue_switches_instruction_and_adapter(whole):
+  folder = whole[0].directory / "adapter"
+  told = "/instruction Write the plural.\notter\n/adapter off\notter\n/what\n/quit\nnever\n"
+  done = generate(f"--adapter={folder}", "--max_tokens=4", told=told)
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert lines[-1].startswith("commands:") and len(lines) >= 3
+
+
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    ([], "--adapter: missing"),
+    (["--adapter=nowhere", "--prompt=x"], "nowhere"),
+    (["--adapter=FOLDER", "--prompt=otter"], "--instruction: missing"),
+    (["--adapter=FOLDER", "--prompt=x", "--top_p=2"], "top_p: 2.0"),
+    (["--adapter=FOLDER", "--max_tokens=many"], "max_tokens"),
+  ],
+)
+def test_a_mistake_in_generate_is_one_line(arguments, says, whole):
+  folder = str(whole[0].directory / "adapter")
+  done = generate(*(each.replace("FOLDER", folder) for each in arguments))
+  assert done.returncode == 2
+  assert len(done.stderr.strip().splitlines()) == 1 and says in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    (["--config.model.weights=nowhere"], "nowhere"),
+    (["--config.model.layers_per_block=3"], "does not divide the model's 4 layers"),
+    (["--config.optimizer.micro_batches=3"], "optimizer.micro_batches: 3"),
+    (["--config.data.name=DATA"], "bad.jsonl:2"),
+    (["--config.data.tasks=('spelling_bee',)"], "spelling_bee"),
+    (["--config.data.length=4"], "length"),
+    (["--config.eval.every=0"], "eval.every: 0"),
+  ],
+)
+def test_a_mistake_in_a_config_is_one_line(arguments, says, tiny_llama, tmp_path):
+  bad = tmp_path / "bad.jsonl"
+  bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+  given = [each.replace("DATA", str(bad)) for each in arguments]
+  done = subprocess.run(
+    [sys.executable, "launch.py", "--config=configs/llm.py", f"--workdir={tmp_path}/run",
+     f"--config.model.weights={tiny_llama}", "--config.model.layers_per_block=2",
+     "--config.adapter.rank=4", "--config.optimizer.steps=1", *given],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 2, done.stderr
+  lines = [line for line in done.stderr.strip().splitlines() if line.startswith("error:")]
+  assert len(lines) == 1 and says in lines[0] and "Traceback" not in done.stderr
