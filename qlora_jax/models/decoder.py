@@ -44,7 +44,7 @@ class DecoderConfig:
     attention_soft_cap, logit_soft_cap: c of c tanh(x / c); 0 means none.
     embedding_scale: factor on token embeddings.
     tied: whether the embedding is the output head.
-    max_length: longest text the base was made for, for messages only.
+    max_length: context, in tokens: the longest text that the base was made for.
     adapted: the maps that get an adapter, a subset of `MAPS`.
     base_dtype, dtype: in which the base is stored, and in which activations are computed.
     unroll: a Python loop over the blocks instead of the scan.

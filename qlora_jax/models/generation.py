@@ -97,11 +97,11 @@ def stream(
     raise errors.UserError("prompt: empty; give at least one token")
   longest = max(map(len, prompts))
   padded = -(-longest // _ROUND) * _ROUND
-  limit = model.config.learned_positions
-  if limit and longest + sampling.max_tokens > limit:
+  limit = model.config.max_length
+  if longest + sampling.max_tokens > limit:
     raise errors.UserError(
       f"max_tokens: {longest} prompt tokens and {sampling.max_tokens} new ones are more than the"
-      f" model's {limit} positions"
+      f" model's context of {limit}"
     )
   tokens = np.zeros((len(prompts), padded), np.int32)
   positions, segments = np.zeros_like(tokens), np.full_like(tokens, attention.PADDING)

@@ -65,6 +65,10 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
   if "adapted" in fields:
     fields["adapted"] = tuple(fields["adapted"])
   shape = families.config_from_hf(opened.config, **fields)
+  if config.data.length > shape.max_length:
+    raise errors.UserError(
+      f"data.length: {config.data.length} is more than the model's context of {shape.max_length}"
+    )
   overrides = dict(config.adapter)
   name, budget = overrides.pop("name"), overrides.pop("budget")
   base = decoder.abstract(shape)["base"]
