@@ -73,23 +73,29 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.train_rows = 200
     config.data.length = 128
     config.optimizer.batch_size = 4
-    config.optimizer.steps = 150
+    config.optimizer.steps = 60
+    config.eval.max_tokens = 16
     config.eval.examples = 100
   return config
 
 
 def get_hyper(hyper, arg: str | None = None) -> list[dict]:
-  """Ways to use the instruction x learning rates; seeds: `protocol`."""
+  """Ways to use the instruction x learning rates; seeds: `protocol`.
+
+  The pair that decides comes first and has all final seeds; the other ways have one.
+  """
   rates = hyper.sweep("optimizer.learning_rate", LEARNING_RATES)
   deciding = (("lora", True, False), ("queryable_prior", True, False))
-  ways = (
+  others = (
     ("lora", False, False), ("queryable", False, False), ("queryable_prior", False, False),
-    ("queryable_prior", False, True), *deciding,
+    ("queryable_prior", False, True),
   )  # fmt: skip
-  if arg in ("demo", "pair"):
-    ways = deciding
-  points = [
-    {"adapter.name": name, "instruction.in_prompt": in_prompt, "instruction.shuffled": shuffled}
-    for name, in_prompt, shuffled in ways
-  ]
+  points = []
+  for name, in_prompt, shuffled in deciding if arg in ("demo", "pair") else deciding + others:
+    point = {
+      "adapter.name": name, "instruction.in_prompt": in_prompt, "instruction.shuffled": shuffled,
+    }  # fmt: skip
+    if not in_prompt:
+      point["protocol.final_seeds"] = (100,)
+    points.append(point)
   return hyper.product(points, rates)

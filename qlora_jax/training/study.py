@@ -105,8 +105,10 @@ def run(
   pairs = expand(config, points)
   for own, _ in pairs:  # all mistakes are told before anything trains
     resolve(own)
-  search, final = config.protocol.search_seeds, config.protocol.final_seeds
-  total = sum(len(rates) * len(search) + len(final) for _, rates in pairs)
+  total = sum(
+    len(rates) * len(own.protocol.search_seeds) + len(own.protocol.final_seeds)
+    for own, rates in pairs
+  )
   results: list[list[dict]] = [[] for _ in pairs]
   with progress.Display(
     total_points=total, unit="tokens" if is_language(config) else "examples"
