@@ -15,6 +15,7 @@ from ml_collections import config_dict
 
 from configs import regression
 from qlora_jax import sweeps
+from qlora_jax.parallel import mesh
 
 VARIANTS = ("", "demo", "pair", "induction")
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
@@ -52,6 +53,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data.tasks = config_dict.placeholder(tuple)
   config.data.train_rows = config_dict.placeholder(int)
   config.instruction = dict(encoder="minilm", dim=32, in_prompt=False, shuffled=False)
+  config.mesh = dict(slice=1, data=1, fsdp=-1, tensor=1, rules=mesh.DEFAULT_RULES)
   config.protocol = dict(search_seeds=(0,), final_seeds=(100, 101, 102))
   config.eval = dict(every=10, examples=60, max_tokens=24, batch_size=16)
   config.checkpoint = dict(seconds=60.0)

@@ -1,0 +1,1 @@
+"""Many devices and processes: the mesh, what is sharded how, and the start of processes."""

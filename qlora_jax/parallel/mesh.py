@@ -1,0 +1,189 @@
+"""The mesh of devices that a run is spread over, from its config.
+
+Axes, from the slowest network to the fastest:
+
+  slice   copies of everything, one a TPU slice (or another group with a slow network between)
+  data    copies of everything, for a larger batch
+  fsdp    the batch is split, and parameters and optimiser state too (gathered a layer at a time)
+  tensor  parameters and activations are split over heads, feed-forward and vocabulary
+
+The batch is split over the first three (`DATA_AXES`); `sharding.py` says what is split how.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+
+from qlora_jax import errors
+
+AXES = ("slice", "data", "fsdp", "tensor")
+DATA_AXES = ("slice", "data", "fsdp")
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+# The first rule whose mesh axes are still free in an array wins; what has no rule is not split.
+DEFAULT_RULES: Rules = (
+  ("vocabulary", "tensor"),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("mlp", "tensor"),
+  ("embed", "fsdp"),
+)
+# The axis names of the parameters of all models and adapters.
+LOGICAL_AXES = (
+  "atoms", "blocks", "embed", "features", "head_dim", "heads", "input", "instruction", "kv_heads",
+  "mlp", "output", "prior", "query", "rank", "rank_out", "target", "vocabulary",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the axes, and which axis of a parameter is split over which axis of the mesh.
+
+  Attributes:
+    slice, data, fsdp, tensor: sizes; one of them may be -1, which takes the devices that are left.
+    rules: (logical axis, mesh axis, several of them, or None), the first that fits wins.
+  """
+
+  slice: int = 1
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+  rules: Rules = DEFAULT_RULES
+
+  def __post_init__(self):
+    for axis, size in zip(AXES, self.sizes, strict=True):
+      if size < 1 and size != -1:
+        raise errors.UserError(
+          f"mesh.{axis}: {size} is not a size; use at least 1, or -1 for the devices left"
+        )
+    free = [axis for axis, size in zip(AXES, self.sizes, strict=True) if size == -1]
+    if len(free) > 1:
+      raise errors.UserError(f"mesh.{free[1]}: only one axis can be -1, and mesh.{free[0]} is")
+    for name, target in self.rules:
+      if name not in LOGICAL_AXES:
+        raise errors.UserError(
+          f"mesh.rules: no parameter has an axis {name!r}; use some of {', '.join(LOGICAL_AXES)}"
+        )
+      wrong = [axis for axis in axes_of(target) if axis not in AXES]
+      if wrong:
+        raise errors.UserError(
+          f"mesh.rules: {name} cannot be split over {wrong[0]!r}; use some of {', '.join(AXES)}"
+        )
+
+  @property
+  def sizes(self) -> tuple[int, int, int, int]:
+    return (self.slice, self.data, self.fsdp, self.tensor)
+
+
+def from_config(group: Mapping[str, Any]) -> MeshConfig:
+  """The config's group `mesh`, checked."""
+  fields = dict(group)
+  rules = tuple(
+    (name, target if target is None or isinstance(target, str) else tuple(target))
+    for name, target in fields.pop("rules", DEFAULT_RULES)
+  )
+  return MeshConfig(**fields, rules=rules)
+
+
+def axes_of(target: str | Sequence[str] | None) -> tuple[str, ...]:
+  """The mesh axes that the right side of a rule names."""
+  if target is None:
+    return ()
+  return (target,) if isinstance(target, str) else tuple(target)
+
+
+def resolve(config: MeshConfig, count: int) -> tuple[int, int, int, int]:
+  """The sizes for `count` devices, -1 filled in.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices; names the nearest that do.
+  """
+  sizes, fixed = config.sizes, math.prod(size for size in config.sizes if size != -1)
+  if -1 in sizes and count % fixed == 0:
+    return tuple(count // fixed if size == -1 else size for size in sizes)
+  if fixed == count and -1 not in sizes:
+    return sizes
+  asked = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+  best = nearest(sizes, count)
+  near = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, best, strict=True))
+  number = f"{count} device{'s' if count > 1 else ''}"
+  if -1 in sizes:
+    raise errors.UserError(
+      f"mesh: {asked} does not fit {number}: {fixed} does not divide {count}; nearest: {near}"
+    )
+  raise errors.UserError(f"mesh: {asked} is {fixed}, not the {number} there are; nearest: {near}")
+
+
+def nearest(sizes: Sequence[int], count: int) -> tuple[int, ...]:
+  """The factors of `count`, one an axis, whose ratios to `sizes` are least; -1 is free."""
+
+  def factors(count: int, axes: int):
+    if axes == 1:
+      yield (count,)
+      return
+    for first in (n for n in range(1, count + 1) if count % n == 0):
+      for rest in factors(count // first, axes - 1):
+        yield (first, *rest)
+
+  def distance(found):
+    return sum(abs(math.log(a / b)) for a, b in zip(found, sizes, strict=True) if b != -1)
+
+  return min(factors(count, len(sizes)), key=distance)
+
+
+def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+  """The mesh over `devices` (all of all processes unless given), laid out for their network.
+
+  Devices of a described topology are taken too. Where devices know their slice, `slice` is laid
+  over slices, so that only its collectives use the network between them.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = resolve(config, len(devices))
+  slices = {getattr(device, "slice_index", None) or 0 for device in devices}
+  if len(slices) > 1:
+    if sizes[0] % len(slices):
+      raise errors.UserError(
+        f"mesh.slice: {sizes[0]} is not a multiple of the {len(slices)} slices there are;"
+        f" use mesh.slice={len(slices)}"
+      )
+    outer = (len(slices), 1, 1, 1)
+    inner = (sizes[0] // len(slices), *sizes[1:])
+    layout = _laid_out(
+      lambda **options: mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **options)
+    )
+  else:
+    layout = _laid_out(lambda **options: mesh_utils.create_device_mesh(sizes, devices, **options))
+  return jax.sharding.Mesh(layout, AXES)
+
+
+def _laid_out(create) -> np.ndarray:
+  try:
+    return create()
+  except NotImplementedError:  # an axis that is part of a physical one
+    return create(allow_split_physical_axes=True)
+
+
+def data_shards(mesh: jax.sharding.Mesh) -> int:
+  """Into how many parts the batch is split."""
+  return math.prod(mesh.shape[axis] for axis in DATA_AXES)
+
+
+def check_batch(mesh: jax.sharding.Mesh, batch_size: int, micro_batches: int = 1) -> None:
+  """Raises a UserError unless every device gets the same number of rows of each micro-batch."""
+  shards = data_shards(mesh)
+  rows = shards * micro_batches
+  if batch_size % rows:
+    axes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in DATA_AXES)
+    below, above = batch_size // rows * rows, -(-batch_size // rows) * rows
+    use = f"{below} or {above}" if below else f"{above}"
+    parts = f" and {micro_batches} micro-batches" if micro_batches > 1 else ""
+    raise errors.UserError(
+      f"optimizer.batch_size: {batch_size} rows cannot be split evenly over {shards} data shards"
+      f" ({axes}){parts}; use {use}"
+    )
