@@ -29,9 +29,11 @@ from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.training import step as step_lib
 from qlora_jax.weights import adapter_file, chat, hf_layout
 
+_ANSWERS = "answers"
 ADAPTER = "adapter"  # folder of the result in a run's directory
 _SPLITS = {"test": "new wordings", "test_seen": "known wordings"}
 _STATISTICS = ("effective_support", "entropy", "max_share")
+_SAMPLES = 3  # answers of each task that a result keeps, for people to read
 
 
 def render_with(tokenizer) -> formatting.Render:
@@ -136,6 +138,7 @@ class Run:
     }  # fmt: skip
     if by_generation:
       result["after"] |= self.scores(variables, self.model)
+      result["samples"] = _compare(before.pop(_ANSWERS, []), result["after"].pop(_ANSWERS, []))
     result["seconds"] = time.monotonic() - began
     self._save(state.params, frozen, result)
     loop.write_json(done_file, result)
@@ -193,14 +196,21 @@ class Run:
       loop.write_json(path, found)
     return json.loads(path.read_text())
 
-  def scores(self, variables, model: decoder.Decoder) -> dict[str, float]:
-    """Exact match by greedy generation on inputs that training did not see, by split and task."""
-    found: dict[str, float] = {}
+  def scores(self, variables, model: decoder.Decoder) -> dict[str, Any]:
+    """Exact match by greedy generation on inputs that training did not see, by split and task.
+
+    `answers` has what was said to the first few new wordings of each task.
+    """
+    found: dict[str, Any] = {}
     for split, meaning in _SPLITS.items():
       examples = some(self.data.splits.get(split, ()), self.config.eval.examples)
       if not examples:
         continue
-      scores = scoring.accuracy(self.answers(variables, model, examples), examples)
+      said = self.answers(variables, model, examples)
+      scores = scoring.accuracy(said, examples)
+      if split == "test":
+        kept = some(zip(examples, said, strict=True), _SAMPLES, task=lambda pair: pair[0].task)
+        found[_ANSWERS] = [_sample(example, text) for example, text in kept]
       self.display.log(f"{meaning}: exact match {100 * scores['accuracy']:.1f} %")
       found |= {f"{split}/{name}": value for name, value in scores.items()}
     return found
@@ -269,15 +279,33 @@ class Run:
     })  # fmt: skip
 
 
-def some(examples, count: int) -> list:
+def some(examples, count: int, task=lambda example: example.task) -> list:
   """The first `count` examples of every task, in their order."""
   taken: dict[str, int] = {}
   kept = []
   for example in examples:
-    taken[example.task] = taken.get(example.task, 0) + 1
-    if taken[example.task] <= count:
+    name = task(example)
+    taken[name] = taken.get(name, 0) + 1
+    if taken[name] <= count:
       kept.append(example)
   return kept
+
+
+def _sample(example, said: str) -> dict[str, str]:
+  return {
+    "task": example.task, "instruction": example.instruction, "prompt": example.prompt,
+    "expected": example.answers[0], "said": said,
+  }  # fmt: skip
+
+
+def _compare(before: list[dict], after: list[dict]) -> list[dict]:
+  """The same questions as the base and then the adapted model answered them."""
+  said = {(each["instruction"], each["prompt"]): each["said"] for each in before}
+  return [
+    {**{name: text for name, text in each.items() if name != "said"},
+     "before": said.get((each["instruction"], each["prompt"])), "after": each["said"]}
+    for each in after
+  ]  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnums=0)

@@ -41,7 +41,7 @@ class Loop:
     loop.write_json(directory / "config.json", {
       **spec.config.to_dict(), "stage": spec.stage, "runs": spec.runs
     })  # fmt: skip
-    result: dict = {"rows": [], "curves": [], "routing": []}
+    result: dict = {"rows": [], "curves": [], "routing": [], "samples": []}
     for seed, rate in spec.runs:
       stop.check()
       config = spec.config.copy_and_resolve_references()
@@ -56,6 +56,9 @@ class Loop:
          "train_loss": line["train/loss"]}
         for line in metrics.read_metrics(run.directory)
       ]  # fmt: skip
+      result["samples"] += [
+        {"run_id": f"{spec.identity}-{name}", **sample} for sample in found.get("samples", ())
+      ]
     loop.write_json(directory / "result.json", result)
     return result
 
@@ -86,9 +89,10 @@ class Loop:
       for side, prefix in ((found["before"], "base_"), (after, "")):
         if f"{split}/accuracy" in side:
           row[f"{prefix}{split}_accuracy"] = side[f"{split}/accuracy"]
-    row |= {
-      name: value for name, value in after.items()
-      if name.startswith("router/") or (name.startswith("test") and name.count("/") == 2)
-    }  # fmt: skip
+        row |= {
+          f"{prefix}{name}": value for name, value in side.items()
+          if name.startswith(f"{split}/") and name.count("/") == 2
+        }  # fmt: skip
+    row |= {name: value for name, value in after.items() if name.startswith("router/")}
     row["directory"] = str(run.directory.relative_to(self.workdir))
     return row

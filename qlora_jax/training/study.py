@@ -172,14 +172,16 @@ def choose(rows: list[dict], column: str = "validation_mse") -> float:
 
 
 def write_tables(workdir: pathlib.Path, results: list[dict], seconds: float) -> None:
-  """Writes results (parquet and CSV), curves and routing; adds to the study's wall time."""
-  rows = pd.DataFrame([row for result in results for row in result["rows"]])
-  curves = pd.DataFrame([row for result in results for row in result["curves"]])
-  routing = pd.DataFrame([row for result in results for row in result["routing"]])
+  """Writes results (parquet and CSV), curves, routing, samples; adds to the wall time."""
+  rows, curves, routing, samples = (
+    pd.DataFrame([row for result in results for row in result.get(name, ())])
+    for name in ("rows", "curves", "routing", "samples")
+  )
   if len(curves):
     last = curves.sort_values("step").groupby("run_id")["train_loss"].last()
     rows["train_loss"] = rows["run_id"].map(last)
-  for name, table in (("results", rows), ("curves", curves), ("routing", routing)):
+  tables = {"results": rows, "curves": curves, "routing": routing, "samples": samples}
+  for name, table in tables.items():
     if len(table):
       temporary = workdir / f"{name}.parquet.tmp"
       table.to_parquet(temporary, index=False)
