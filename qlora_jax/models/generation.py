@@ -17,7 +17,10 @@ from qlora_jax import errors
 from qlora_jax.models import attention, decoder
 from qlora_jax.typing import Array, PyTree
 
-_ROUND = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
+# Prompts and caches are padded to multiples of these, so that few lengths are compiled: a place of
+# a prompt costs a pass through the model, a slot of the cache next to nothing.
+_ROUND_PROMPT = 8
+_ROUND_CACHE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,7 @@ def stream(
   if not prompts or not all(len(prompt) for prompt in prompts):
     raise errors.UserError("prompt: empty; give at least one token")
   longest = max(map(len, prompts))
-  padded = -(-longest // _ROUND) * _ROUND
+  padded = _rounded(longest, _ROUND_PROMPT)
   limit = model.config.max_length
   if longest + sampling.max_tokens > limit:
     raise errors.UserError(
@@ -109,10 +112,10 @@ def stream(
     first = padded - len(prompt)
     tokens[row, first:], positions[row, first:] = prompt, np.arange(len(prompt))
     segments[row, first:] = 1
-  rounded = -(-sampling.max_tokens // _ROUND) * _ROUND
+  slots = _rounded(padded + sampling.max_tokens, _ROUND_CACHE)
   ends = np.asarray(list(stop) or [-1], np.int32)
   state = _prefill(
-    model, padded + rounded, sampling, variables, tokens, positions, segments, instruction, ends
+    model, slots, sampling, variables, tokens, positions, segments, instruction, ends
   )
   for step in range(sampling.max_tokens):
     # The next step is dispatched before this one is read, so that the host never holds it up.
@@ -123,6 +126,10 @@ def stream(
     if np.asarray(state.done).all():
       return
     state = following
+
+
+def _rounded(number: int, multiple: int) -> int:
+  return -(-number // multiple) * multiple
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

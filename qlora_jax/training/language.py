@@ -24,26 +24,48 @@ from qlora_jax.adapters import statistics
 from qlora_jax.data.text import formatting, pipeline, scoring
 from qlora_jax.instructions import cache, projection
 from qlora_jax.models import decoder, generation
-from qlora_jax.training import checkpoint, language_settings, language_step, loop, metrics, stop
+from qlora_jax.training import (
+  checkpoint,
+  language_settings,
+  language_step,
+  loop,
+  metrics,
+  resume,
+  stop,
+)
 from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.training import step as step_lib
 from qlora_jax.weights import adapter_file, chat, hf_layout
 
 _ANSWERS = "answers"
 ADAPTER = "adapter"  # folder of the result in a run's directory
+BEST = "adapter_best"  # the step with the best validation likelihood, where it was measured
+CHECKPOINTS = "checkpoints"
 _SPLITS = {"test": "new wordings", "test_seen": "known wordings"}
 _STATISTICS = ("effective_support", "entropy", "max_share")
 _SAMPLES = 3  # answers of each task that a result keeps, for people to read
 
 
-def render_with(tokenizer) -> formatting.Render:
-  """How a conversation becomes text: the model's chat template, or plain lines without one."""
-  if not tokenizer.chat_template:
-    return formatting.plain_render
-  return lambda messages, add_generation_prompt: chat.render(
-    tokenizer.chat_template, messages, add_generation_prompt, tokenizer.bos_token,
-    tokenizer.eos_token,
-  )  # fmt: skip
+def render_with(tokenizer, system: str | None = None) -> formatting.Render:
+  """How a conversation becomes text: the model's chat template, or plain lines without one.
+
+  Args:
+    tokenizer: of the model.
+    system: system message of conversations that have none; None leaves it to the template, which
+      may write one of its own.
+  """
+
+  def render(messages, add_generation_prompt):
+    if system is not None and messages[0]["role"] != "system":
+      messages = ({"role": "system", "content": system}, *messages)
+    if not tokenizer.chat_template:
+      return formatting.plain_render(messages, add_generation_prompt)
+    return chat.render(
+      tokenizer.chat_template, messages, add_generation_prompt, tokenizer.bos_token,
+      tokenizer.eos_token,
+    )  # fmt: skip
+
+  return render
 
 
 def stop_ids(tokenizer) -> list[int]:
@@ -99,9 +121,12 @@ class Run:
     return table, {name: np.asarray(value) for name, value in fitted._asdict().items()}
 
   def encode(self, split: str) -> pipeline.EncodedSplit:
-    """A split as tokens, fitted to the config's length."""
+    """A split as tokens, fitted to the config's length; of the validation split only a part."""
+    examples = self.data.splits[split]
+    if split == "validation":
+      examples = some(examples, self.config.eval.validation)
     return pipeline.encode(
-      self.data.splits[split], self.tokenizer, render_with(self.tokenizer),
+      examples, self.tokenizer, render_with(self.tokenizer, self.config.data.system),
       length=self.config.data.length, on_long=self.config.data.on_long,
       instruction_in_prompt=self.config.instruction.in_prompt,
     )  # fmt: skip
@@ -115,6 +140,7 @@ class Run:
     """
     done_file = self.directory / "result.json"
     if done_file.exists():
+      shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)  # killed before it could
       return json.loads(done_file.read_text())
     config, optimizer = self.config, self.settings.optimizer
     split = self.encode("train")
@@ -128,7 +154,7 @@ class Run:
       jnp.float32(config.optimizer.learning_rate),
     )  # fmt: skip
     with metrics.MetricWriter(self.directory) as writer:
-      state = self._fit(label, split, state, frozen, writer)
+      state, best = self._fit(label, split, state, frozen, writer)
     variables = step_lib.variables(self.model, state.params, frozen)
     result = {
       "adapter": config.adapter.name, "trainable_params": self.settings.trainable_params,
@@ -140,47 +166,76 @@ class Run:
       result["after"] |= self.scores(variables, self.model)
       result["samples"] = _compare(before.pop(_ANSWERS, []), result["after"].pop(_ANSWERS, []))
     result["seconds"] = time.monotonic() - began
+    if best is not None:
+      result["best"] = {"step": best.step, "validation/nats": best.extra["validation/nats"]}
+      self._save(best.tree.params, frozen, {**result, "steps": best.step}, BEST)
     self._save(state.params, frozen, result)
     loop.write_json(done_file, result)
-    shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
+    shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
     return result
 
-  def _fit(self, label, split, state, frozen, writer) -> step_lib.TrainState:
+  def _fit(
+    self, label, split, state, frozen, writer
+  ) -> tuple[step_lib.TrainState, checkpoint.Restored | None]:
+    """Trains to the last step; returns its state, and the best one's where it was measured."""
     config, optimizer, parts = self.config, self.settings.optimizer, self.settings.micro_batches
-    folder = self.directory / "checkpoints"
-    saved = checkpoint.restore(folder, state)
-    done, state = saved if saved else (0, state)
-    writer.truncate(done)
+    every = config.checkpoint.validate_every
     batches = iter(pipeline.batches(
       split, batch_size=optimizer.batch_size, seed=config.seed, pack=config.data.pack
     ))  # fmt: skip
-    for _ in range(done):  # passing over costs no model
-      next(batches)
-    tokens, losses, marked, saved_at = 0, [], time.monotonic(), time.monotonic()
-    with self.display.group(label, 1, optimizer.steps, start_step=done) as shown:
-      while done < optimizer.steps:
-        text = next(batches)
-        batch = language_step.from_text(text, self.table, parts)
-        state, values = _update(state, frozen, batch, model=self.model, optimizer=optimizer)
-        done, tokens = done + 1, tokens + int((text.segment_ids > 0).sum())
-        losses.append(values["train/loss"])
-        last = done == optimizer.steps
-        if done % config.eval.every and not last and not stop.requested():
-          continue
-        mean = float(np.mean(jax.device_get(losses)))  # waits for the steps
-        rate = tokens / (time.monotonic() - marked)
-        writer.write(done, {
-          "train/loss": mean, "train/tokens_per_second": rate,
-          "train/grad_norm": float(values["train/grad_norm"]),
-        })  # fmt: skip
-        shown.update(done, loss=mean, rate=rate)
-        if last or stop.requested() or time.monotonic() - saved_at > config.checkpoint.seconds:
-          writer.flush()
-          checkpoint.save(folder, done, state)
-          saved_at = time.monotonic()
-          stop.check()
-        tokens, losses, marked = 0, [], time.monotonic()
-    return state
+    done, tokens, losses = 0, 0, []
+    with checkpoint.Checkpointer(
+      self.directory / CHECKPOINTS, keep=config.checkpoint.keep,
+      keep_best=config.checkpoint.keep_best, config=resume.plain(config), log=self.display.log,
+    ) as saver:  # fmt: skip
+      if saved := saver.restore(state):
+        done, state = saved.step, saved.tree
+        batches.set_state(saved.extra["data"])
+        losses = [np.float32(loss) for loss in saved.extra["losses"]]
+      writer.truncate(done)
+      least = (saver.best() or (0, np.inf))[1]
+      marked = saved_at = time.monotonic()
+      with self.display.group(label, 1, optimizer.steps, start_step=done) as shown:
+        while done < optimizer.steps:
+          text = next(batches)
+          batch = language_step.from_text(text, self.table, parts)
+          state, values = _update(state, frozen, batch, model=self.model, optimizer=optimizer)
+          done, tokens = done + 1, tokens + int((text.segment_ids > 0).sum())
+          losses.append(values["train/loss"])
+          last = done == optimizer.steps
+          noted = last or done % config.eval.every == 0
+          # One process stops after any step, several where all of them ask each other.
+          if not noted and not (jax.process_count() == 1 and stop.requested()):
+            continue
+          losses, nats = jax.device_get(losses), None  # waits for the steps
+          if noted:
+            scalars = {
+              "train/loss": np.mean(losses), "train/grad_norm": values["train/grad_norm"],
+              "train/tokens_per_second": tokens / (time.monotonic() - marked),
+            }  # fmt: skip
+            if every and (last or done % every == 0):
+              variables = step_lib.variables(self.model, state.params, frozen)
+              scalars |= self._likelihood(variables, self.model, during=True)
+              nats = scalars.get("validation/nats")
+            writer.write(done, scalars)
+            shown.update(done, loss=scalars["train/loss"], rate=scalars["train/tokens_per_second"])
+            losses = []
+          better = nats is not None and nats < least and config.checkpoint.keep_best > 0
+          asked, due = checkpoint.agree(
+            int(stop.requested() or 0), time.monotonic() - saved_at > config.checkpoint.seconds
+          )
+          if last or asked or due or better:
+            writer.flush()
+            saver.save(done, state, {
+              "data": batches.get_state(), "losses": [float(loss) for loss in losses],
+              "validation/nats": nats,
+            }, metric=nats)  # fmt: skip
+            saved_at, least = time.monotonic(), nats if better else least
+          if asked:
+            saver.wait()
+            raise stop.Stopped(asked)
+          tokens, marked = 0, time.monotonic()
+      return state, saver.restore_best(state)
 
   def _before(self) -> dict[str, float]:
     """Scores of the base; runs that ask it the same questions share them."""
@@ -217,18 +272,20 @@ class Run:
 
   def answers(self, variables, model: decoder.Decoder, examples) -> list[str]:
     """What the model says to each example."""
+    render = render_with(self.tokenizer, self.config.data.system)
     encoded = [
       formatting.encode_example(
-        example, self.tokenizer, render_with(self.tokenizer),
-        instruction_in_prompt=self.config.instruction.in_prompt,
+        example, self.tokenizer, render, instruction_in_prompt=self.config.instruction.in_prompt
       )
       for example in examples
-    ]  # fmt: skip
+    ]
+    # Prompts of one length share a batch, so that little of it is padding.
+    order = sorted(range(len(encoded)), key=lambda index: encoded[index].prompt_length)
     sampling = generation.SamplingConfig(max_tokens=self.config.eval.max_tokens)
     size, said = self.config.eval.batch_size, []
     for start in range(0, len(encoded), size):
       stop.check()
-      part = encoded[start : start + size]
+      part = [encoded[index] for index in order[start : start + size]]
       part = part + [part[0]] * (size - len(part))  # one compiled batch size
       instruction = None
       if model.adapter.instruction_dim:
@@ -238,27 +295,35 @@ class Run:
         instruction,
       )  # fmt: skip
       said += [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in texts]
-    return said[: len(encoded)]
+    return [text for _, text in sorted(zip(order, said, strict=False))]
 
-  def _likelihood(self, variables, model: decoder.Decoder) -> dict[str, float]:
-    """Nats an answer token of the validation split, and how its tokens were routed."""
+  def _likelihood(
+    self, variables, model: decoder.Decoder, during: bool = False
+  ) -> dict[str, float]:
+    """Nats an answer token of the validation split, and how its tokens were routed.
+
+    Args:
+      during: of training: nothing is shown, and a request to stop waits for the checkpoint.
+    """
     if "validation" not in self.data.splits:
       return {}
     total, count, routing = 0.0, 0.0, []
     for text in pipeline.packed_evaluation_batches(
       self.encode("validation"), batch_size=self.config.optimizer.batch_size
     ):
-      stop.check()
+      if not during:
+        stop.check()
       table = self.table if model.adapter.instruction_dim else None
       nats, number, stats = _score_batch(model, variables, language_step.from_text(text, table))
       total, count = total + float(nats), count + float(number)
       routing.append(jax.device_get(stats))
     means = {name: float(np.mean([each[name] for each in routing])) for name in routing[0]}
     nats = total / max(count, 1.0)
-    self.display.log(f"validation: {nats:.3f} nats an answer token")
+    if not during:
+      self.display.log(f"validation: {nats:.3f} nats an answer token")
     return {"validation/nats": nats, **{f"router/{k}": value for k, value in means.items()}}
 
-  def _save(self, params, frozen, result) -> None:
+  def _save(self, params, frozen, result, folder: str = ADAPTER) -> None:
     tree = {"params": serialization.to_state_dict(jax.device_get(params))}
     if jax.tree.leaves(frozen.factors):
       tree["frozen"] = serialization.to_state_dict(jax.device_get(frozen.factors))
@@ -266,7 +331,7 @@ class Run:
       tree["projection"] = self.projection
     if not jax.tree.leaves(tree):
       return  # nothing was trained
-    adapter_file.save(self.directory / ADAPTER, tree, {
+    adapter_file.save(self.directory / folder, tree, {
       "adapter": dataclasses.asdict(self.model.adapter),
       "model_name": self.settings.source.name,
       "model_config": {
@@ -275,7 +340,8 @@ class Run:
         "base_dtype": self.model.config.base_dtype, "dtype": self.model.config.dtype,
       },
       "base_fingerprint": self.settings.source.fingerprint,
-      "instruction": self.config.instruction.to_dict(), "training": result,
+      "instruction": self.config.instruction.to_dict(), "system": self.config.data.system,
+      "training": result,
     })  # fmt: skip
 
 

@@ -10,11 +10,12 @@ from qlora_jax import errors
 from qlora_jax.adapters import factory, sizing
 from qlora_jax.instructions import encoders
 from qlora_jax.models import decoder, families
+from qlora_jax.training import checkpoint
 from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.weights import source, sources
 
 _COUNTS = {
-  "data": ("length",), "eval": ("every", "examples", "max_tokens", "batch_size"),
+  "data": ("length",), "eval": ("every", "validation", "examples", "max_tokens", "batch_size"),
 }  # fmt: skip
 
 
@@ -57,6 +58,7 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     for name in names:
       if config[section][name] < 1:
         raise errors.UserError(f"{section}.{name}: {config[section][name]} is not at least 1")
+  checkpoint.check_config(config)
   for field in ("search_seeds", "final_seeds"):
     if not config.protocol[field]:
       raise errors.UserError(f"protocol.{field}: the list is empty; give at least one seed")
