@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.instruction = dict(encoder="minilm", dim=16)
   config.protocol = dict(search_seeds=(0, 1, 2), final_seeds=tuple(range(100, 110)))
   config.eval = dict(every=200)
-  config.checkpoint = dict(seconds=15.0)  # least time between two
+  config.checkpoint = dict(seconds=15.0, keep=2)  # least time between two; newest ones kept
   config.mesh = dict(runs=1)
   if arg == "runlocal":
     config.optimizer.steps = 400

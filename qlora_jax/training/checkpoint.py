@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -250,6 +251,22 @@ class Checkpointer:
         f"--workdir: the checkpoint in {self.directory} cannot be {what} ({reason}); make room or"
         " use another directory: the same command goes on from the checkpoint before"
       ) from error
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+  """Raises a UserError that names the first field of `config.checkpoint` that is wrong."""
+  fields = config.checkpoint
+  if not 0 <= fields.seconds < math.inf:
+    raise errors.UserError(f"checkpoint.seconds: {fields.seconds} is not a time of at least 0")
+  if fields.keep < 1:
+    raise errors.UserError(f"checkpoint.keep: {fields.keep} is not at least 1")
+  if fields.get("keep_best", 0) < 0:
+    raise errors.UserError(f"checkpoint.keep_best: {fields.keep_best} is not at least 0")
+  every = fields.get("validate_every", 0)
+  if every < 0 or every % config.eval.every:
+    raise errors.UserError(
+      f"checkpoint.validate_every: {every} is not a multiple of eval.every = {config.eval.every}"
+    )
 
 
 def save(directory: pathlib.Path, step: int, tree: PyTree) -> None:

@@ -4,6 +4,7 @@ A single run is a group of one. A group that was killed goes on from its last ch
 the same numbers: data order is a function of (seed, step), and there is no other randomness.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -126,7 +127,7 @@ class Loop:
     return self._bases[key]
 
   def _trained_base(self, config, task, model, base, directory):
-    restored = checkpoint.restore(directory, base)
+    restored = checkpoint.restore(directory, base, self.display.log)
     if restored is None:
       arrays = pipeline.source_arrays(
         task.name, data_dir=config.data.data_dir, feature_dim=model.inputs
@@ -189,16 +190,20 @@ class Loop:
       base, np.array([s for s, _ in spec.runs]), np.array([rate for _, rate in spec.runs])
     )
     steps = program.optimizer.steps if jax.tree.leaves(states.params) else 0
-    saved = checkpoint.restore(directory / "checkpoints", states)
-    done, states = saved if saved else (0, states)
     validation = step_lib.Batch(
       *(np.stack(leaves) for leaves in zip(*(data.whole(s, "validation") for s in seeds),
                                            strict=True))
     )  # fmt: skip
-    with (
-      metrics.MetricWriter(directory) as writer,
-      self.display.group(spec.label, len(spec.runs), max(steps, 1), start_step=done) as shown,
-    ):
+    with contextlib.ExitStack() as open_:
+      writer = open_.enter_context(metrics.MetricWriter(directory))
+      saver = open_.enter_context(checkpoint.Checkpointer(
+        directory / "checkpoints", keep=spec.config.checkpoint.keep, log=self.display.log
+      ))  # fmt: skip
+      saved = saver.restore(states)
+      done, states = (saved.step, saved.tree) if saved else (0, states)
+      shown = open_.enter_context(
+        self.display.group(spec.label, len(spec.runs), max(steps, 1), start_step=done)
+      )
       writer.truncate(done)
       saved_at = time.monotonic()
       while done < steps:
@@ -221,9 +226,11 @@ class Loop:
         due = time.monotonic() - saved_at > spec.config.checkpoint.seconds
         if (due or stop.requested()) and done < steps:
           writer.flush()
-          checkpoint.save(directory / "checkpoints", done, states)
+          saver.save(done, states)
           saved_at = time.monotonic()
-          stop.check()
+          if stop.requested():
+            saver.wait()
+            stop.check()
       writer.flush()
       shown.update(max(steps, 1))
     names = {f"seed={s},lr={r:g}": self._run_id(spec, s, r) for s, r in spec.runs}

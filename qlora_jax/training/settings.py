@@ -14,6 +14,7 @@ from qlora_jax.adapters import factory, sizing
 from qlora_jax.data import pipeline
 from qlora_jax.instructions import encoders
 from qlora_jax.models import mlp
+from qlora_jax.training import checkpoint
 from qlora_jax.training import optimizer as optimizer_lib
 
 
@@ -67,8 +68,7 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     )
   if config.eval.every < 1:
     raise errors.UserError(f"eval.every: {config.eval.every} is not at least 1")
-  if not config.checkpoint.seconds >= 0:
-    raise errors.UserError(f"checkpoint.seconds: {config.checkpoint.seconds} is not at least 0")
+  checkpoint.check_config(config)
   overrides = dict(config.adapter)
   name, budget = overrides.pop("name"), overrides.pop("budget")
   network = shapes(model)

@@ -24,6 +24,7 @@ from qlora_jax.training import (
   language_settings,
   loop,
   progress,
+  resume,
   settings,
   workers,
 )
@@ -70,14 +71,14 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: s
       f"--workdir: {workdir} cannot be written ({error.strerror}); use another directory"
     ) from error
   path = workdir / "study.json"
-  plain = json.loads(json.dumps(config.to_dict(), default=list))
+  plain = resume.plain(config)
   if path.exists():
     stored = json.loads(path.read_text())["config"]
-    different = sorted(_differences(stored, plain))
-    if different:
+    found = resume.differences(stored, plain, resume.STUDY)
+    if found:
       raise errors.UserError(
-        f"--workdir: {workdir} belongs to another config ({', '.join(different[:5])} differ);"
-        " use another directory"
+        f"--workdir: {workdir} belongs to another config: {resume.told(found)};"
+        " give the old values or another directory"
       )
     return
   loop.write_json(path, {
@@ -199,15 +200,6 @@ def _once(trainer, display, spec) -> tuple[dict, bool]:
     display.skip(spec.label, len(spec.runs))
     return finished, False
   return trainer.train(spec), True
-
-
-def _differences(stored: dict, new: dict, prefix: str = ""):
-  for key in stored.keys() | new.keys():
-    a, b = stored.get(key), new.get(key)
-    if isinstance(a, dict) and isinstance(b, dict):
-      yield from _differences(a, b, f"{prefix}{key}.")
-    elif a != b:
-      yield f"{prefix}{key}"
 
 
 def _commit() -> str:

@@ -67,17 +67,17 @@ def test_a_killed_group_resumes_to_the_same_bits(tiny, tmp_path, monkeypatch):
   config.checkpoint.seconds = 0.0
   spec = loop.GroupSpec(config, "search", ((0, 1e-2), (1, 1e-2)))
   whole = train(tmp_path / "whole", spec)
-  save = loop.checkpoint.save
+  save = loop.checkpoint.Checkpointer.save
 
-  def save_then_die(directory, step, tree):
-    save(directory, step, tree)
-    if directory.name == "checkpoints" and step == 20:
+  def save_then_die(saver, step, tree):
+    save(saver, step, tree)
+    if saver.directory.name == "checkpoints" and step == 20:
       raise Killed
 
-  monkeypatch.setattr(loop.checkpoint, "save", save_then_die)
+  monkeypatch.setattr(loop.checkpoint.Checkpointer, "save", save_then_die)
   with pytest.raises(Killed):
     train(tmp_path / "killed", spec)
-  monkeypatch.setattr(loop.checkpoint, "save", save)
+  monkeypatch.setattr(loop.checkpoint.Checkpointer, "save", save)
   resumed = train(tmp_path / "killed", spec)
   assert [r["test_mse"] for r in resumed["rows"]] == [r["test_mse"] for r in whole["rows"]]
   assert resumed["curves"] == whole["curves"]
@@ -185,9 +185,16 @@ def test_a_work_directory_of_another_config_is_refused_by_field(tiny, tmp_path):
   before = json.loads((tmp_path / "study.json").read_text())
   other = tiny.copy_and_resolve_references()
   other.optimizer.steps = 41
-  with pytest.raises(errors.UserError, match=r"optimizer\.steps"):
+  with pytest.raises(errors.UserError, match=r"optimizer\.steps was 40, is 41;"):
     study.prepare(tmp_path, other, "test")
   assert json.loads((tmp_path / "study.json").read_text()) == before
+
+
+def test_a_work_directory_goes_on_with_other_checkpoints_and_another_mesh(tiny, tmp_path):
+  study.prepare(tmp_path, tiny, "test")
+  other = tiny.copy_and_resolve_references()
+  other.checkpoint.keep, other.mesh.runs = 5, 2
+  study.prepare(tmp_path, other, "test")
 
 
 def test_an_empty_learning_rate_list_is_refused():
