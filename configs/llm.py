@@ -63,6 +63,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg in ("demo", "pair"):
     config.data.tasks = DEMO_TASKS
     config.data.length = 128
+    config.data.system = ""  # two fifths fewer tokens than the template's own sentence
     config.optimizer.learning_rate = 3e-3
     config.optimizer.steps = 100
     config.optimizer.batch_size = 4
@@ -77,7 +78,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.tasks = INDUCTION_TASKS
     config.data.train_rows = 200
     config.data.length = 128
-    config.data.system = ""  # two fifths fewer tokens than the template's own sentence
+    config.data.system = ""
     config.optimizer.batch_size = 4
     config.optimizer.steps = 50
     config.eval.update(every=5, validation=40, examples=100, max_tokens=16, batch_size=50)
