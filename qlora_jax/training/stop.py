@@ -15,13 +15,14 @@ class Stopped(KeyboardInterrupt):
   """Raised by the loop once it has saved; `args[0]` is the signal's number."""
 
 
-def install(patient: bool = False) -> None:
+def install(patient: bool = False, also: tuple[int, ...] = ()) -> None:
   """Makes SIGINT and SIGTERM requests to stop; call it in the main thread.
 
   Args:
     patient: whether a second SIGINT is ignored as well; otherwise it interrupts at once.
+    also: more signals, of a scheduler.
   """
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in (signal.SIGINT, signal.SIGTERM, *also):
     signal.signal(number, _note_patiently if patient else _note)
 
 

@@ -18,12 +18,14 @@ import numpy as np
 import pandas as pd
 
 from qlora_jax import errors
+from qlora_jax.parallel import processes
 from qlora_jax.training import (
   compiled,
   language_loop,
   language_settings,
   loop,
   progress,
+  records,
   resume,
   settings,
   workers,
@@ -53,6 +55,24 @@ def expand(config: ml_collections.ConfigDict, points: list[dict]) -> list[tuple]
     rate = point.get(RATE, config.optimizer.learning_rate)
     merged.setdefault(json.dumps(fields, sort_keys=True), (own, []))[1].append(float(rate))
   return list(merged.values())
+
+
+def describe(config: ml_collections.ConfigDict, points: list[dict]) -> list[records.Setting]:
+  """The settings of a sweep, in the order of `expand`, as the work directory lists them."""
+  return [
+    records.Setting(
+      records.key(own, rates), name,
+      len(rates if own.adapter.name != "none" else rates[:1]) * len(own.protocol.search_seeds)
+      + len(own.protocol.final_seeds),
+    )
+    for (own, rates), name in zip(expand(config, points), records.names(points), strict=True)
+  ]  # fmt: skip
+
+
+def describe_single(config: ml_collections.ConfigDict) -> records.Setting:
+  """The config's own run, as the work directory lists it."""
+  name = f"{loop.data_name(config)}/{config.adapter.name}"
+  return records.Setting(records.key(config, [float(config.optimizer.learning_rate)]), name, 1)
 
 
 def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str) -> None:
@@ -106,6 +126,8 @@ def run(
   pairs = expand(config, points)
   for own, _ in pairs:  # all mistakes are told before anything trains
     resolve(own)
+  if processes.is_first():
+    records.write_list(workdir, describe(config, points))
   total = sum(
     len(rates) * len(own.protocol.search_seeds) + len(own.protocol.final_seeds)
     for own, rates in pairs
@@ -138,18 +160,19 @@ def train_setting(trainer, setting: tuple) -> tuple[list[dict], bool]:
   Returns:
     Both results, and whether anything was trained.
   """
-  (own, rates), display = setting, trainer.display
+  own, rates = setting
   search, final = own.protocol.search_seeds, own.protocol.final_seeds
   runs = tuple((seed, rate) for seed in search for rate in rates)
   if own.adapter.name == "none":  # nothing is trained: no rate to search
     runs = tuple((seed, rates[0]) for seed in search)
-  found, searched = _once(trainer, display, loop.GroupSpec(own, "search", runs))
-  best = choose(found["rows"], trainer.objective)
-  spec = loop.GroupSpec(own, "final", tuple((seed, best) for seed in final))
-  last, trained = _once(trainer, display, spec)
+  with _kept(trainer.workdir, records.key(own, rates)) as keeper:
+    found, searched = _once(trainer, keeper, loop.GroupSpec(own, "search", runs))
+    best = choose(found["rows"], trainer.objective)
+    spec = loop.GroupSpec(own, "final", tuple((seed, best) for seed in final))
+    last, trained = _once(trainer, keeper, spec)
   if trained:
     told = trainer.summary(last["rows"])
-    display.log(f"{loop.data_name(own)}/{own.adapter.name}: lr {best:g}, {told}")
+    trainer.display.log(f"{loop.data_name(own)}/{own.adapter.name}: lr {best:g}, {told}")
   return [found, last], searched or trained
 
 
@@ -157,10 +180,15 @@ def single(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[di
   """One run of the config's own seed and learning rate: its row, and a line about it."""
   runs = ((config.seed, config.optimizer.learning_rate),)
   spec = loop.GroupSpec(config, "final", runs)
-  language = is_language(config)
-  with progress.Display(total_points=1, unit="tokens" if language else "examples") as display:
+  language, setting = is_language(config), describe_single(config)
+  if processes.is_first():
+    records.write_list(workdir, [setting])
+  with (
+    progress.Display(total_points=1, unit="tokens" if language else "examples") as display,
+    _kept(workdir, setting.key) as keeper,
+  ):
     trainer = make_loop(display, workdir, language)
-    result, _ = _once(trainer, display, spec)
+    result, _ = _once(trainer, keeper, spec)
   write_tables(workdir, [result], 0.0)
   return result["rows"][0], trainer.summary(result["rows"])
 
@@ -194,12 +222,21 @@ def write_tables(workdir: pathlib.Path, results: list[dict], seconds: float) -> 
   loop.write_json(path, stored)
 
 
-def _once(trainer, display, spec) -> tuple[dict, bool]:
-  finished = trainer.finished(spec)
-  if finished is not None:
-    display.skip(spec.label, len(spec.runs))
-    return finished, False
-  return trainer.train(spec), True
+def _once(trainer, keeper: records.Keeper, spec) -> tuple[dict, bool]:
+  result = trainer.finished(spec)
+  trained = result is None
+  if trained:
+    keeper.start(spec.identity, spec.config.optimizer.steps)
+    result = trainer.train(spec)
+  else:
+    trainer.display.skip(spec.label, len(spec.runs))
+  keeper.result(spec.identity)
+  return result, trained
+
+
+def _kept(workdir: pathlib.Path, key: str):
+  devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+  return records.kept(workdir, key, devices, processes.is_first())
 
 
 def _commit() -> str:

@@ -1,0 +1,1 @@
+"""Runs on clusters: Slurm jobs, TPU slices, and what a work directory's settings are doing."""

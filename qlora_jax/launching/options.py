@@ -1,0 +1,107 @@
+"""The config's group `cluster`: what to ask of Slurm and of Google Cloud; it changes no result.
+
+Imports neither JAX nor submitit, so that config files can.
+"""
+
+import re
+
+import ml_collections
+from ml_collections import config_dict
+
+from qlora_jax import errors
+
+TPU_WAYS = ("vm", "queued", "xpk")
+_DURATION = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+def default() -> ml_collections.ConfigDict:
+  """The group with nothing asked; None leaves a choice to the cluster."""
+  cluster = ml_collections.ConfigDict()
+  cluster.slurm = dict(
+    time="1:00:00",  # as sbatch --time: minutes, H:M:S, D-H or D-H:M:S
+    nodes=1,
+    tasks_per_node=1,  # processes of one training; with GPUs one for each
+    gpus_per_node=0,
+    cpus_per_task=1,
+    signal_seconds=90,  # before the time limit: save and requeue
+    requeues=100,  # times that a job goes on after preemption or its time limit
+    setup=(),  # shell lines before Python starts, such as ("module load cuda",)
+    sbatch=(),  # more options, such as ("--reservation=night",)
+  )
+  for name in ("partition", "account", "qos", "constraint"):
+    cluster.slurm[name] = config_dict.placeholder(str)
+  cluster.slurm.memory_gb = config_dict.placeholder(float)  # of a node
+  cluster.tpu = dict(
+    way="vm",  # vm: gcloud TPU-VM, queued: queued resources, xpk: GKE
+    name="qlora-jax",
+    accelerator="v5litepod-8",  # of one slice; xpk's --tpu-type
+    slices=1,
+    version="v2-alpha-tpuv5-lite",  # the TPU-VM's runtime
+    spot=False,
+    delete=False,  # the TPU-VM when the run has ended
+    python="python3.11",
+    setup=(),  # shell lines on every worker before the run
+    packages=("requirements.txt", "requirements-data.txt", "requirements-llm.txt"),
+  )
+  for name in ("project", "zone", "bucket", "cluster", "topology", "image", "network"):
+    cluster.tpu[name] = config_dict.placeholder(str)
+  return cluster
+
+
+def split(
+  config: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, ml_collections.ConfigDict]:
+  """(config without its group `cluster`, that group): a run does not depend on where it ran."""
+  own = config.copy_and_resolve_references()
+  own.unlock()
+  cluster = own.pop("cluster", None) or default()
+  return own.lock(), cluster
+
+
+def minutes(text: str) -> int:
+  """A time limit of sbatch in whole minutes, rounded up.
+
+  Raises:
+    errors.UserError: it is none.
+  """
+  matched = _DURATION.fullmatch(str(text).strip())
+  if not matched:
+    raise errors.UserError(
+      f"cluster.slurm.time: {text!r} is not a time; use minutes, H:M:S, D-H or D-H:M:S"
+    )
+  days, *parts = matched.groups()
+  given = [int(part) for part in parts if part is not None]
+  if days is not None:  # D-H[:M[:S]]
+    hours, minute, second = (given + [0, 0])[:3]
+  elif len(given) == 3:  # H:M:S
+    hours, minute, second = given
+  else:  # M[:S]
+    hours, (minute, second) = 0, (given + [0])[:2]
+  seconds = ((int(days or 0) * 24 + hours) * 60 + minute) * 60 + second
+  if seconds < 60:
+    raise errors.UserError(f"cluster.slurm.time: {text!r} is under a minute; ask for more")
+  return -(-seconds // 60)
+
+
+def check_slurm(slurm: ml_collections.ConfigDict) -> None:
+  """Raises a UserError that names the first option that is wrong."""
+  minutes(slurm.time)
+  for name in ("nodes", "tasks_per_node", "cpus_per_task"):
+    if slurm[name] < 1:
+      raise errors.UserError(f"cluster.slurm.{name}: {slurm[name]} is not a number of at least 1")
+  for name in ("gpus_per_node", "requeues", "signal_seconds"):
+    if slurm[name] < 0:
+      raise errors.UserError(f"cluster.slurm.{name}: {slurm[name]} is below 0")
+  tasks = slurm.nodes * slurm.tasks_per_node
+  if tasks > 1 and slurm.gpus_per_node not in (0, slurm.tasks_per_node):
+    raise errors.UserError(
+      f"cluster.slurm.tasks_per_node: {slurm.tasks_per_node} for {slurm.gpus_per_node} GPUs a node;"
+      f" a training of several processes has one a GPU: use {slurm.gpus_per_node}"
+    )
+  if slurm.memory_gb is not None and slurm.memory_gb <= 0:
+    raise errors.UserError(f"cluster.slurm.memory_gb: {slurm.memory_gb} is not above 0")
+  for option in slurm.sbatch:
+    if not re.fullmatch(r"--[a-z][\w-]*(=.*)?", option):
+      raise errors.UserError(
+        f"cluster.slurm.sbatch: {option!r} is not an option; write it as '--name=value'"
+      )

@@ -1,0 +1,245 @@
+"""What a work directory says about each setting of its sweep: running, done, stopped or failed.
+
+  DIR/settings.json        the settings in their order
+  DIR/settings/KEY.json    what the process that trains a setting wrote last
+
+Whoever looks at the directory later, on this host or another, needs no config and no scheduler.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import socket
+from collections.abc import Iterator
+
+import ml_collections
+
+from qlora_jax import errors
+from qlora_jax.training import stop
+
+LIST = "settings.json"
+_FOLDER = "settings"
+# How a run is spread or saved is not what it computes.
+_NOT_COMPARED = ("cluster", "mesh", "checkpoint")  # nor is `data.data_dir`
+_RATE = "learning_rate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One setting of a sweep: the points that differ only in learning rate and seed.
+
+  Attributes:
+    key: names its record and its job.
+    name: what tells it from the other settings, for people.
+    runs: how many runs it has, search and final ones.
+  """
+
+  key: str
+  name: str
+  runs: int
+
+
+@dataclasses.dataclass
+class Record:
+  """What is known of a setting.
+
+  Attributes:
+    state: 'running', 'stopped' (saved; the same command continues), 'failed' or 'done'.
+    reason: of 'stopped' and 'failed', one line.
+    groups: folders below `groups/` that hold its results, in order.
+    group: the one that trains now, and its number of steps.
+    host, pid: of the process; a recycled pid is told apart by `started`.
+    started: the process's start in clock ticks since the host's boot, from /proc.
+    job: its Slurm job, or None.
+    devices: what it trained on.
+    began, ended: UTC, ISO 8601.
+  """
+
+  state: str
+  reason: str = ""
+  groups: list[str] = dataclasses.field(default_factory=list)
+  group: str = ""
+  steps: int = 0
+  host: str = ""
+  pid: int = 0
+  started: str = ""
+  job: str | None = None
+  devices: str = ""
+  began: str = ""
+  ended: str = ""
+
+
+def key(config: ml_collections.ConfigDict, rates: list[float]) -> str:
+  """A hash of everything that tells a setting from others."""
+  plain = config.to_dict()
+  for name in _NOT_COMPARED:
+    plain.pop(name, None)
+  plain["optimizer"].pop(_RATE), plain["data"].pop("data_dir", None)
+  text = json.dumps([plain, rates], sort_keys=True, default=list)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def names(points: list[dict]) -> list[str]:
+  """What tells each setting from the others, in the order of `study.expand`.
+
+  Fields that all points share are left out, and so is the learning rate.
+  """
+  settings: dict[str, dict] = {}
+  for point in points:
+    fields = {name: value for name, value in point.items() if name != f"optimizer.{_RATE}"}
+    settings.setdefault(json.dumps(fields, sort_keys=True), fields)
+  told = list(settings.values())
+  every = dict.fromkeys(name for fields in told for name in fields)
+  varied = [
+    name for name in every
+    if len({json.dumps(fields.get(name), default=list) for fields in told}) > 1
+  ] or list(every)  # fmt: skip
+  return [
+    " ".join(f"{name}={fields[name]}" for name in varied if name in fields) or "the config's own"
+    for fields in told
+  ]
+
+
+def write_list(workdir: pathlib.Path, settings: list[Setting]) -> None:
+  """Stores the settings of a sweep, in order."""
+  _write(workdir / LIST, [dataclasses.asdict(setting) for setting in settings])
+
+
+def read_list(workdir: pathlib.Path) -> list[Setting]:
+  """The settings of a sweep.
+
+  Raises:
+    errors.UserError: the directory holds no run.
+  """
+  path = workdir / LIST
+  if not path.exists():
+    raise errors.UserError(
+      f"--workdir: {workdir} holds no run; give the directory of a run or sweep that was started"
+    )
+  return [Setting(**fields) for fields in json.loads(path.read_text())]
+
+
+def read(workdir: pathlib.Path, setting: Setting) -> Record | None:
+  """The record of a setting, or None if nothing has trained it yet.
+
+  A setting whose results were removed since is not done.
+  """
+  path = workdir / _FOLDER / f"{setting.key}.json"
+  if not path.exists():
+    return None
+  record = Record(**json.loads(path.read_text()))
+  if record.state == "done" and not all(
+    (workdir / "groups" / group / "result.json").exists() for group in record.groups
+  ):
+    return None
+  return record
+
+
+def alive(record: Record) -> bool | None:
+  """Whether the process of a record still runs; None if it is another host's."""
+  if record.host != socket.gethostname():
+    return None
+  return _start_time(record.pid) == record.started
+
+
+@contextlib.contextmanager
+def kept(
+  workdir: pathlib.Path, setting_key: str, devices: str = "", first: bool = True
+) -> Iterator["Keeper"]:
+  """Writes a setting's record while its body trains it, and how that ended.
+
+  Args:
+    workdir, setting_key: which record.
+    devices: what it trains on.
+    first: whether this is the first of several processes; the others write failures only.
+  """
+  path = workdir / _FOLDER / f"{setting_key}.json"
+  path.parent.mkdir(exist_ok=True)
+  keeper = Keeper(path, first, Record(
+    "running", host=socket.gethostname(), pid=os.getpid(), started=_start_time(os.getpid()),
+    job=job_id(), devices=devices, began=_now(),
+  ))  # fmt: skip
+  try:
+    yield keeper
+  except stop.Stopped as stopped:
+    keeper.end("stopped", f"stopped by {signal.Signals(stopped.args[0]).name} after saving")
+    raise
+  except KeyboardInterrupt:
+    keeper.end("stopped", "interrupted")
+    raise
+  except errors.UserError as error:
+    keeper.end("failed", str(error))
+    raise
+  except Exception as error:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    keeper.end("failed", ": ".join([type(error).__name__, *lines[:1]]))
+    raise
+  keeper.end("done")
+
+
+class Keeper:
+  """Keeps one record; a setting that is found done already keeps the record of its training."""
+
+  def __init__(self, path: pathlib.Path, first: bool, record: Record):
+    self._path, self._first, self.record = path, first, record
+
+  def start(self, group: str, steps: int) -> None:
+    """Notes the group that trains next."""
+    self.record.group, self.record.steps = group, steps
+    if self._first:
+      _write(self._path, dataclasses.asdict(self.record))
+
+  def result(self, group: str) -> None:
+    """Notes a group whose result is stored."""
+    self.record.groups.append(group)
+
+  def end(self, state: str, reason: str = "") -> None:
+    """Notes how the training ended."""
+    if state == "done" and not self.record.group and self._path.exists():
+      earlier = Record(**json.loads(self._path.read_text()))
+      if earlier.state == "done" and earlier.groups == self.record.groups:
+        return
+    self.record.state, self.record.reason, self.record.ended = state, reason, _now()
+    if self._first or state == "failed":
+      _write(self._path, dataclasses.asdict(self.record))
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the directory's tables: others that ask wait, even if the holder is killed."""
+  with open(workdir / f".{LIST}.lock", "w") as handle:
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+
+
+def job_id() -> str | None:
+  """This process's Slurm job as Slurm writes it (12, or 12_3 in an array), or None."""
+  array = os.environ.get("SLURM_ARRAY_JOB_ID")
+  if array:
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+  return os.environ.get("SLURM_JOB_ID")
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _start_time(pid: int) -> str:
+  """Field 22 of /proc/PID/stat; '' if there is no such process or it is a zombie."""
+  try:
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+  except OSError:
+    return ""
+  return "" if fields[0] == "Z" else fields[19]
+
+
+def _write(path: pathlib.Path, value) -> None:
+  temporary = path.with_suffix(f".tmp{os.getpid()}")
+  temporary.write_text(json.dumps(value, default=list, indent=1))
+  temporary.replace(path)
