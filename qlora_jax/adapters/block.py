@@ -24,6 +24,7 @@ from jax import numpy as jnp
 
 from qlora_jax.adapters import config as config_lib
 from qlora_jax.adapters import contraction, memory, router, summary
+from qlora_jax.parallel import sharding
 from qlora_jax.typing import Array, PyTree
 
 REMAT = {
@@ -71,6 +72,7 @@ class Block(nn.Module):
   def __call__(self, carry, shared, instruction, log_prior, context):
     """One step of the scan; carry = (hidden [*batch, D], summary's carry, cache, block index)."""
     hidden, running, cache, index = carry
+    hidden = sharding.tokens(hidden)
     cfg, routing, own = self.config, None, []
     if cfg.routed:
       block_router = self.router
@@ -94,12 +96,14 @@ class Block(nn.Module):
       else:
         left = self.stack[0].anchor_state(hidden)
       running = self.gate(running, left, index)
+      if cfg.summary == "attention":  # [N, *batch, R]
+        running = sharding.constrain(running, None, "batch", *[None] * (running.ndim - 2))
     record = RoutingRecord(None, None)
     if own:
       record = RoutingRecord(
         jnp.stack([each.weights for each in own]), jnp.stack([each.logits for each in own])
       )
-    return (hidden, running, cache, index + 1), record
+    return (sharding.tokens(hidden), running, cache, index + 1), record
 
 
 class BlockStack(nn.Module):
@@ -118,7 +122,7 @@ class BlockStack(nn.Module):
   blocks: int
   layers: int
   maps_per_layer: int
-  map_outputs: tuple[tuple[str, int], ...]
+  map_outputs: tuple[tuple[str, int, str], ...]
   unroll: bool = False
   scan_unroll: int = 1
   remat: str = "none"

@@ -11,20 +11,22 @@ from jax import numpy as jnp
 
 from qlora_jax.adapters import config as config_lib
 from qlora_jax.adapters import contraction, functional, memory, router
+from qlora_jax.parallel import sharding
 from qlora_jax.typing import Array
-
-_LORA_A = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("input", "rank"))
-_LORA_B = nn.with_logical_partitioning(nn.initializers.zeros, ("rank", "output"))
 
 
 class Branch(nn.Module):
-  """What every branch knows: its adapter, its map's name and widths, and the block's maps."""
+  """What every branch knows: its adapter, its map's name and widths, and the block's maps.
+
+  `axes` are the logical axes of the map's kernel: the branch's factors are split as the map is.
+  """
 
   config: config_lib.AdapterConfig
   name_of_map: str
   inputs: int
   outputs: int
   maps: int
+  axes: tuple[str, str] = ("input", "output")
 
   @property
   def rank(self) -> int:
@@ -34,17 +36,32 @@ class Branch(nn.Module):
   def scaling(self) -> float:
     return self.config.scale_of(self.name_of_map)
 
+  def factors(self) -> tuple[Array, Array]:
+    """Declares `lora_a` [D_in, R] and `lora_b` [R, D_out]; the second starts at zero."""
+    return self.factor_a(), self.param(
+      "lora_b",
+      nn.with_logical_partitioning(nn.initializers.zeros, ("rank", self.axes[1])),
+      (self.rank, self.outputs),
+    )
+
+  def factor_a(self) -> Array:
+    """Declares `lora_a` [D_in, R]."""
+    return self.param(
+      "lora_a",
+      nn.with_logical_partitioning(nn.initializers.lecun_normal(), (self.axes[0], "rank")),
+      (self.inputs, self.rank),
+    )
+
 
 class LoRA(Branch):
   """y = x W + scaling (x A) C B; C is the block's routed operator, or absent for plain LoRA."""
 
   def setup(self):
-    self.lora_a = self.param("lora_a", _LORA_A, (self.inputs, self.rank))
-    self.lora_b = self.param("lora_b", _LORA_B, (self.rank, self.outputs))
+    self.lora_a, self.lora_b = self.factors()
 
   def low_rank_state(self, x: Array) -> Array:
     """z [*batch, R] of this map, step (1); asked of the block's anchor map only."""
-    return functional.low_rank_state(x, self.lora_a)
+    return functional.rms_norm(sharding.tokens(functional.project(x, self.lora_a)))
 
   def __call__(
     self,
@@ -55,11 +72,13 @@ class LoRA(Branch):
     shared: memory.Shared,
   ):
     del kernel
-    low_rank = functional.project(x, self.lora_a)
+    # Where the map's input is split over `tensor`, x A is summed over it here, R numbers a token,
+    # with or without routing; all that follows is the token's own.
+    low_rank = sharding.tokens(functional.project(x, self.lora_a))
     if routing is not None:
-      low_rank = contraction.contract(
+      low_rank = sharding.tokens(contraction.contract(
         self.config, self.maps, low_rank, routing.weights, routing.operator, shared["atoms"]
-      )
+      ))  # fmt: skip
     return base + functional.low_rank_output(low_rank, self.lora_b, self.scaling), None
 
 
@@ -72,15 +91,16 @@ class DoRA(Branch):
 
   @nn.compact
   def __call__(self, x, base, kernel, routing, shared):
-    lora_a = self.param("lora_a", _LORA_A, (self.inputs, self.rank))
-    lora_b = self.param("lora_b", _LORA_B, (self.rank, self.outputs))
+    lora_a, lora_b = self.factors()
     magnitude = self.param(
-      "magnitude", nn.with_logical_partitioning(nn.initializers.ones, ("output",)), (self.outputs,)
+      "magnitude",
+      nn.with_logical_partitioning(nn.initializers.ones, self.axes[1:]),
+      (self.outputs,),
     )
     updated = kernel + self.scaling * lora_a @ lora_b
     norm = jax.lax.stop_gradient(jnp.linalg.norm(updated, axis=0))
     ratio = magnitude * jnp.linalg.norm(kernel, axis=0) / norm
-    low_rank = functional.project(x, lora_a)
+    low_rank = sharding.tokens(functional.project(x, lora_a))
     return ratio * (base + functional.low_rank_output(low_rank, lora_b, self.scaling)), None
 
 
@@ -99,14 +119,18 @@ class LoRAXS(Branch):
       left, values, right = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
       return left[:, :rank] * values[:rank], right[:rank]
 
-    lora_a = self.variable("frozen", "lora_a", lambda: factors()[0]).value
-    lora_b = self.variable("frozen", "lora_b", lambda: factors()[1]).value
+    def boxed(value, *names):
+      return nn.with_logical_partitioning(lambda: value, names)()
+
+    lora_a = self.variable("frozen", "lora_a", lambda: boxed(factors()[0], self.axes[0], "rank"))
+    lora_b = self.variable("frozen", "lora_b", lambda: boxed(factors()[1], "rank", self.axes[1]))
+    lora_a, lora_b = lora_a.value, lora_b.value
     core = self.param(
       "core",
       nn.with_logical_partitioning(nn.initializers.zeros, ("rank", "rank_out")),
       (rank, rank),
     )
-    low_rank = jnp.einsum("...d,dr,rs->...s", x, lora_a, core)
+    low_rank = sharding.tokens(jnp.einsum("...d,dr,rs->...s", x, lora_a, core))
     return base + functional.low_rank_output(low_rank, lora_b, self.scaling), None
 
 
@@ -116,8 +140,7 @@ class CoMoL(Branch):
   @nn.compact
   def __call__(self, x, base, kernel, routing, shared):
     cfg = self.config
-    lora_a = self.param("lora_a", _LORA_A, (self.inputs, self.rank))
-    lora_b = self.param("lora_b", _LORA_B, (self.rank, self.outputs))
+    lora_a, lora_b = self.factors()
     cores = self.param(
       "cores",
       nn.with_logical_partitioning(
@@ -130,10 +153,10 @@ class CoMoL(Branch):
       nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("rank", "atoms")),
       (self.rank, cfg.atoms),
     )
-    low_rank = functional.project(x, lora_a)
+    low_rank = sharding.tokens(functional.project(x, lora_a))
     logits = functional.rms_norm(low_rank) @ kernel_of_router
     weights = functional.sparse_weights(logits, cfg.kept_atoms)
-    mixed = contraction.contract(cfg, 1, low_rank, weights, None, cores)
+    mixed = sharding.tokens(contraction.contract(cfg, 1, low_rank, weights, None, cores))
     update = functional.low_rank_output(mixed, lora_b, self.scaling)
     return base + update, router.Routing(weights, logits, None)
 
@@ -144,13 +167,13 @@ class Lily(Branch):
   @nn.compact
   def __call__(self, x, base, kernel, routing, shared):
     cfg = self.config
-    lora_a = self.param("lora_a", _LORA_A, (self.inputs, self.rank))
+    lora_a = self.factor_a()
     kernel_of_router = self.param(
       "router",
       nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("rank", "atoms")),
       (self.rank, cfg.atoms),
     )
-    low_rank = functional.project(x, lora_a)
+    low_rank = sharding.tokens(functional.project(x, lora_a))
     logits = low_rank @ kernel_of_router
     weights = functional.sparse_weights(logits, cfg.kept_atoms)
     experts = shared[f"lily_b_{self.name_of_map}"]

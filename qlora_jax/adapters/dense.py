@@ -48,7 +48,7 @@ class AdaptedDense(nn.Module):
       self.bias = self.variable("base", "bias", lambda: bias(None, (self.outputs,), dtype))
     branch = branches.BRANCHES.get(self.config.method)
     self.branch = branch and branch(
-      self.config, self.map_name, self.inputs, self.outputs, self.maps
+      self.config, self.map_name, self.inputs, self.outputs, self.maps, self.axes
     )
 
   def low_rank_state(self, x: Array) -> Array:

@@ -43,11 +43,11 @@ class SharedParameters(nn.Module):
 
   Attributes:
     config: the adapter.
-    map_outputs: (map name, D_out) of every adapted map of a layer.
+    map_outputs: (map name, D_out, its logical axis) of every adapted map of a layer.
   """
 
   config: config_lib.AdapterConfig
-  map_outputs: tuple[tuple[str, int], ...]
+  map_outputs: tuple[tuple[str, int, str], ...]
 
   @nn.compact
   def __call__(self) -> Shared:
@@ -80,10 +80,10 @@ class SharedParameters(nn.Module):
           (cfg.instruction_dim, cfg.prior_dim),
         )
     if cfg.method == "lily":
-      for name, width in self.map_outputs:
+      for name, width, axis in self.map_outputs:
         shared[f"lily_b_{name}"] = self.param(
           f"lily_b_{name}",
-          nn.with_logical_partitioning(nn.initializers.zeros, ("atoms", "rank", "output")),
+          nn.with_logical_partitioning(nn.initializers.zeros, ("atoms", "rank", axis)),
           (cfg.atoms, cfg.rank, width),
         )
     return shared

@@ -15,7 +15,8 @@ from jax import numpy as jnp
 from qlora_jax import errors
 from qlora_jax.adapters import block, dense, sizing
 from qlora_jax.adapters import config as adapter_config
-from qlora_jax.models import attention, feed_forward, norms, rope
+from qlora_jax.models import attention, fast_attention, feed_forward, norms, rope
+from qlora_jax.parallel import sharding
 from qlora_jax.typing import Array
 
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -49,6 +50,7 @@ class DecoderConfig:
     base_dtype, dtype: in which the base is stored, and in which activations are computed.
     unroll: a Python loop over the blocks instead of the scan.
     remat: a key of `block.REMAT`.
+    attention: a kind of `fast_attention.KINDS`; 'auto' chooses by the platform.
   """
 
   vocabulary: int
@@ -83,6 +85,7 @@ class DecoderConfig:
   dtype: str = "float32"
   unroll: bool = False
   remat: str = "none"
+  attention: str = "auto"
 
   def __post_init__(self):
     for name in ("vocabulary", "width", "hidden", "layers", "heads", "groups", "head_dim",
@@ -108,6 +111,7 @@ class DecoderConfig:
     for name, known in (
       ("remat", tuple(block.REMAT)), ("norm", norms.KINDS), ("dtype", DTYPES),
       ("base_dtype", DTYPES), ("activation", tuple(feed_forward.ACTIVATIONS)),
+      ("attention", fast_attention.KINDS),
     ):  # fmt: skip
       if getattr(self, name) not in known:
         raise errors.UserError(
@@ -169,7 +173,6 @@ class Context(NamedTuple):
   cos: Array | None
   sin: Array | None
   layer_ropes: Array
-  layer_windows: Array
   start: Array | None  # first cache slot of the new tokens
 
 
@@ -226,13 +229,13 @@ class Layer(nn.Module):
   def __call__(self, hidden, routing, shared, context: Context, cache, place):
     cfg = self.config
     index = place[0] * cfg.layers_per_block + place[1]
-    window = context.layer_windows[index] if any(cfg.layer_windows) else 0
     x, own = self.attention_norm(hidden), []
 
     def heads(module):
       y, routed = module(x, routing, shared)
       own.append(routed)
-      return y.reshape(*y.shape[:2], -1, cfg.head_dim)
+      y = y.reshape(*y.shape[:2], -1, cfg.head_dim)
+      return sharding.constrain(y, "batch", None, module.axes[1], None)
 
     query, key, value = heads(self.q), heads(self.k), heads(self.v)
     if cfg.qk_norm:
@@ -244,13 +247,16 @@ class Layer(nn.Module):
     if cache is not None:
       cache, key, value = attention.store(cache, index, context.start, key, value)
       key, value = key.astype(query.dtype), value.astype(query.dtype)
-    mixed = attention.attention(
-      query, key, value, context.mask, scale=cfg.scale, window=window,
-      soft_cap=cfg.attention_soft_cap,
+    mixed = fast_attention.attend(
+      cfg.attention, query, key, value, context.mask, scale=cfg.scale,
+      windows=(cfg.layer_windows or (0,) * cfg.layers)[place[1] :: cfg.layers_per_block],
+      place=place[0], soft_cap=cfg.attention_soft_cap, cached=cache is not None,
     )  # fmt: skip
     update, routed = self.o(mixed.reshape(*hidden.shape[:2], -1), routing, shared)
+    update = sharding.tokens(update)
     hidden = hidden + (self.attention_post_norm(update) if cfg.post_norms else update)
     update, routings = self.mlp(self.feed_forward_norm(hidden), routing, shared)
+    update = sharding.tokens(update)
     hidden = hidden + (self.feed_forward_post_norm(update) if cfg.post_norms else update)
     routings = (*own, routed, *routings)
     return hidden, cache, tuple(each for each in routings if each is not None)
@@ -287,7 +293,7 @@ class Decoder(nn.Module):
       cfg.blocks,
       cfg.layers_per_block,
       len(cfg.adapted_maps),
-      tuple((name, cfg.map_shapes[name][1]) for name in cfg.adapted_maps),
+      tuple((name, cfg.map_shapes[name][1], _AXES[name][1]) for name in cfg.adapted_maps),
       cfg.unroll,
       1,
       cfg.remat,
@@ -318,6 +324,8 @@ class Decoder(nn.Module):
     if segments is None:
       segments = jnp.ones((batch, length), jnp.int32)
     hidden = jnp.take(self.embedding.value, tokens, axis=0).astype(cfg.dtype)
+    # The rows are fetched in the table's own split of their width, then the batch takes its place.
+    hidden = sharding.tokens(sharding.constrain(hidden, "replicas", None, "embed"))
     if cfg.embedding_scale != 1.0:
       hidden = hidden * jnp.asarray(cfg.embedding_scale, hidden.dtype)
     cos = sin = None
@@ -338,19 +346,34 @@ class Decoder(nn.Module):
     context = Context(
       attention.MaskInfo(positions, keys[0], segments, keys[1]), cos, sin,
       jnp.asarray(cfg.layer_ropes or (0,) * cfg.layers, jnp.int32),
-      jnp.asarray(cfg.layer_windows or (0,) * cfg.layers, jnp.int32), start,
+      start,
     )  # fmt: skip
     hidden, routing, kept = self.stack(hidden, instruction, context, kept)
     if cache is not None:
       cache = cache._replace(keys=kept[0], values=kept[1])
     return Output(self.norm(hidden), routing, cache)
 
-  def logits(self, hidden: Array) -> Array:
-    """Scores float32 [*batch, V] of hidden states [*batch, D]."""
+  def output_table(self, dtype: jnp.dtype) -> Array:
+    """What `logits` multiplies by: [V, D] when tied, else [D, V]; whole but for its vocabulary."""
+    if self.config.tied:
+      return sharding.constrain(self.embedding.value.astype(dtype), "vocabulary", None)
+    return sharding.constrain(self.head.value.astype(dtype), None, "vocabulary")
+
+  def logits(self, hidden: Array, table: Array | None = None) -> Array:
+    """Scores float32 [*batch, V] of hidden states [*batch, D].
+
+    Args:
+      hidden: as in `Output`.
+      table: `output_table`, for callers that make logits of many parts.
+    """
     cfg = self.config
-    table = self.embedding.value.T if cfg.tied else self.head.value
+    table = self.output_table(hidden.dtype) if table is None else table
     scores = jnp.einsum(
-      "...d,dv->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
+      "...d,vd->...v" if cfg.tied else "...d,dv->...v", hidden, table,
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    scores = sharding.constrain(
+      scores, "batch", *[None] * (scores.ndim - 2), "vocabulary"
     )
     if cfg.logit_soft_cap:
       scores = cfg.logit_soft_cap * jnp.tanh(scores / cfg.logit_soft_cap)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
+from qlora_jax.parallel import sharding
 from qlora_jax.typing import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -43,5 +44,6 @@ class FeedForward(nn.Module):
     else:
       inner, routed = self.up(x, routing, shared)
       inner, own = act(inner), [routed]
+    inner = sharding.constrain(inner, "batch", *[None] * (inner.ndim - 2), "mlp")
     y, routed = self.down(inner, routing, shared)
     return y, [*own, routed]

@@ -15,6 +15,7 @@ from jax import numpy as jnp
 
 from qlora_jax import errors
 from qlora_jax.models import attention, decoder
+from qlora_jax.parallel import sharding
 from qlora_jax.typing import Array, PyTree
 
 # Prompts and caches are padded to multiples of these, so that few lengths are compiled: a place of
@@ -158,8 +159,9 @@ def _step(model, sampling, variables, state, instruction, ends):
 def _next(model, sampling, variables, output, position, done, key, ends) -> State:
   logits = model.apply(variables, output.hidden[:, -1], method="logits")
   key, own = jax.random.split(key)
-  token = choose(logits, sampling, own)
-  done = done | jnp.isin(token, ends)
+  # All processes of a mesh read the tokens.
+  token = sharding.constrain(choose(logits, sampling, own), None)
+  done = sharding.constrain(done | jnp.isin(token, ends), None)
   return State(token, position, done, output.cache, key)
 
 

@@ -18,6 +18,7 @@ from qlora_jax.adapters import config as adapter_config
 from qlora_jax.typing import Array
 
 MAPS = ("up", "down")
+_AXES = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
 _SCAN_UNROLL = 8  # at this width a block is faster than one iteration of a compiled loop
 
 
@@ -89,11 +90,9 @@ class Layer(nn.Module):
   def setup(self):
     cfg = self.config
     self.norm = RMSNorm(cfg.width)
-    self.up = dense.AdaptedDense(
-      self.adapter, "up", cfg.width, cfg.hidden, self.maps, ("embed", "mlp")
-    )
+    self.up = dense.AdaptedDense(self.adapter, "up", cfg.width, cfg.hidden, self.maps, _AXES["up"])
     self.down = dense.AdaptedDense(
-      self.adapter, "down", cfg.hidden, cfg.width, self.maps, ("mlp", "embed")
+      self.adapter, "down", cfg.hidden, cfg.width, self.maps, _AXES["down"]
     )
 
   def anchor_state(self, hidden: Array) -> Array:
@@ -132,7 +131,7 @@ class MLP(nn.Module):
       cfg.blocks,
       cfg.layers_per_block,
       len(MAPS),
-      tuple((name, shape[1]) for name, shape in cfg.map_shapes.items()),
+      tuple((name, cfg.map_shapes[name][1], _AXES[name][1]) for name in MAPS),
       cfg.unroll,
       _SCAN_UNROLL,
       name="stack",

@@ -7,25 +7,41 @@ environment variables say who is who (or the arguments of `start`):
   QLORA_JAX_PROCESSES=N             how many processes there are
   QLORA_JAX_PROCESS=0..N-1          which one this is
 
-Every process of a group runs the same program. A process that stops answering ends the others
-within `LOST_AFTER` seconds, each with one line and the exit code `EXIT_LOST`.
+Every process of a group runs the same program. When one is lost, each of the others says so in one
+line and ends, at the latest `LOST_AFTER` seconds later: with `EXIT_LOST` where Python learns of it,
+with 134 where JAX's own runtime ends the process (process 0, which the others ask, was lost).
 """
 
+import atexit
 import contextlib
 import os
+import pathlib
 import re
+import shutil
+import subprocess
 import sys
-import threading
-import time
+import tempfile
 from collections.abc import Iterator, Mapping
+from typing import TextIO
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from qlora_jax import errors
 
-LOST_AFTER = 20.0  # seconds without a sign of life
+LOST_AFTER = 30  # seconds without a sign of life
 EXIT_LOST = 69  # EX_UNAVAILABLE: start the same command again, it continues
-_BEAT = 2.0  # seconds between signs of life
+_LOST = re.compile(
+  r"gloo|nccl|connection (closed|reset|refused)|socket closed|unavailable|heartbeat|deadline",
+  re.IGNORECASE,
+)
+# Outlives this process by one line, because JAX's runtime ends it without a word of Python's.
+_WITNESS = """
+import os, sys
+if not os.read(0, 1):
+  os.write(2, sys.argv[1].encode())
+"""
 _VARIABLES = ("QLORA_JAX_COORDINATOR", "QLORA_JAX_PROCESSES", "QLORA_JAX_PROCESS")
 
 
@@ -51,7 +67,60 @@ def start(
   if given is not None:
     options = dict(zip(("coordinator_address", "num_processes", "process_id"), given, strict=True))
     options["cluster_detection_method"] = "deactivate"
-  jax.distributed.initialize(**options, heartbeat_timeout_seconds=int(LOST_AFTER))
+  jax.distributed.initialize(
+    **options, heartbeat_timeout_seconds=LOST_AFTER, shutdown_timeout_seconds=LOST_AFTER
+  )
+  _watch()
+
+
+def _watch() -> None:
+  """Starts the witness, which speaks if this process ends without saying so."""
+  global _goodbye
+  witness = subprocess.Popen(
+    [sys.executable, "-S", "-c", _WITNESS, _message("was killed, or lost another process")],
+    stdin=subprocess.PIPE,
+    start_new_session=True,  # a signal to the whole group is not for it
+  )
+
+  def goodbye():
+    with contextlib.suppress(OSError):
+      os.write(witness.stdin.fileno(), b".")
+
+  _goodbye = goodbye
+  atexit.register(goodbye)
+
+
+def _goodbye() -> None:
+  """Replaced by `_watch`."""
+
+
+def _message(what: str) -> str:
+  me = f"process {jax.process_index()} of {jax.process_count()}"
+  return f"error: {me} {what}; start all with the same command again, the run continues\n"
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """What all processes do together: it ends when all have ended it, or when one is lost."""
+  try:
+    yield
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("end")
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1 or not _LOST.search(str(error)):
+      raise
+    sys.stdout.flush()
+    sys.stderr.write(_message("lost another process"))
+    sys.stderr.flush()
+    _goodbye()
+    os._exit(EXIT_LOST)  # an orderly end would wait for the lost one
+
+
+def agreed(value: bool | int) -> int:
+  """Process 0's value, for what files say: other hosts may see them later."""
+  if not jax.distributed.is_initialized():
+    return int(value)
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def _given(
@@ -87,4 +156,31 @@ def _detected(environment: Mapping[str, str]) -> bool:
 
 def is_first() -> bool:
   """Whether this process writes the run's files and shows its progress."""
-  return jax.process_index() == 0
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+  """Process 0 does what is inside before the others, which then find its files."""
+  several = jax.distributed.is_initialized()
+  if several and not is_first():
+    multihost_utils.sync_global_devices("turn")
+  yield
+  if several and is_first():
+    multihost_utils.sync_global_devices("turn")
+
+
+def terminal() -> TextIO:
+  """Where this process shows its progress: standard error for the first, nowhere for the others."""
+  if is_first():
+    return sys.stderr
+  return open(os.devnull, "w", encoding="utf-8")
+
+
+def own_directory(directory: pathlib.Path) -> pathlib.Path:
+  """`directory` for process 0, a place that is thrown away for the others."""
+  if is_first():
+    return directory
+  scratch = tempfile.mkdtemp()
+  atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+  return pathlib.Path(scratch)

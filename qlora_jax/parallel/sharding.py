@@ -21,13 +21,16 @@ from jax.sharding import PartitionSpec as P
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.typing import Array, PyTree
 
+_ACTIVATIONS = (("batch", mesh_lib.DATA_AXES), ("replicas", ("slice", "data")))
 _RULES: contextvars.ContextVar[mesh_lib.Rules] = contextvars.ContextVar("rules", default=())
 
 
 def spec(
   shape: Sequence[int], names: Sequence[str | None], sizes: dict[str, int], rules: mesh_lib.Rules
 ) -> P:
-  """How an array of `shape` with named axes is split; 'batch' stands for the data axes.
+  """How an array of `shape` with named axes is split.
+
+  'batch' stands for the data axes, 'replicas' for those of them that split no parameter.
 
   Args:
     shape: of the whole array.
@@ -37,7 +40,7 @@ def spec(
   """
   found: list[tuple[str, ...]] = [()] * len(shape)
   used: set[str] = set()
-  for name, target in (("batch", mesh_lib.DATA_AXES), *rules):
+  for name, target in (*_ACTIVATIONS, *rules):
     axes = mesh_lib.axes_of(target)
     for place, own in enumerate(names):
       if own != name or found[place] or used.intersection(axes):
@@ -108,8 +111,8 @@ def optimizer(
 
 @contextlib.contextmanager
 def use(mesh: Mesh | None, rules: mesh_lib.Rules = mesh_lib.DEFAULT_RULES) -> Iterator[None]:
-  """Inside, traced functions hold their activations to `mesh`; None changes nothing."""
-  if mesh is None:
+  """Inside, traced functions hold their activations to `mesh`; one device needs nothing."""
+  if mesh is None or mesh.size == 1:
     yield
     return
   token = _RULES.set(rules)
@@ -136,6 +139,11 @@ def constrain(x: Array, *names: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, spec(x.shape, names, *found))
 
 
+def tokens(x: Array) -> Array:
+  """x [B, ...] held to the shards of its rows: what is computed a token stays with the token."""
+  return constrain(x, "batch", *[None] * (x.ndim - 1))
+
+
 def shard_count() -> int:
   """Data shards of the mesh in use; 1 outside `use`."""
   found = current()
@@ -158,9 +166,8 @@ def own_rows(mesh: Mesh) -> tuple[int, int]:
   return int(mine[0]) // len(mine), count
 
 
-def place(mesh: Mesh, tree: PyTree, shardings: PyTree) -> PyTree:
-  """Global arrays from what this process holds of them (its own rows, or the whole if replicated)."""
-  del mesh
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+  """Global arrays from what this process has of them: its own rows, or all if replicated."""
   return jax.tree.map(
     lambda leaf, own: jax.make_array_from_process_local_data(own, np.asarray(leaf)),
     tree,

@@ -24,16 +24,18 @@ from qlora_jax.adapters import statistics
 from qlora_jax.data.text import formatting, pipeline, scoring
 from qlora_jax.instructions import cache, projection
 from qlora_jax.models import decoder, generation
+from qlora_jax.parallel import mesh as mesh_lib
+from qlora_jax.parallel import processes, sharding
 from qlora_jax.training import (
   checkpoint,
   language_settings,
+  language_shards,
   language_step,
   loop,
   metrics,
   resume,
   stop,
 )
-from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.training import step as step_lib
 from qlora_jax.weights import adapter_file, chat, hf_layout
 
@@ -43,6 +45,7 @@ BEST = "adapter_best"  # the step with the best validation likelihood, where it 
 CHECKPOINTS = "checkpoints"
 _SPLITS = {"test": "new wordings", "test_seen": "known wordings"}
 _STATISTICS = ("effective_support", "entropy", "max_share")
+_NO_ADAPTER = adapter_config.AdapterConfig(method="none")
 _SAMPLES = 3  # answers of each task that a result keeps, for people to read
 
 
@@ -75,10 +78,11 @@ def stop_ids(tokenizer) -> list[int]:
 
 
 @functools.lru_cache(maxsize=1)  # the runs of a sweep share one base
-def _base(weights: str, shape: decoder.DecoderConfig):
+def _base(weights: str, shape: decoder.DecoderConfig, shards: language_shards.Shards):
   from qlora_jax.weights import sources
 
-  return hf_layout.load_base(sources.open_source(weights), shape)
+  placed = shards.variables(decoder.Decoder(shape, _NO_ADAPTER))["base"]
+  return hf_layout.load_base(sources.open_source(weights), shape, placed)
 
 
 class Run:
@@ -97,15 +101,21 @@ class Run:
     self.config, self.directory, self.shared, self.display = config, directory, shared, display
     self.settings = language_settings.resolve(config)
     self.model = self.settings.model
+    layout = mesh_lib.from_config(config.mesh)
+    self.shards = language_shards.Shards(mesh_lib.make(layout), layout.rules)
+    mesh_lib.check_batch(
+      self.shards.mesh, config.optimizer.batch_size, self.settings.micro_batches
+    )
     self.tokenizer = self.settings.source.tokenizer()
     self.tokenizer.check_vocab(self.model.config.vocabulary)
     data = config.data
-    self.data = pipeline.load(
-      data.name, seed=config.seed, data_dir=data.data_dir, manual_folder=data.manual_folder,
-      tasks=data.tasks, train_rows=data.train_rows,
-    )  # fmt: skip
-    self.table, self.projection = self._instructions()
-    self.base = _base(config.model.weights, self.model.config)
+    with processes.in_turn():  # prepared data and embeddings are kept in files
+      self.data = pipeline.load(
+        data.name, seed=config.seed, data_dir=data.data_dir, manual_folder=data.manual_folder,
+        tasks=data.tasks, train_rows=data.train_rows,
+      )  # fmt: skip
+      self.table, self.projection = self._instructions()
+    self.base = _base(config.model.weights, self.model.config, self.shards)
 
   def _instructions(self) -> tuple[np.ndarray | None, dict[str, Any]]:
     """Embeddings [instructions, E] and the projection that made them, or None and {}."""
@@ -139,8 +149,8 @@ class Run:
       by_generation: whether answers are generated before and after, or likelihoods taken only.
     """
     done_file = self.directory / "result.json"
-    if done_file.exists():
-      shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)  # killed before it could
+    if processes.agreed(done_file.exists()):
+      self._remove_checkpoints()  # killed before it could
       return json.loads(done_file.read_text())
     config, optimizer = self.config, self.settings.optimizer
     split = self.encode("train")
@@ -148,12 +158,10 @@ class Run:
     self.display.log(f"train: {split.report}; rows {100 * efficiency:.0f} % full")
     before = self._before() if by_generation else {}
     began = time.monotonic()
-    params, frozen = language_step.init_params(self.model, self.base, jax.random.key(config.seed))
-    state = step_lib.TrainState(
-      jnp.zeros((), jnp.int32), params, optimizer_lib.make(optimizer).init(params),
-      jnp.float32(config.optimizer.learning_rate),
-    )  # fmt: skip
-    with metrics.MetricWriter(self.directory) as writer:
+    state, frozen = self.shards.draw(
+      self.model, self.base, optimizer, config.optimizer.learning_rate, config.seed
+    )
+    with metrics.MetricWriter(processes.own_directory(self.directory)) as writer:
       state, best = self._fit(label, split, state, frozen, writer)
     variables = step_lib.variables(self.model, state.params, frozen)
     result = {
@@ -171,8 +179,12 @@ class Run:
       self._save(best.tree.params, frozen, {**result, "steps": best.step}, BEST)
     self._save(state.params, frozen, result)
     loop.write_json(done_file, result)
-    shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
+    self._remove_checkpoints()
     return result
+
+  def _remove_checkpoints(self) -> None:
+    if processes.is_first():
+      shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
 
   def _fit(
     self, label, split, state, frozen, writer
@@ -180,9 +192,12 @@ class Run:
     """Trains to the last step; returns its state, and the best one's where it was measured."""
     config, optimizer, parts = self.config, self.settings.optimizer, self.settings.micro_batches
     every = config.checkpoint.validate_every
+    index, count = self.shards.own_rows
     batches = iter(pipeline.batches(
-      split, batch_size=optimizer.batch_size, seed=config.seed, pack=config.data.pack
+      split, batch_size=optimizer.batch_size, seed=config.seed, pack=config.data.pack,
+      shard_index=index, shard_count=count,
     ))  # fmt: skip
+    update = language_shards.update(self.model, optimizer, self.shards)
     done, tokens, losses = 0, 0, []
     with checkpoint.Checkpointer(
       self.directory / CHECKPOINTS, keep=config.checkpoint.keep,
@@ -198,9 +213,8 @@ class Run:
       with self.display.group(label, 1, optimizer.steps, start_step=done) as shown:
         while done < optimizer.steps:
           text = next(batches)
-          batch = language_step.from_text(text, self.table, parts)
-          state, values = _update(state, frozen, batch, model=self.model, optimizer=optimizer)
-          done, tokens = done + 1, tokens + int((text.segment_ids > 0).sum())
+          state, values = update(state, frozen, self.shards.batch(text, self.table, parts))
+          done, tokens = done + 1, tokens + count * int((text.segment_ids > 0).sum())
           losses.append(values["train/loss"])
           last = done == optimizer.steps
           noted = last or done % config.eval.every == 0
@@ -243,13 +257,14 @@ class Run:
     asked["in_prompt"] = self.config.instruction.in_prompt
     text = json.dumps(asked, sort_keys=True, default=list)
     path = self.shared / f"before-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
-    if not path.exists():
-      self.display.log("the base, before training:")
-      frozen = decoder.Decoder(self.model.config, adapter_config.AdapterConfig(method="none"))
-      variables = {"base": self.base}
-      found = self._likelihood(variables, frozen) | self.scores(variables, frozen)
-      loop.write_json(path, found)
-    return json.loads(path.read_text())
+    if processes.agreed(path.exists()):
+      return json.loads(path.read_text())
+    self.display.log("the base, before training:")
+    frozen = decoder.Decoder(self.model.config, _NO_ADAPTER)
+    variables = {"base": self.base}
+    found = self._likelihood(variables, frozen) | self.scores(variables, frozen)
+    loop.write_json(path, found)
+    return found
 
   def scores(self, variables, model: decoder.Decoder) -> dict[str, Any]:
     """Exact match by greedy generation on inputs that training did not see, by split and task.
@@ -290,10 +305,11 @@ class Run:
       instruction = None
       if model.adapter.instruction_dim:
         instruction = self.table[[each.instruction_id for each in part]]
-      texts = generation.generate(
-        model, variables, [each.prompt for each in part], stop_ids(self.tokenizer), sampling,
-        instruction,
-      )  # fmt: skip
+      with self.shards.use():
+        texts = generation.generate(
+          model, variables, [each.prompt for each in part], stop_ids(self.tokenizer), sampling,
+          instruction,
+        )  # fmt: skip
       said += [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in texts]
     return [text for _, text in sorted(zip(order, said, strict=False))]
 
@@ -314,7 +330,9 @@ class Run:
       if not during:
         stop.check()
       table = self.table if model.adapter.instruction_dim else None
-      nats, number, stats = _score_batch(model, variables, language_step.from_text(text, table))
+      batch = self.shards.batch(self.shards.share(text), table)
+      with self.shards.use():
+        nats, number, stats = _score_batch(model, variables, batch)
       total, count = total + float(nats), count + float(number)
       routing.append(jax.device_get(stats))
     means = {name: float(np.mean([each[name] for each in routing])) for name in routing[0]}
@@ -324,13 +342,13 @@ class Run:
     return {"validation/nats": nats, **{f"router/{k}": value for k, value in means.items()}}
 
   def _save(self, params, frozen, result, folder: str = ADAPTER) -> None:
-    tree = {"params": serialization.to_state_dict(jax.device_get(params))}
+    tree = {"params": serialization.to_state_dict(sharding.gathered(params))}
     if jax.tree.leaves(frozen.factors):
-      tree["frozen"] = serialization.to_state_dict(jax.device_get(frozen.factors))
+      tree["frozen"] = serialization.to_state_dict(sharding.gathered(frozen.factors))
     if self.projection:
       tree["projection"] = self.projection
-    if not jax.tree.leaves(tree):
-      return  # nothing was trained
+    if not jax.tree.leaves(tree) or not processes.is_first():
+      return  # nothing was trained, or another process writes it
     adapter_file.save(self.directory / folder, tree, {
       "adapter": dataclasses.asdict(self.model.adapter),
       "model_name": self.settings.source.name,
@@ -372,13 +390,6 @@ def _compare(before: list[dict], after: list[dict]) -> list[dict]:
      "before": said.get((each["instruction"], each["prompt"])), "after": each["said"]}
     for each in after
   ]  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnums=0)
-def _update(state, frozen, batch, *, model, optimizer):
-  return step_lib.train_step(
-    state, frozen, batch, model, optimizer_lib.make(optimizer), language_step.gradients
-  )
 
 
 @functools.partial(jax.jit, static_argnums=0)

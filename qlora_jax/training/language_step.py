@@ -13,6 +13,7 @@ from jax import numpy as jnp
 from qlora_jax.adapters import losses
 from qlora_jax.data.text import packing
 from qlora_jax.models import decoder
+from qlora_jax.parallel import sharding
 from qlora_jax.training import step as step_lib
 from qlora_jax.typing import Array, PyTree
 
@@ -26,8 +27,9 @@ class LanguageBatch(NamedTuple):
     tokens, positions, segments: int32 [B, T].
     loss_mask: float32 [B, T]; routing penalties are taken over these tokens.
     instruction: float32 [B, T, E], or None.
-    places: int32 [A], indices into the flattened [B T].
-    targets: int32 [A]; weights: float32 [A], 0 where A is rounded up.
+    places: int32 [G, A / G] for G data shards, each of B / G rows: indices into the shard's own
+      flattened [B/G T], so that no shard reads another's states.
+    targets: int32 [G, A / G]; weights: float32 [G, A / G], 0 where A is rounded up.
   """
 
   tokens: Array
@@ -40,49 +42,63 @@ class LanguageBatch(NamedTuple):
   weights: Array
 
 
-def from_text(batch: packing.TextBatch, table: np.ndarray | None, parts: int = 1) -> LanguageBatch:
+def from_text(
+  batch: packing.TextBatch, table: np.ndarray | None, parts: int = 1, shards: int = 1
+) -> LanguageBatch:
   """What the step takes: every leaf with a leading axis of `parts` micro-batches.
 
-  A is rounded up to CHUNK times a power of two, so that few shapes are compiled.
+  A is rounded up to `shards` times CHUNK times a power of two, so that few shapes are compiled; it
+  is the same in all processes.
 
   Args:
-    batch: B rows, a multiple of `parts`.
+    batch: B rows, a multiple of `parts` times `shards`; this process's own.
     table: embeddings [instructions, E], or None.
     parts: micro-batches, run one after another.
+    shards: data shards that this process's rows lie on.
   """
-  rows = np.split(np.arange(len(batch.tokens)), parts)
-  most = max(int(np.count_nonzero(batch.loss_mask[part])) for part in rows)
-  size = CHUNK
+  length, rows = batch.tokens.shape[1], len(batch.tokens) // (parts * shards)
+  masks = batch.loss_mask.reshape(parts * shards, rows * length)
+  counts = batch.row_answers
+  if counts is None:
+    counts = np.count_nonzero(batch.loss_mask, axis=1)
+  most, size = int(counts.reshape(-1, rows).sum(axis=1).max()), CHUNK
   while size < most:
     size *= 2
-  made = []
-  for part in rows:
-    mask = batch.loss_mask[part]
+  places = np.zeros((parts * shards, size), np.int32)
+  weights = np.zeros(places.shape, np.float32)
+  for shard, mask in enumerate(masks):
     found = np.flatnonzero(mask)
-    places, weights = np.zeros(size, np.int32), np.zeros(size, np.float32)
-    places[: len(found)], weights[: len(found)] = found, 1.0
-    instruction = None if table is None else table[batch.instruction_id[part]]
-    made.append(LanguageBatch(
-      batch.tokens[part], batch.positions[part], batch.segment_ids[part], mask, instruction,
-      places, batch.targets[part].ravel()[places], weights,
-    ))  # fmt: skip
-  return jax.tree.map(lambda *leaves: np.stack(leaves), *made)
+    places[shard, : len(found)], weights[shard, : len(found)] = found, 1.0
+  targets = np.take_along_axis(batch.targets.reshape(masks.shape), places, axis=1)
+  instruction = None if table is None else table[batch.instruction_id]
+  made = LanguageBatch(
+    batch.tokens, batch.positions, batch.segment_ids, batch.loss_mask, instruction, places, targets,
+    weights,
+  )  # fmt: skip
+  return jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), made)
 
 
 def answer_losses(
   model: decoder.Decoder, variables: PyTree, hidden: Array, batch: LanguageBatch
 ) -> Array:
-  """Negative log-likelihood [A] in nats of each answer token, from hidden states [B, T, D]."""
-  chosen = hidden.reshape(-1, hidden.shape[-1])[batch.places]
+  """Negative log-likelihood [G, A / G] in nats of each answer token, from hidden [B, T, D]."""
+  shards, width = len(batch.places), hidden.shape[-1]
+  states = sharding.tokens(hidden.reshape(shards, -1, width))
+  chosen = sharding.tokens(jax.vmap(lambda own, places: own[places])(states, batch.places))
+  # Gathered once, not again in each turn of the loop.
+  table = model.apply(variables, hidden.dtype, method="output_table")
 
   @jax.checkpoint  # a chunk's logits are made again for its gradient
   def chunk(inputs):
     states, targets = inputs
-    logits = model.apply(variables, states, method="logits")
+    logits = model.apply(variables, states, table, method="logits")
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
-  chunks = (chosen.reshape(-1, CHUNK, chosen.shape[-1]), batch.targets.reshape(-1, CHUNK))
-  return jax.lax.map(chunk, chunks).ravel()
+  def chunks(leaf):  # [G, A / G, ..] to [chunks, G, CHUNK, ..]
+    return jnp.moveaxis(leaf.reshape(shards, -1, CHUNK, *leaf.shape[2:]), 1, 0)
+
+  each = jax.lax.map(chunk, (chunks(chosen), chunks(batch.targets)))
+  return jnp.moveaxis(each, 0, 1).reshape(shards, -1)
 
 
 def loss_fn(

@@ -21,6 +21,7 @@ from qlora_jax.adapters import config as adapter_config
 from qlora_jax.data import pipeline
 from qlora_jax.instructions import cache, projection
 from qlora_jax.models import mlp
+from qlora_jax.parallel import processes
 from qlora_jax.training import checkpoint, feed, metrics, optimizer, progress, settings, stop
 from qlora_jax.training import group as group_lib
 from qlora_jax.training import step as step_lib
@@ -330,7 +331,9 @@ class Loop:
 
 
 def write_json(path: pathlib.Path, value) -> None:
-  """Writes JSON whole or not at all."""
+  """Writes JSON whole or not at all; of several processes the first one does."""
+  if not processes.is_first():
+    return
   temporary = path.with_suffix(f".tmp{os.getpid()}")
   temporary.write_text(json.dumps(value, default=list, indent=1))
   temporary.replace(path)

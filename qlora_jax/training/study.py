@@ -184,7 +184,9 @@ def single(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[di
   if processes.is_first():
     records.write_list(workdir, [setting])
   with (
-    progress.Display(total_points=1, unit="tokens" if language else "examples") as display,
+    progress.Display(
+      total_points=1, unit="tokens" if language else "examples", stream=processes.terminal()
+    ) as display,
     _kept(workdir, setting.key) as keeper,
   ):
     trainer = make_loop(display, workdir, language)
@@ -202,6 +204,8 @@ def choose(rows: list[dict], column: str = "validation_mse") -> float:
 
 def write_tables(workdir: pathlib.Path, results: list[dict], seconds: float) -> None:
   """Writes results (parquet and CSV), curves, routing, samples; adds to the wall time."""
+  if not processes.is_first():
+    return
   rows, curves, routing, samples = (
     pd.DataFrame([row for result in results for row in result.get(name, ())])
     for name in ("rows", "curves", "routing", "samples")

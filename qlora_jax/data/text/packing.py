@@ -31,6 +31,8 @@ class TextBatch(NamedTuple):
     segment_ids: int32 [B, T], from 1 in each row; 0 on padding.
     positions: int32 [B, T], from 0 in each segment; 0 on padding.
     instruction_id: int32 [B, T], row of `TextData.instruction_texts`; 0 on padding.
+    row_answers: int32, ones of `loss_mask` in each row of the batch of all processes together, in
+      their order; None where the batch is one process's alone.
   """
 
   tokens: np.ndarray
@@ -39,6 +41,7 @@ class TextBatch(NamedTuple):
   segment_ids: np.ndarray
   positions: np.ndarray
   instruction_id: np.ndarray
+  row_answers: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

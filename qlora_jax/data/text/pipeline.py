@@ -227,6 +227,7 @@ class _Batches(grain.IterDataset):
     local = batch_size // shard_count
     self.own_rows = slice(shard_index * local, (shard_index + 1) * local)
     self.lengths = _lengths(split)
+    self.answers = np.array([one.answer_mask[1:].sum() for one in split.examples], np.int32)
     setting = f"{split.length}/{batch_size}/{seed}/{window}".encode()
     self.fingerprint = zlib.crc32(setting + self.lengths.tobytes())
 
@@ -255,7 +256,8 @@ class _BatchIterator(grain.DatasetIterator):
     self._step += 1
     split = self._data.split
     own = [[split.examples[i] for i in row] for row in chosen[self._data.own_rows]]
-    return packing.build(own, split.length, split.pad_id)
+    answers = np.array([self._data.answers[list(row)].sum() for row in chosen], np.int32)
+    return packing.build(own, split.length, split.pad_id)._replace(row_answers=answers)
 
   def get_state(self) -> dict[str, int]:
     return {
