@@ -47,11 +47,24 @@ def main(argv: list[str]) -> None:
     return
   if not _WORKDIR.value:
     raise errors.UserError("--workdir: missing; give a directory for results and checkpoints")
-  workdir = pathlib.Path(_WORKDIR.value)
+  from qlora_jax.parallel import processes
+
+  processes.start()  # before anything asks for a device
+  with processes.together():
+    _run(config, points, pathlib.Path(_WORKDIR.value))
+
+
+def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
+  from qlora_jax.parallel import processes
+  from qlora_jax.training import study
+
   study.resolve(config)
-  study.prepare(workdir, config, "python " + shlex.join(sys.argv))
+  with processes.in_turn():
+    study.prepare(workdir, config, "python " + shlex.join(sys.argv))
   if not _SWEEP.value:
     row, summary = study.single(config, workdir)
+    if not processes.is_first():
+      return
     print(summary)
     if study.is_language(config):
       from qlora_jax.training import language_loop
