@@ -4,6 +4,9 @@
   python launch.py --config=configs/regression.py --workdir=DIR --sweep
   python launch.py --config=configs/regression.py --sweep --dry_run
   python launch.py --config=configs/llm.py:demo --workdir=DIR
+  python launch.py --plan --config=configs/llama.py:size=70b --topology=v5p:4x4x4
+  python launch.py --config=configs/regression.py --workdir=DIR --sweep --cluster=slurm
+  python launch.py --status --workdir=DIR
 
 A user's mistake is one line on standard error and exit code 2; an interrupted run saves, exits
 with 130 (143 after SIGTERM), and goes on where it stopped when the same command is given again.
@@ -18,12 +21,22 @@ from absl import flags
 from ml_collections import config_flags
 
 from qlora_jax import errors, sweeps
+from qlora_jax.launching import options
 from qlora_jax.training import stop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results and checkpoints.")
 _SWEEP = flags.DEFINE_bool("sweep", False, "Run every point of the config's get_hyper.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print points and parameter counts only.")
+_CLUSTER = flags.DEFINE_enum("cluster", "local", ["local", "slurm", "tpu"], "Where it runs.")
+_MAX_PARALLEL = flags.DEFINE_integer(
+  "max_parallel", None, "Slurm jobs of a sweep that run at a time.", lower_bound=1
+)
+_STATUS = flags.DEFINE_bool("status", False, "Show what the settings in --workdir are doing.")
+_PLAN = flags.DEFINE_bool("plan", False, "Show what a training step takes on --topology.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU chips of a plan, such as v5p:4x4x4.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "File of a plan's JSON; else plan.json in --workdir.")
 _WORKERS = flags.DEFINE_integer(
   "workers", None, "Processes of a sweep on a CPU; one a core unless told.", lower_bound=1
 )
@@ -31,10 +44,26 @@ _WORKERS = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> None:
   del argv
-  config = _load_config()
+  if _STATUS.value:
+    from qlora_jax.launching import status
+
+    status.show(_workdir())
+    return
+  config, cluster = options.split(_load_config())
+  if _PLAN.value:
+    from qlora_jax.planning import command
+
+    command.run(
+      config, _TOPOLOGY.value, _SLICES.value, _OUT.value, _WORKDIR.value,
+      "python " + shlex.join(sys.argv),
+    )  # fmt: skip
+    return
   from qlora_jax.training import loop, study  # after the flags: a mistake there answers fast
 
   points = _points(config) if _SWEEP.value else [{}]
+  if _CLUSTER.value != "local":
+    _elsewhere(config, points if _SWEEP.value else None, cluster)
+    return
   if _DRY_RUN.value:
     for own, rates in study.expand(config, points):
       resolved = study.resolve(own)
@@ -45,13 +74,12 @@ def main(argv: list[str]) -> None:
           f"{resolved.trainable_params} trainable parameters, rank {adapter.rank}"
         )
     return
-  if not _WORKDIR.value:
-    raise errors.UserError("--workdir: missing; give a directory for results and checkpoints")
+  workdir = _workdir()
   from qlora_jax.parallel import processes
 
   processes.start()  # before anything asks for a device
   with processes.together():
-    _run(config, points, pathlib.Path(_WORKDIR.value))
+    _run(config, points, workdir)
 
 
 def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
@@ -70,20 +98,50 @@ def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
       from qlora_jax.training import language_loop
 
       print(f"adapter: {language_loop.publish(workdir, row)}")
+    _report(workdir)
     return
   # A language model keeps all cores busy on its own.
   count = _WORKERS.value or (1 if study.is_language(config) else _default_workers())
   study.run(config, points, workdir, count)
-  if study.is_language(config):
-    from experiments.report import language
+  _report(workdir, show=True)
 
-    print(language.write(workdir))
+
+def _elsewhere(config, points: list[dict] | None, cluster) -> None:
+  """Hands a run or sweep to Slurm or to TPUs."""
+  if _CLUSTER.value == "tpu":
+    from qlora_jax.launching import tpu
+
+    arguments = tpu.arguments_of_workers(sys.argv[1:])
+    tpu.launch(arguments, _WORKDIR.value, cluster.tpu, _DRY_RUN.value)
     return
+  from experiments import report
+  from qlora_jax.launching import slurm
+
+  if _DRY_RUN.value:
+    print(slurm.dry_run(config, points, _WORKDIR.value, cluster.slurm, _MAX_PARALLEL.value))
+    return
+  told, finished = slurm.launch(
+    config, points, _workdir(), cluster.slurm, "python " + shlex.join(sys.argv),
+    _MAX_PARALLEL.value, report.write_report,
+  )  # fmt: skip
+  print(told)
+  if finished:
+    _report(_workdir(), show=True)
+
+
+def _workdir() -> pathlib.Path:
+  if not _WORKDIR.value:
+    raise errors.UserError("--workdir: missing; give a directory for results and checkpoints")
+  return pathlib.Path(_WORKDIR.value)
+
+
+def _report(workdir: pathlib.Path, show: bool = False) -> None:
   from experiments import report
   from experiments.report import terminal
 
   page = report.write_report(workdir)
-  terminal.show(page)
+  if show:
+    terminal.show(page)
   print(f"report: {page}")
 
 

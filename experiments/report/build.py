@@ -33,6 +33,8 @@ def write_report(
   summary.to_csv(out / "summary.csv", index=False)
   summary.to_parquet(out / "summary.parquet", index=False)
   (out / "summary.md").write_text(tables.markdown(summary), encoding="utf-8")
+  if len(scores := tables.by_task(study)):
+    scores.to_csv(out / "tasks.csv", index=False)
   drawn, absent = figures.draw(study, summary, out / "figures")
   page = out / "report.html"
   page.write_text(html.render(study, summary, drawn, absent, out / "figures"), encoding="utf-8")

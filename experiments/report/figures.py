@@ -4,16 +4,24 @@ import pathlib
 
 import pandas as pd
 
-from experiments.report import inputs, panels, plot_error, plot_routing, plot_training, style
-
-PLOTS = (
-  plot_error.forest,
-  plot_error.noise,
-  plot_routing.routing,
-  plot_error.parameters,
-  plot_training.curves,
-  plot_training.learning_rates,
+from experiments.report import (
+  inputs,
+  measure,
+  panels,
+  plot_accuracy,
+  plot_error,
+  plot_routing,
+  plot_training,
+  style,
 )
+
+_TRAINING = (plot_training.curves, plot_training.learning_rates)
+_REGRESSION = (
+  plot_error.forest, plot_error.noise, plot_routing.routing, plot_error.parameters, *_TRAINING,
+)  # fmt: skip
+_LANGUAGE = (
+  plot_accuracy.splits, plot_accuracy.tasks, plot_error.forest, *_TRAINING, plot_routing.statistics,
+)  # fmt: skip
 DPI = 200
 
 
@@ -26,7 +34,7 @@ def draw(
   """
   directory.mkdir(parents=True, exist_ok=True)
   drawn, absent = [], []
-  for plot in PLOTS:
+  for plot in _REGRESSION if study.measure is measure.MSE else _LANGUAGE:
     with style.context():
       result = plot(study, summary)
       if isinstance(result, str):

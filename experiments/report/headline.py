@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from experiments.report import inputs, style, tables
+from experiments.report import inputs, measure, style, tables
 
 FEW_SEEDS = 6  # with 5, the smallest possible p-value is 0.0625
 
@@ -30,20 +30,74 @@ def write(summary: pd.DataFrame) -> Headline:
   """The headline of a summary table."""
   # The last baseline of a task is the closest match: on multi_target, LoRA with the instruction.
   own = compared(summary).groupby(inputs.SETTING).tail(1)
-  details = []
-  if own.empty:
+  of, details = measure.of(summary), []
+  if own.empty and summary["method"].nunique() == 1:
+    lead, *details = _alone(summary, of)
+  elif own.empty:
     lead = (
       "This study does not compare Queryable with another method, so it has no headline result."
     )
   else:
-    lead, *details = _compare(own)
-    details.append(_steadiness(own, summary))
-  details.append(_winners(summary))
+    lead, *details = _compare(own, of)
+    details += [_further(own, of), _before_and_after(own, of), _steadiness(own, summary, of)]
+  details.append(_winners(summary, of))
   details += _warnings(summary)
   return Headline(lead, tuple(d for d in details if d))
 
 
-def _compare(rows: pd.DataFrame) -> tuple[str, str, str]:
+def _alone(summary: pd.DataFrame, of: measure.Measure) -> tuple[str, str, str]:
+  """A study of one method: a lead, its further quantities, and how far to trust it."""
+  row = summary.iloc[0]
+  name, after = row["label"], row[of.key]
+  before = row[of.base] if of.base else np.nan
+  value = tables.value(of)
+  if len(summary) > 1:
+    lead = f"{name} alone on {data_sets(len(summary))}: the study compares it with no other method."
+  elif not np.isfinite(after):
+    lead = f"{name} has no finite {of.noun} on {row['setting']}."
+  elif not np.isfinite(before):
+    lead = f"{name} ends with {of.noun} {value(after)}{of.unit} on {row['setting']}."
+  elif before == after:
+    lead = f"{name} leaves {of.noun} at {value(after)}{of.unit} on {row['setting']}."
+  else:
+    lead = (
+      f"{name} {'raises' if after > before else 'lowers'} {of.noun} from {value(before)}{of.unit} "
+      f"to {value(after)}{of.unit} on {row['setting']}."
+    )
+  one = summary["num_seeds"].max() == 1
+  return lead, _before_and_after(summary, of), "One seed: no interval." if one else ""
+
+
+def _before_and_after(rows: pd.DataFrame, of: measure.Measure) -> str:
+  """The further quantities of one method on one data set, where a study has them."""
+  if len(rows) > 1:
+    return ""
+  row, parts = rows.iloc[0], []
+  for also in of.also:
+    after, before = row[also.key], row[also.base] if also.base else np.nan
+    if np.isfinite(after):
+      value = tables.value(also)
+      start = f"{value(before)} before training, " if np.isfinite(before) else ""
+      parts.append(f"{also.name}: {start}{value(after)} after")
+  return f"{row['label']}, {'; '.join(parts)}." if parts else ""
+
+
+def _further(rows: pd.DataFrame, of: measure.Measure) -> str:
+  """The paired differences in the further quantities, for a study of one data set."""
+  if len(rows) > 1:
+    return ""
+  row, parts = rows.iloc[0], []
+  for also in of.also:
+    ends = [row[f"{also.key}_difference{end}"] for end in ("", "_low", "_high")]
+    if np.isfinite(ends[0]):
+      verdict = tables.verdict(ends, lower=also.lower)
+      verdict = "one seed: no interval" if verdict == "too few seeds" else verdict
+      shown = tables.with_interval(*ends, tables.contrast(also))
+      parts.append(f"{also.name} {shown} ({verdict})")
+  return f"The same comparison in other numbers: {'; '.join(parts)}." if parts else ""
+
+
+def _compare(rows: pd.DataFrame, of: measure.Measure) -> tuple[str, str, str]:
   """A lead, a sentence of numbers, and one that says which methods the names stand for."""
   name, other = _common_name(rows["method"]), _common_name(rows["baseline"])
   total = len(rows)
@@ -57,22 +111,23 @@ def _compare(rows: pd.DataFrame) -> tuple[str, str, str]:
   elif (rows["verdict"] == "too few seeds").all():
     lead = f"Too few seeds to tell {name} and {other} apart on {on}."
   elif not better and not worse:
-    lead = f"No clear difference in test error between {name} and {other} on {on}."
+    lead = f"No clear difference in {of.noun} between {name} and {other} on {on}."
   elif better and not worse:
-    lead = f"{name} has a lower test error than {other} on {_of(better, rows)}."
+    lead = f"{name} has a {of.better} {of.noun} than {other} on {_of(better, rows)}."
   elif worse and not better:
-    lead = f"{name} has a higher test error than {other} on {_of(worse, rows)}."
+    lead = f"{name} has a {of.worse} {of.noun} than {other} on {_of(worse, rows)}."
   else:
     lead = (
-      f"Compared with {other}, {name} has a lower test error on {better} and a higher one on "
-      f"{worse} of {on}."
+      f"Compared with {other}, {name} has a {of.better} {of.noun} on {better} and a {of.worse} one "
+      f"on {worse} of {on}."
     )
   if 0 < diverged < total:
     lead = f"{lead[:-1]}; on {diverged}, a final run of {name} diverged."
-  return lead, _numbers(rows, (better, worse, unclear, diverged)), _stands_for(rows, name, other)
+  counts = better, worse, unclear, diverged
+  return lead, _numbers(rows, counts, of), _stands_for(rows, name, other)
 
 
-def _numbers(rows: pd.DataFrame, counts: tuple[int, int, int, int]) -> str:
+def _numbers(rows: pd.DataFrame, counts: tuple[int, int, int, int], of: measure.Measure) -> str:
   """The sentence of counts, sizes and seeds behind the lead."""
   pairs = rows.loc[rows["num_pairs"] > 0, "num_pairs"]
   if pairs.empty:
@@ -81,24 +136,26 @@ def _numbers(rows: pd.DataFrame, counts: tuple[int, int, int, int]) -> str:
   ratio = _parameter_ratio(rows)
   if len(rows) == 1:
     row = rows.iloc[0]
-    interval = tables.with_interval(
-      row["relative"], row["relative_low"], row["relative_high"], tables.percent
-    )
+    ends = (row[of.contrast], row[f"{of.contrast}_low"], row[f"{of.contrast}_high"])
+    interval = f"{tables.with_interval(*ends, tables.contrast(of))} {of.contrast_unit}"
+    how = "one seed: no interval"
+    if np.isfinite(ends[1]):
+      how = f"paired, 95 % bootstrap interval over {seeds(pairs)}"
     return (
-      f"The difference {'of the other runs ' if diverged else ''}is {interval} % (paired, 95 % "
-      f"bootstrap interval over {seeds(pairs)}), with {ratio}."
+      f"The difference {'of the other runs ' if diverged else ''}is {interval} ({how}), with "
+      f"{ratio}."
     )
-  parts = [f"{better} lower", f"{worse} higher", f"{unclear} not told apart"]
+  parts = [f"{better} {of.better}", f"{worse} {of.worse}", f"{unclear} not told apart"]
   parts += [f"{diverged} with a diverged run"] if diverged else []
   return (
     f"Of {data_sets(len(rows))}: {', '.join(parts)}, by paired 95 % bootstrap intervals over "
     f"{seeds(pairs)}. "
     f"The median difference {'over the runs that finished ' if diverged else ''}is "
-    f"{tables.percent(rows['relative'].median())} %, with {ratio}."
+    f"{tables.contrast(of)(rows[of.contrast].median())} {of.contrast_unit}, with {ratio}."
   )
 
 
-def _steadiness(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
+def _steadiness(rows: pd.DataFrame, summary: pd.DataFrame, of: measure.Measure) -> str:
   """How often the search diverged and how widely the seeds spread, next to the baselines."""
   columns = [*inputs.SETTING, "method", "diverged_share", "spread"]
   others = summary[columns].drop_duplicates([*inputs.SETTING, "method"])
@@ -116,7 +173,7 @@ def _steadiness(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
     )
   ratio = (pairs["spread"] / pairs["spread_other"]).replace(np.inf, np.nan).median()
   if np.isfinite(ratio):
-    parts.append(f"over the seeds its error spreads {ratio:.2g} times as widely")
+    parts.append(f"over the seeds its {of.mean} spreads {ratio:.2g} times as widely")
   return f"Steadiness: {'; '.join(parts)}." if parts else ""
 
 
@@ -150,18 +207,21 @@ def _parameter_ratio(rows: pd.DataFrame) -> str:
   return f"{ratio:.2g} times the trainable parameters"
 
 
-def _winners(summary: pd.DataFrame) -> str:
-  """Which methods had the lowest mean error, and how often; those that diverged do not count."""
+def _winners(summary: pd.DataFrame, of: measure.Measure) -> str:
+  """Which methods had the best mean, and how often; those that diverged do not count."""
   rows = summary.drop_duplicates([*inputs.SETTING, "method"])
-  rows = rows[np.isfinite(rows["test_mse"]) & (rows["failed_runs"] == 0)]
+  rows = rows[np.isfinite(rows[of.key]) & (rows["failed_runs"] == 0)]
   if rows["method"].nunique() < 3:
     return ""
-  best = rows.loc[rows.groupby(inputs.SETTING)["test_mse"].idxmin(), "label"].value_counts()
+  means = (rows[of.key] if of.lower else -rows[of.key]).groupby([rows[c] for c in inputs.SETTING])
+  best = rows.loc[means.idxmin(), "label"].value_counts()
   names = [f"{label} ({times})" if len(best) > 1 else label for label, times in best.items()]
+  mean = f"{of.best} mean {of.mean}"
   if len(best) == 1:
-    return f"The lowest mean error on every data set is {names[0]}'s."
-  shown = ", ".join(names[:4]) + (" and others" if len(names) > 4 else "")
-  return f"The lowest mean error, by number of data sets: {shown}."
+    one = len(rows[inputs.SETTING].drop_duplicates()) == 1
+    return f"The {mean}{'' if one else ' on every data set'} is {names[0]}'s."
+  first = ", ".join(names[:4]) + (" and others" if len(names) > 4 else "")
+  return f"The {mean}, by number of data sets: {first}."
 
 
 def _warnings(summary: pd.DataFrame) -> list[str]:
@@ -169,7 +229,7 @@ def _warnings(summary: pd.DataFrame) -> list[str]:
   if paired.empty:
     return []
   warnings = []
-  fewest = int(paired["num_pairs"].min())
+  fewest = paired.loc[paired["num_pairs"] > 1, "num_pairs"].min()  # one seed has no interval
   if fewest < FEW_SEEDS:
     warnings.append(
       f"With as few as {seeds([fewest])}, 95 % bootstrap intervals are too narrow and hold the "

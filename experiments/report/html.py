@@ -13,30 +13,45 @@ import markupsafe
 import numpy as np
 import pandas as pd
 
-from experiments.report import headline, inputs, panels, style, tables
+from experiments.report import headline, inputs, measure, panels, style, tables
 
 _MOST_SVG_BYTES = 2_500_000  # a larger drawing goes in as PNG
+_MEANINGS = {
+  "test_seen_accuracy": "the same inputs under wordings of the instruction that training used",
+  "validation_nats": measure.NATS.meaning[0].lower() + measure.NATS.meaning[1:],
+}
 _MARKS = {"better": "▼", "worse": "▲", "no difference": "○", "diverged": "✕"}
 
-# (heading, what it is, summary column, formatter); `None` for text.
-_COLUMNS = (
-  ("Data set", "task, and the noise where a task has several", "setting", None),
-  ("Method", "see the list of methods below", "label", None),
-  ("Trainable", "parameters that training changes", "trainable_params", tables.count),
-  ("Learning rate", "chosen by the search", "learning_rate", tables.plain),
-  ("Test MSE", "mean over seeds [95 % interval]", "test_mse", tables.number),
-  ("Compared with", "the method that the difference is taken to", "baseline_label", None),
-  ("Difference", "paired difference in test MSE [95 % interval]", "difference",
-   lambda value: tables.signed(value, 2)),
-  ("Difference, %", "the same in percent of the other's error", "relative", tables.percent),
-  ("Verdict", "whether the interval leaves out zero", "verdict", None),
-  ("p", "chance of such a difference without a true one, corrected (Holm)", "p_holm",
-   lambda value: tables.number(value, 2)),
-  ("Spread", "standard deviation of the test MSE over seeds", "spread", tables.number),
-  ("Basin", "decades of learning rate within 5 % of the best", "basin_decades",
-   lambda value: tables.number(value, 2)),
-  ("Diverged", "share of search runs that diverged", "diverged_share", tables.share),
-)  # fmt: skip
+
+def _columns(of: measure.Measure) -> list[tuple]:
+  """(heading, what it is, summary column, formatter) of the full table; `None` for text."""
+  unit = "" if of.relative else f", {of.contrast_unit}"
+  return [
+    ("Data set", "task, and the noise where a task has several", "setting", None),
+    ("Method", "see the list of methods below", "label", None),
+    ("Trainable", "parameters that training changes", "trainable_params", tables.count),
+    ("Learning rate", "chosen by the search", "learning_rate", tables.plain),
+    *(
+      (_heading(each.name), "mean over seeds [95 % interval]", each.key, tables.value(each))
+      for each in (of, *of.also)
+    ),
+    ("Compared with", "the method that the difference is taken to", "baseline_label", None),
+    (f"Difference{unit}", f"paired difference in {of.short} [95 % interval]", "difference",
+     (lambda value: tables.signed(value, 2)) if of.relative else tables.contrast(of)),
+    *([("Difference, %", "the same in percent of the other's error", "relative", tables.percent)]
+      if of.relative else []),
+    ("Verdict", "whether the interval leaves out zero", "verdict", None),
+    ("p", "chance of such a difference without a true one, corrected (Holm)", "p_holm",
+     lambda value: tables.number(value, 2)),
+    ("Spread", f"standard deviation of the {of.short} over seeds", "spread", tables.number),
+    ("Basin", "decades of learning rate within 5 % of the best", "basin_decades",
+     lambda value: tables.number(value, 2)),
+    ("Diverged", "share of search runs that diverged", "diverged_share", tables.share),
+  ]  # fmt: skip
+
+
+def _heading(text: str) -> str:
+  return text[0].upper() + text[1:]
 
 
 def render(
@@ -56,16 +71,18 @@ def render(
   )
   template = environment.get_template("template.html.j2")
   figures = [_figure(number, item, directory) for number, item in enumerate(drawn, start=1)]
-  stability = ("curves", "learning_rates")
+  of, stability = study.measure, ("curves", "learning_rates", "routers")
   own = headline.compared(summary)
   subjects = set(zip(own["task"], own["method"], strict=True))
   one_baseline = summary["baseline"].nunique() < 2
-  columns = [c for c in _COLUMNS if not (one_baseline and c[2] == "baseline_label")]
+  columns = [c for c in _columns(of) if not (one_baseline and c[2] == "baseline_label")]
   return template.render(
     info=study.info,
+    of=of,
     facts=_facts(study),
     headline=headline.write(summary),
-    glance=_glance(summary),
+    glance=_glance(summary, of),
+    samples=_samples(study),
     columns=[{"name": n, "hint": hint, "text": f is None} for n, hint, _, f in columns],
     rows=[
       _row(row, columns, (row["task"], row["method"]) in subjects)
@@ -75,7 +92,7 @@ def render(
     result_figures=[f for f in figures if f["name"] not in stability],
     stability_figures=[f for f in figures if f["name"] in stability],
     absent=absent,
-    stability=_stability(summary),
+    stability=_stability(summary, of),
     routers=_routers(summary),
     methods=[style.method(m) for m in style.ordered(summary["method"])],
     protocol=_protocol(study, summary),
@@ -103,38 +120,38 @@ def _facts(study: inputs.Study) -> list[tuple[str, str]]:
 
 
 def _hours(seconds) -> str:
-  if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+  if not isinstance(seconds, int | float) or not math.isfinite(seconds) or not seconds:
     return ""
   if seconds < 120:
     return f"{seconds:.0f} s"
   return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _glance(summary: pd.DataFrame) -> dict | None:
+def _glance(summary: pd.DataFrame, of: measure.Measure) -> dict | None:
   """One line a data set: the study's subject, its baseline, and the best method."""
   own = headline.compared(summary)
   if own.empty:
     return None
-  rows = []
+  rows, value = [], tables.value(of)
   for row in own.to_dict("records"):
     here = summary[(summary[inputs.SETTING] == [row[c] for c in inputs.SETTING]).all(axis=1)]
     other = here[here["method"] == row["baseline"]].iloc[0]
-    finished = here[np.isfinite(here["test_mse"]) & (here["failed_runs"] == 0)]
-    best = finished.nsmallest(1, "test_mse").to_dict("records")
+    finished = here[np.isfinite(here[of.key]) & (here["failed_runs"] == 0)]
+    best = (finished.nsmallest if of.lower else finished.nlargest)(1, of.key).to_dict("records")
     rows.append({
       "setting": row["setting"],
       "method": row["label"],
-      "base": tables.number(row["base_mse"]),
+      "base": value(row[of.base] if of.base else math.nan),
       "baseline": style.method(row["baseline"]).label,
-      "other": _interval(other, "test_mse", tables.number),
-      "own": _interval(row, "test_mse", tables.number),
-      "relative": _interval(row, "relative", tables.percent),
+      "other": _interval(other, of.key, value),
+      "own": _interval(row, of.key, value),
+      "difference": _interval(row, of.contrast, tables.contrast(of)),
       "verdict": row["verdict"],
-      "best": f"{best[0]['label']}, {tables.number(best[0]['test_mse'])}" if best else "",
+      "best": f"{best[0]['label']}, {value(best[0][of.key])}" if best else "",
     })  # fmt: skip
   several = own[["method", "baseline"]].drop_duplicates().shape[0] > 1
   return {
-    "subject": "Its test MSE" if several else style.method(own["method"].iloc[0]).label,
+    "subject": f"Its {of.name}" if several else style.method(own["method"].iloc[0]).label,
     "baseline": "Compared with" if several else rows[0]["baseline"],
     "several": several,
     "rows": rows,
@@ -172,23 +189,25 @@ def _interval(row, name: str, formatted) -> markupsafe.Markup:
   return markupsafe.Markup(text)
 
 
-def _stability(summary: pd.DataFrame) -> list[dict]:
+def _stability(summary: pd.DataFrame, of: measure.Measure) -> list[dict]:
   """One line a method over all data sets."""
   rows = []
   own = summary.drop_duplicates([*inputs.SETTING, "method"])
   for key in style.ordered(own["method"]):
-    of = own[own["method"] == key]
-    searched = of["search_runs"].sum()
-    diverged = (of["diverged_share"] * of["search_runs"]).sum() / searched if searched else math.nan
-    basins = of["basin_decades"].dropna()
-    failed, finals = int(of["failed_runs"].sum()), int(of["num_seeds"].sum())
+    here = own[own["method"] == key]
+    searched = here["search_runs"].sum()
+    diverged = (
+      (here["diverged_share"] * here["search_runs"]).sum() / searched if searched else math.nan
+    )
+    basins = here["basin_decades"].dropna()
+    failed, finals = int(here["failed_runs"].sum()), int(here["num_seeds"].sum())
     rows.append({
       "label": style.method(key).label,
       "searched": int(searched),
       "diverged": tables.share(diverged),
       "basin": tables.number(basins.median(), 2) if len(basins) else tables.MISSING,
       "narrowest": tables.number(basins.min(), 2) if len(basins) else tables.MISSING,
-      "spread": tables.number(100 * (of["spread"] / of["test_mse"]).median(), 2),
+      "spread": tables.number(100 * (here["spread"] / here[of.key]).median(), 2),
       "failed": f"{failed} of {finals}",
     })  # fmt: skip
   return rows
@@ -212,7 +231,7 @@ def _routers(summary: pd.DataFrame) -> dict | None:
 
 def _protocol(study: inputs.Study, summary: pd.DataFrame) -> list[str]:
   """What was done, from the data itself."""
-  search, final = study.stage("search"), study.stage("final")
+  search, final, of = study.stage("search"), study.stage("final"), study.measure
   lines = []
   if len(search):
     rates = sorted(search["learning_rate"].dropna().unique())
@@ -220,14 +239,19 @@ def _protocol(study: inputs.Study, summary: pd.DataFrame) -> list[str]:
     lines.append(
       f"Search: every method was trained at each of {len(rates)} learning rates "
       f"({', '.join(f'{rate:g}' for rate in rates)}) with {headline.seeds(per_point)}. The rate "
-      "with the lowest mean validation error was chosen, for each method and data set by itself."
+      f"with the lowest mean {of.validation_noun.lower()} was chosen, for each method and data set "
+      "by itself."
     )
   per_method = final.groupby([*inputs.SETTING, "method"]).size()
+  rate = "the chosen rate" if len(search) else "the learning rate that the config gives"
+  unused = " that the search had not used" if len(search) else ""
   lines.append(
-    f"Final runs: the chosen rate with {headline.seeds(per_method)} that the search had not used. "
+    f"Final runs: {rate} with {headline.seeds(per_method)}{unused}. "
     "The same seed gives every method the same data in the same order, so that differences are "
     "taken seed by seed."
   )
+  if of is not measure.MSE:
+    return [*lines, *_language_protocol(study)]
   with_truth = sorted(set(final.loc[final["noise_free"], "task"]))
   without = sorted(set(final.loc[~final["noise_free"], "task"]))
   text = "Test error: mean squared error (MSE) on held-out inputs"
@@ -239,6 +263,64 @@ def _protocol(study: inputs.Study, summary: pd.DataFrame) -> list[str]:
     text += "against the observed one"
   lines.append(text + ". Lower is better.")
   return lines
+
+
+def _language_protocol(study: inputs.Study) -> list[str]:
+  """How a language model was fine-tuned and judged, from its config and rows."""
+  of, final, config = study.measure, study.stage("final"), study.info["config"]
+  model, data, optimizer, scoring = (
+    config.get(name, {}) for name in ("model", "data", "optimizer", "eval")
+  )
+  lines = []
+  if "weights" in model and "name" in data:
+    tasks = data.get("tasks") or ()
+    rows = data.get("train_rows")
+    lines.append(
+      f"Model: {model['weights']}, frozen"
+      + (f", computed in {model['dtype']}" if "dtype" in model else "")
+      + f". Data: {data['name']}"
+      + (f", tasks {', '.join(str(task).replace('_', ' ') for task in tasks)}" if tasks else "")
+      + (f", {rows} training examples a task" if rows and tasks else "")
+      + "."
+    )
+  if "batch_size" in optimizer and final["steps"].notna().any():
+    low, high = final["steps"].min(), final["steps"].max()
+    steps = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+    lines.append(
+      f"Training: {steps} steps of {optimizer['batch_size']} rows of at most {data.get('length')} "
+      "tokens; the loss is over answer tokens alone."
+    )
+  lines.append(f"{of.meaning}. {_heading(of.better)} is better.")
+  for also in of.also:
+    if final[also.key].notna().any():
+      better = "Lower" if also.lower else "Higher"
+      lines.append(f"{_heading(also.name)}: {_MEANINGS[also.key]}. {better} is better.")
+  if of is measure.EXACT_MATCH and "examples" in scoring:
+    lines.append(
+      f"Answers: at most {scoring['examples']} inputs a task and split, at most "
+      f"{scoring.get('max_tokens')} tokens each. The model before training was asked the same, "
+      "with the instruction in the prompt for the methods that have it there, and without it for "
+      "the others."
+    )
+  return lines
+
+
+def _samples(study: inputs.Study) -> list[dict]:
+  """Answers of the subject's first final run, or of the first run that has any, by task."""
+  if study.samples is None:
+    return []
+  final = study.stage("final")
+  final = final[final["run_id"].isin(study.samples["run_id"])].sort_values("seed", kind="stable")
+  if final.empty:
+    return []
+  subject = style.subject(final["task"].iloc[0], final["method"])
+  own = final[final["method"] == (subject or style.ordered(final["method"])[0])].iloc[0]
+  rows = study.samples[study.samples["run_id"] == own["run_id"]]
+  rows = rows.astype(object).where(rows.notna(), None)
+  return [{
+    "label": style.method(own["method"]).label, "seed": f"{own['seed']:.0f}",
+    "rows": rows.sort_values("task", kind="stable").to_dict("records"),
+  }]  # fmt: skip
 
 
 def _figure(number: int, drawn: panels.Drawn, directory: pathlib.Path) -> dict:

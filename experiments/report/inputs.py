@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.report import measure
 from qlora_jax import errors
 
 # A setting is one data set: a task at one kind and level of noise.
@@ -23,15 +24,13 @@ ROUTER_COLUMNS = {
   "bound/certified": "certified bound",
 }
 _REQUIRED = [
-  *["run_id", "stage", *SETTING, "method", "seed", "learning_rate", "trainable_params"],
-  *["validation_mse", "test_mse", "base_mse", "diverged"],
+  *["run_id", "stage", "task", "method", "seed", "learning_rate", "trainable_params"],
 ]
-_NUMERIC = [
-  *["noise_level", "seed", "learning_rate", "trainable_params", "validation_mse", "test_mse"],
-  "base_mse",
-]
+_TEXT = ("noise_kind", "diverged")  # of a measure's required columns, those that hold no numbers
 _OPTIONAL = ["test_noisy_mse", "steps", "seconds", "atoms", *ROUTER_COLUMNS]
-_CURVES = ["run_id", "step", "train_loss", "validation_mse"]
+_CURVES = ["run_id", "step", "train_loss"]
+_SAMPLES = ["run_id", "task", "instruction", "prompt", "expected", "before", "after"]
+_VARIANTS = {"in_prompt": "+prompt", "shuffled": "+shuffled"}  # what a true value adds to a method
 _ROUTING = ["run_id", "task", "method", "target", "with_instruction", "block", "atom", "weight"]
 _INFO = {"title": "Study", "command": "", "commit": "", "date": "", "devices": "",
          "versions": {}, "wall_seconds": None, "config": {}}  # fmt: skip
@@ -42,17 +41,22 @@ class Study:
   """The checked inputs of a report.
 
   Attributes:
-    results: one row a run; `error` is the test error that the report compares, and `noise_free`
-      says whether it is against the noise-free target.
-    curves: validation error by step and run, or None when the study kept none.
+    measure: what the study measures.
+    results: one row a run; `method` has the variant as a suffix, see `style.method`; `score` is
+      the number that the report compares, in the measure's unit, and `noise_free` says whether it
+      is against a noise-free target.
+    curves: loss by step and run, or None when the study kept none.
     routing: mean routing weights, or None when the study kept none.
+    samples: answers of final runs before and after training, or None when the study kept none.
     info: `study.json` with every key present.
   """
 
   workdir: pathlib.Path
+  measure: measure.Measure
   results: pd.DataFrame
   curves: pd.DataFrame | None
   routing: pd.DataFrame | None
+  samples: pd.DataFrame | None
   info: dict[str, Any]
 
   def stage(self, name: str) -> pd.DataFrame:
@@ -85,7 +89,7 @@ class Study:
 
 
 def read(workdir: str | os.PathLike[str]) -> Study:
-  """Reads `results.parquet`, `study.json` and, where present, `curves` and `routing`.
+  """Reads `results.parquet`, `study.json` and, where present, `curves`, `routing`, `samples`.
 
   Raises:
     UserError: a file is missing that must be there, cannot be read, or lacks columns.
@@ -93,11 +97,15 @@ def read(workdir: str | os.PathLike[str]) -> Study:
   workdir = pathlib.Path(workdir)
   if not workdir.is_dir():
     raise errors.UserError(f"{workdir}: no such directory; give the work directory of a study.")
+  results, of = _results(workdir / "results.parquet")
+  curves = [*_CURVES, *([of.curve] if of.curve not in _CURVES else [])]
   return Study(
     workdir=workdir,
-    results=_results(workdir / "results.parquet"),
-    curves=_table(workdir / "curves.parquet", _CURVES, optional=True),
+    measure=of,
+    results=results,
+    curves=_table(workdir / "curves.parquet", curves, optional=True),
     routing=_table(workdir / "routing.parquet", _ROUTING, optional=True),
+    samples=_table(workdir / "samples.parquet", _SAMPLES, optional=True),
     info=_info(workdir / "study.json"),
   )
 
@@ -125,18 +133,31 @@ def _table(path: pathlib.Path, columns: list[str], optional: bool) -> pd.DataFra
   return table
 
 
-def _results(path: pathlib.Path) -> pd.DataFrame:
-  table = _table(path, _REQUIRED, optional=False).copy()
-  for column in _NUMERIC + [c for c in _OPTIONAL if c in table]:
+def _results(path: pathlib.Path) -> tuple[pd.DataFrame, measure.Measure]:
+  table = _table(path, ["run_id"], optional=False).copy()
+  of = measure.of(table)
+  table = _table(path, [*_REQUIRED, *of.required], optional=False).copy()
+  optional = [*_OPTIONAL, of.key, *(quantity.key for quantity in of.also)]
+  optional += [quantity.base for quantity in (of, *of.also) if quantity.base]
+  numeric = ["seed", "learning_rate", "trainable_params"]
+  numeric += [c for c in of.required if c not in _TEXT] + [c for c in optional if c in table]
+  for column in dict.fromkeys(numeric):
     try:
       table[column] = pd.to_numeric(table[column]).astype(float)
     except (ValueError, TypeError) as error:
       raise errors.UserError(f"{path}: column {column} must hold numbers.") from error
-  for column in _OPTIONAL:
+  for column in optional:
     if column not in table:
       table[column] = np.nan
+  for column, default in (("noise_kind", None), ("noise_level", 0.0), ("diverged", False)):
+    if column not in table:
+      table[column] = default
   for column in ("run_id", "stage", "task", "method"):
     table[column] = table[column].astype(str)
+  for column, suffix in _VARIANTS.items():
+    if column in table:
+      given = table[column].astype("boolean").fillna(False).astype(bool)
+      table["method"] += np.where(given, suffix, "")
   stages = sorted(set(table["stage"]) - {"search", "final"})
   if stages:
     raise errors.UserError(f"{path}: stage {stages[0]!r} is unknown; use 'search' or 'final'.")
@@ -156,10 +177,11 @@ def _results(path: pathlib.Path) -> pd.DataFrame:
       f"(one is {row['run_id']}); give different methods different labels."
     )
   # Real data has no noise-free target: there the observed one is all there is.
-  known = table["test_mse"].notna().groupby([table[c] for c in SETTING]).transform("any")
+  known = table[of.key].notna().groupby([table[c] for c in SETTING]).transform("any")
   table["noise_free"] = known
-  table["error"] = table["test_mse"].where(known, table["test_noisy_mse"])
-  return table.reset_index(drop=True)
+  score = table[of.key] * of.scale
+  table["score"] = score.where(known, table["test_noisy_mse"])
+  return table.reset_index(drop=True), of
 
 
 def _info(path: pathlib.Path) -> dict[str, Any]:

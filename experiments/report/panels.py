@@ -140,4 +140,4 @@ def middle_level_note(study, shown: Sequence) -> str:
 
 def seeds_text(summary) -> str:
   low, high = int(summary["num_seeds"].min()), int(summary["num_seeds"].max())
-  return f"{low} seeds" if low == high else f"{low} to {high} seeds"
+  return f"{low} to {high} seeds" if low != high else f"{low} seed{'' if low == 1 else 's'}"

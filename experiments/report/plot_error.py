@@ -7,12 +7,13 @@ import matplotlib.ticker
 import numpy as np
 import pandas as pd
 
-from experiments.report import inputs, panels, style
+from experiments.report import inputs, measure, panels, style
 
 
 def forest(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   """Paired difference to the baseline, one panel a setting and baseline."""
-  compared = summary[(summary["num_pairs"] > 0) & np.isfinite(summary["relative"])]
+  of = study.measure
+  compared = summary[(summary["num_pairs"] > 0) & np.isfinite(summary[of.contrast])]
   shown = study.shown_settings()
   keys = [tuple(k) for k in compared[inputs.SETTING].itertuples(index=False)]
   compared = compared[[key in shown for key in keys]]
@@ -23,9 +24,9 @@ def forest(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   figure, axes = panels.grid(
     len(groups), height=0.75 + 0.175 * len(methods), columns=5, sharex=True, sharey=True
   )
-  limit = _forest_limit(compared)
+  limit = _forest_limit(compared, of.contrast)
   for panel, (key, rows) in zip(axes, groups, strict=True):
-    _forest_panel(panel, rows, methods, limit)
+    _forest_panel(panel, rows, methods, limit, of)
     both = compared[(compared[inputs.SETTING] == list(key[:-1])).all(axis=1)]["baseline"].nunique()
     versus = f"\nvs {style.method(key[-1]).label}" if both > 1 else ""
     panel.set_title(rows["setting"].iloc[0] + versus)
@@ -33,15 +34,18 @@ def forest(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   axes[0].set_ylim(len(methods) - 0.4, -0.6)
   usual = style.method(compared["baseline"].mode().iloc[0]).label
   several = compared["baseline"].nunique() > 1
+  unit = "percent" if of.relative else of.contrast_unit
   against = f"{usual}, or the method named above the panel" if several else usual
-  panels.label_outer(axes, "difference in test MSE, %", "")
+  label = "test MSE, %" if of.relative else f"{of.noun}, {of.contrast_unit}"
+  panels.label_outer(axes, f"difference in {label}", "")
   return panels.Drawn(
     "difference",
-    f"Difference in test error to {usual}",
-    f"Mean paired difference in test error to {against}, in percent, with its 95 % bootstrap "
-    f"interval over {panels.seeds_text(compared)}. Left of the line is a lower error. A filled "
-    "point's interval leaves out zero; a hollow point's does not, so the data do not tell the two "
-    "methods apart. Triangles at the edge stand for values beyond the axis."
+    f"Difference in {of.noun} to {usual}",
+    f"Mean paired difference in {of.noun} to {against}, in {unit}, with its 95 % bootstrap "
+    f"interval over {panels.seeds_text(compared)}. {'Left' if of.lower else 'Right'} of the line "
+    f"is a {of.better} {of.mean}. A filled point's interval leaves out zero; a hollow point's does "
+    "not, so the data do not tell the two methods apart. Triangles at the edge stand for values "
+    "beyond the axis."
     + (
       " A cross marks a method with a run that diverged; it shows the other runs."
       if (compared["verdict"] == "diverged").any()
@@ -52,32 +56,34 @@ def forest(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   )
 
 
-def _forest_limit(compared: pd.DataFrame) -> float:
+def _forest_limit(compared: pd.DataFrame, column: str) -> float:
   trained = compared[compared["method"] != "none"]  # the base, far off, would set the scale
   compared = trained if len(trained) else compared
-  ends = compared[["relative", "relative_low", "relative_high"]].abs().to_numpy()
+  ends = compared[[column, f"{column}_low", f"{column}_high"]].abs().to_numpy()
   ends = ends[np.isfinite(ends)]
   return min(ends.max() * 1.1, max(15.0, 1.5 * np.quantile(ends, 0.8)))
 
 
-def _forest_panel(panel, rows: pd.DataFrame, methods: list[str], limit: float) -> None:
+def _forest_panel(
+  panel, rows: pd.DataFrame, methods: list[str], limit: float, of: measure.Measure
+) -> None:
   panel.axvline(0, color=style.INK, linewidth=0.7)
   panel.grid(axis="x")
   panel.set_xlim(-limit, limit)
   panel.tick_params(axis="y", length=0)
   panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
   for row in rows.to_dict("records"):
-    y, mean = methods.index(row["method"]), row["relative"]
+    y, mean = methods.index(row["method"]), row[of.contrast]
     color = style.method(row["method"]).color
     if abs(mean) > limit:
       side = math.copysign(1, mean)
       panel.plot(side * limit * 0.96, y, ">" if side > 0 else "<", color=color, markersize=5)
       panel.annotate(
-        f"{mean:+.0f} %".replace("-", "−"), (side * limit * 0.88, y), fontsize=7,
-        ha="right" if side > 0 else "left", va="center_baseline", color=style.INK,
+        f"{mean:+.0f}{' %' if of.relative else ''}".replace("-", "−"), (side * limit * 0.88, y),
+        fontsize=7, ha="right" if side > 0 else "left", va="center_baseline", color=style.INK,
       )  # fmt: skip
       continue
-    low, high = row["relative_low"], row["relative_high"]
+    low, high = row[f"{of.contrast}_low"], row[f"{of.contrast}_high"]
     if math.isfinite(low):
       panel.plot([low, high], [y, y], color=color, linewidth=1.6, solid_capstyle="butt")
     clear = row["verdict"] in ("better", "worse")

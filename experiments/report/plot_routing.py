@@ -80,6 +80,38 @@ def routing(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   )
 
 
+def statistics(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
+  """What each final run's router did, run by run: one panel a measurement."""
+  final = study.stage("final")
+  columns = [c for c in inputs.ROUTER_COLUMNS if np.isfinite(final[c]).any()]
+  if not columns:
+    return "Routing statistics: no final run has a router."
+  del summary
+  routed = final[np.isfinite(final[columns]).any(axis=1)]
+  methods = style.ordered(routed["method"])
+  figure, axes = panels.grid(len(columns), height=0.9 + 0.26 * len(methods), sharey=True)
+  for panel, column in zip(axes, columns, strict=True):
+    for place, key in enumerate(methods):
+      values, look = routed.loc[routed["method"] == key, column].dropna(), style.method(key)
+      panel.plot(values, [place] * len(values), "o", color=look.color, markersize=4, alpha=0.7)
+      panel.plot(values.mean(), place, "|", color=style.INK, markersize=12)
+    panel.set_title(inputs.ROUTER_COLUMNS[column])
+    panel.set_xlim(left=0)
+    panel.margins(x=0.08)
+    panel.grid(axis="x")
+    panel.tick_params(axis="y", length=0)
+  axes[0].set_yticks(range(len(methods)), [style.method(m).label for m in methods])
+  axes[0].set_ylim(len(methods) - 0.5, -0.5)
+  return panels.Drawn(
+    "routers",
+    "How the routers spread their weight",
+    "A point is a final run, the mean over blocks and the tokens of validation answers; a stroke "
+    "is the mean over runs. One atom in use means that the router has collapsed; as many as there "
+    "are atoms, that it mixes them alike for every token.",
+    figure,
+  )
+
+
 def _method(task: str, present: pd.Series) -> str:
   """The method whose maps are drawn: the one that the report is about, if it has any."""
   return style.subject(task, present) or style.ordered(present)[0]

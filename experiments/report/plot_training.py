@@ -8,14 +8,16 @@ from experiments.report import inputs, panels, style, tables
 
 
 def curves(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
-  """Validation error by step of the final runs, mean and range over the seeds."""
+  """The loss by step of the final runs, mean and range over the seeds."""
   if study.curves is None:
     return "Learning curves: the study has no curves.parquet."
   final = study.stage("final")[["run_id", *inputs.SETTING, "method"]]
   data = study.curves.merge(final, on="run_id")
   data = data[data["method"] != "none"]
-  diverged = not np.isfinite(data["validation_mse"]).all()
-  data = data[np.isfinite(data["validation_mse"])]
+  of = study.measure
+  unseen = of.curve == of.validation
+  diverged = not np.isfinite(data[of.curve]).all()
+  data = data[np.isfinite(data[of.curve])]
   shown = [s for s in study.shown_settings() if _of(data, s).any()]
   if not shown:
     return "Learning curves: curves.parquet has no step of a final run."
@@ -24,27 +26,30 @@ def curves(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   front = style.highlighted(methods)
   for panel, setting in zip(axes, shown, strict=True):
     here = data[_of(data, setting)]
-    _curves_panel(panel, here, methods, front)
+    _curves_panel(panel, here, of.curve, methods, front)
     panel.set_title(study.setting_label(setting))
-  panels.label_outer(axes, "training step", "validation MSE")
+  panels.label_outer(axes, "training step", of.curve_name)
   panels.legend(figure, panels.handles(methods, front))
   return panels.Drawn(
     "curves",
     "Learning curves",
-    "Validation error during the final runs, each method at its chosen learning rate: the mean "
+    f"{of.curve_noun} during the final runs, each method at its chosen learning rate: the mean "
     f"over {panels.seeds_text(summary)}, with a band from the least to the greatest"
-    f"{_band_note(front)}. A wide band means that the seed matters; a line that turns up again "
-    "means that training overfits the noise."
+    f"{_band_note(front)}. A wide band means that the seed matters"
+    + ("; a line that turns up again means that training overfits the noise" if unseen else "")
+    + "."
     + (" Runs that diverged are left out from where they did." if diverged else "")
     + panels.middle_level_note(study, shown),
     figure,
   )
 
 
-def _curves_panel(panel, here: pd.DataFrame, methods: list[str], front: list[str]) -> None:
+def _curves_panel(
+  panel, here: pd.DataFrame, column: str, methods: list[str], front: list[str]
+) -> None:
   ends = []
   for index, key in enumerate([m for m in methods if m not in front] + front):
-    steps = here[here["method"] == key].groupby("step")["validation_mse"]
+    steps = here[here["method"] == key].groupby("step")[column]
     if not len(steps):
       continue
     mean, low, high = steps.mean(), steps.min(), steps.max()
@@ -80,7 +85,7 @@ def _band_note(front: list[str]) -> str:
 
 
 def learning_rates(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
-  """Validation error of the search against the learning rate."""
+  """The validation loss of the search against the learning rate."""
   search = study.stage("search")
   search = search[search["learning_rate"] > 0]
   shown = [
@@ -88,6 +93,7 @@ def learning_rates(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn |
   ]
   if not shown:
     return "Learning-rate sensitivity: the search has fewer than two learning rates."
+  of = study.measure
   figure, axes = panels.grid(len(shown), height=2.6)
   searched = {tuple(s): search[_of(search, s)] for s in shown}
   methods = style.ordered(search["method"])
@@ -96,9 +102,9 @@ def learning_rates(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn |
   chosen = summary.drop_duplicates([*inputs.SETTING, "method"])
   for panel, setting in zip(axes, shown, strict=True):
     rates = chosen[_of(chosen, setting)].set_index("method")["learning_rate"]
-    _rates_panel(panel, searched[setting], methods, front, rates)
+    _rates_panel(panel, searched[setting], of.validation, methods, front, rates)
     panel.set_title(study.setting_label(setting))
-  panels.label_outer(axes, "learning rate", "validation MSE")
+  panels.label_outer(axes, "learning rate", of.validation_name)
   ring = panels.handle(
     "none", label="chosen rate", linestyle="none", marker="o", markersize=9, fillstyle="none"
   )
@@ -113,19 +119,19 @@ def learning_rates(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn |
   return panels.Drawn(
     "learning_rates",
     "Sensitivity to the learning rate",
-    "Validation error of the search runs against the learning rate, both on log scales: the mean "
-    f"over the seeds, with a band from the least to the greatest{_band_note(front)}. A flat, wide "
-    "valley means that the learning rate needs little tuning; a curve that shoots up means that "
-    "training breaks down there. A ring marks the rate used for the final runs."
+    f"{of.validation_noun} of the search runs against the learning rate, both on log scales: the "
+    f"mean over the seeds, with a band from the least to the greatest{_band_note(front)}. A flat, "
+    "wide valley means that the learning rate needs little tuning; a curve that shoots up means "
+    "that training breaks down there. A ring marks the rate used for the final runs."
     + panels.middle_level_note(study, shown),
     figure,
   )
 
 
 def _rates_panel(
-  panel, here: pd.DataFrame, methods: list[str], front: list[str], chosen: pd.Series
+  panel, here: pd.DataFrame, column: str, methods: list[str], front: list[str], chosen: pd.Series
 ) -> None:
-  means = {m: tables.search_means(here[here["method"] == m]) for m in methods}
+  means = {m: tables.search_means(here[here["method"] == m], column) for m in methods}
   means = {m: t for m, t in means.items() if len(t)}
   finite = np.concatenate([t["mean"][np.isfinite(t["mean"])] for t in means.values()])
   low, high = finite.min(), min(finite.max(), 12 * finite.min())

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import matplotlib
+import matplotlib.markers
 
 INK = "#24292f"  # text, axes, and the methods that are reference points
 PAPER = "#ffffff"
@@ -113,14 +114,26 @@ _ORDER = {m.key: i for i, m in enumerate(_METHODS)}
 _OTHER_LINES = ("-", "--", "-.", ":", _LONG_DASH, _DASH_DOT_DOT)
 _OTHER_MARKERS = ("3", "4", "|", ".", "_", "o")
 
+# What a method's key ends with where one name was run in several ways: label, what it means.
+_VARIANTS = {
+  "prompt": ("+ prompt", "the instruction's text stands in the prompt"),
+  "shuffled": ("(shuffled)", "control: the router is given the instructions of other tasks"),
+}
+_PROMPT_LINES = {"-": (0, (6, 1.2, 1.2, 1.2)), "--": (0, (3, 1.2, 1.2, 1.2, 1.2, 1.2))}
+
 # The method that the headline is about, by task; the empty name stands for every other task. On
 # multi_target only the instruction tells the targets apart, so it is the variant that reads it.
 SUBJECTS = {"": "queryable", "multi_target": "queryable_prior"}
+# Of a language model: with the instruction in the prompt, as LoRA has it, and as prior.
+DECIDING = "queryable_prior+prompt"
 
 
 def subject(task: str, present: Iterable[str]) -> str | None:
   """The method of `present` that the report is about on `task`: fixed, never the best one."""
   present = ordered(present)
+  prompted = [key for key in present if key.endswith("+prompt") and key.startswith(SUBJECTS[""])]
+  if prompted:
+    return DECIDING if DECIDING in prompted else prompted[0]
   if SUBJECTS.get(task) in present:
     return SUBJECTS[task]
   return next((m for m in present if m.startswith(SUBJECTS[""])), None)
@@ -130,14 +143,30 @@ def method(key: str) -> Method:
   """The looks of `key`; a method that this file does not know is grey under its own name."""
   if key in _BY_KEY:
     return _BY_KEY[key]
+  name, _, variant = key.rpartition("+")
+  if name and variant in _VARIANTS:
+    return _variant(method(name), key, variant)
   place = sum(map(ord, key))
   line = _OTHER_LINES[place % len(_OTHER_LINES)]
   return Method(key, key, MUTED, line, _OTHER_MARKERS[place % len(_OTHER_MARKERS)])
 
 
+def _variant(look: Method, key: str, variant: str) -> Method:
+  """The same colour and marker: hollow with a prompt, on a dotted line for the control."""
+  label, meaning = _VARIANTS[variant]
+  line, marker = ":", look.marker
+  if variant == "prompt":
+    line = _PROMPT_LINES.get(look.line, look.line)
+    marker = matplotlib.markers.MarkerStyle(look.marker, fillstyle="none")
+  description = "; ".join(text for text in (look.description, meaning) if text)
+  return dataclasses.replace(
+    look, key=key, label=f"{look.label} {label}", line=line, marker=marker, description=description
+  )
+
+
 def ordered(keys: Iterable[str]) -> list[str]:
   """The distinct keys in the order of every legend and table; unknown ones last, by name."""
-  return sorted(set(keys), key=lambda key: (_ORDER.get(key, len(_ORDER)), key))
+  return sorted(set(keys), key=lambda key: (_ORDER.get(key.split("+")[0], len(_ORDER)), key))
 
 
 def highlighted(keys: Iterable[str], limit: int = 9) -> list[str]:

@@ -5,19 +5,20 @@ two methods saw the same data in the same order at each seed, so that the seed's
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
-from experiments.report import inputs, style
+from experiments.report import inputs, measure, style
 from qlora_jax.evaluation import statistics
 
 BASELINES: Mapping[str, Sequence[str]] = {
-  "": ("lora",),  # every task not named
+  "": ("lora", "lora+prompt"),  # every task not named; what a study does not have is passed over
   "multi_target": ("lora", "lora_input"),
 }
 
+_ENDS = ("", "_low", "_high")
 _NO_INTERVAL = (math.nan, math.nan, math.nan)
 
 
@@ -35,7 +36,7 @@ def summarize(
   Runs that ended without a finite test error are left out of means and differences, counted in
   `failed_runs`, and keep their method from the verdict 'better'.
   """
-  rows = []
+  rows, of = [], study.measure
   search = study.stage("search")
   for setting, runs in study.stage("final").groupby(inputs.SETTING, sort=True):
     present = style.ordered(runs["method"])
@@ -45,23 +46,26 @@ def summarize(
       key: {
         **dict(zip(inputs.SETTING, setting, strict=True)),
         "setting": study.setting_label(setting),
-        **_of_method(key, runs[runs["method"] == key], searched[searched["method"] == key]),
+        **_of_method(of, key, runs[runs["method"] == key], searched[searched["method"] == key]),
       }
       for key in present
     }
     for baseline in chosen:
-      compared = [{**own[key], **_against(baseline, runs, own[key])} for key in present]
+      # What has the instruction in its prompt is only compared with what has it there, too.
+      apart = "+prompt" not in baseline and any("+prompt" in other for other in chosen)
+      alike = [key for key in present if not (apart and "+prompt" in key)]
+      compared = [{**own[key], **_against(of, baseline, runs, own[key])} for key in alike]
       _adjust(compared)
       rows += compared
   return pd.DataFrame(rows)
 
 
-def _of_method(key: str, runs: pd.DataFrame, searched: pd.DataFrame) -> dict:
+def _of_method(of: measure.Measure, key: str, runs: pd.DataFrame, searched: pd.DataFrame) -> dict:
   """What a method's rows say without comparing it to another."""
-  error = runs["error"].to_numpy()
-  failed = _failed(runs, "error").to_numpy()
-  error = error[~failed]
-  mean, low, high = _interval(statistics.bootstrap_mean, error)
+  score = runs["score"].to_numpy()
+  failed = _failed(runs, "score").to_numpy()
+  score = score[~failed]
+  mean, low, high = _interval(statistics.bootstrap_mean, score)
   rates = runs.loc[runs["trainable_params"] > 0, "learning_rate"].dropna()
   rate = rates.mode().iloc[0] if len(rates) else math.nan
   tried = sorted(searched["learning_rate"].dropna().unique())
@@ -74,52 +78,78 @@ def _of_method(key: str, runs: pd.DataFrame, searched: pd.DataFrame) -> dict:
     "num_seeds": len(runs),
     "failed_runs": int(failed.sum()),
     "noise_free": bool(runs["noise_free"].all()),
-    "base_mse": runs["base_mse"].mean(),
-    "test_mse": mean,
-    "test_mse_low": low,
-    "test_mse_high": high,
-    "spread": float(statistics.spread(error)) if len(error) > 1 else math.nan,
+    **({of.base: runs[of.base].mean() * of.scale} if of.base else {}),
+    of.key: mean,
+    f"{of.key}_low": low,
+    f"{of.key}_high": high,
+    "spread": float(statistics.spread(score)) if len(score) > 1 else math.nan,
     "search_runs": len(searched),
-    "diverged_share": _failed(searched, "validation_mse").mean() if len(searched) else math.nan,
-    "basin_decades": _basin(searched),
+    "diverged_share": _failed(searched, of.validation).mean() if len(searched) else math.nan,
+    "basin_decades": _basin(searched, of),
   }
+  for also in of.also:
+    values = _also(runs[~failed], also).dropna().to_numpy()
+    ends = _interval(statistics.bootstrap_mean, values)
+    row |= dict(zip((also.key, f"{also.key}_low", f"{also.key}_high"), ends, strict=True))
+    if also.base:
+      row[also.base] = runs[also.base].mean() * also.scale
   for column in inputs.ROUTER_COLUMNS:
     row[column] = runs.loc[~failed, column].mean()
   return row
 
 
-def _against(baseline: str, runs: pd.DataFrame, own: dict) -> dict:
+def _also(runs: pd.DataFrame, also: measure.Quantity) -> pd.Series:
+  return runs[also.key].replace([np.inf, -np.inf], np.nan) * also.scale
+
+
+def _against(of: measure.Measure, baseline: str, runs: pd.DataFrame, own: dict) -> dict:
   """The paired difference of a method to `baseline` over the seeds that both finished."""
-  names = [f"{n}{end}" for n in ("difference", "relative") for end in ("", "_low", "_high")]
+  names = [f"{n}{end}" for n in ("difference", "relative") for end in _ENDS]
   row = dict.fromkeys([*names, "p_value", "p_holm"], math.nan)
   row |= {"baseline": baseline, "num_pairs": 0, "verdict": ""}
   row["baseline_params"] = runs.loc[runs["method"] == baseline, "trainable_params"].median()
+  for also in of.also:
+    row |= dict.fromkeys((f"{also.key}_difference{end}" for end in _ENDS), math.nan)
   key = own["method"]
   if not baseline or key == baseline:
     return row | {"verdict": "baseline" if baseline else ""}
-  finished = runs[~_failed(runs, "error")]
-  errors = finished.pivot(index="seed", columns="method", values="error")
-  pairs = errors.reindex(columns=[key, baseline]).dropna()
-  ours, theirs = pairs[key].to_numpy(), pairs[baseline].to_numpy()
-  row["num_pairs"] = len(pairs)
+  finished = runs[~_failed(runs, "score")]
+  ours, theirs = _pairs(finished, finished["score"], key, baseline)
+  row["num_pairs"] = len(ours)
   difference = _interval(statistics.paired_bootstrap, ours, theirs)
-  relative = _interval(statistics.paired_bootstrap_relative, ours, theirs)
+  relative = _NO_INTERVAL
+  if of.relative:
+    relative = _interval(statistics.paired_bootstrap_relative, ours, theirs)
   row |= dict(zip(names, (*difference, *relative), strict=True))
-  if len(pairs) > 1:
+  if len(ours) > 1:
     row["p_value"] = float(statistics.paired_p_value(ours, theirs))
-  return row | {"verdict": verdict(difference, own["failed_runs"])}
+  for also in of.also:
+    ends = _interval(
+      statistics.paired_bootstrap, *_pairs(finished, _also(finished, also), key, baseline)
+    )
+    row |= dict(zip((f"{also.key}_difference{end}" for end in _ENDS), ends, strict=True))
+  return row | {"verdict": verdict(difference, own["failed_runs"], of.lower)}
 
 
-def verdict(difference: Sequence[float], failed_runs: int = 0) -> str:
-  """What the interval (mean, low, high) of a difference in error says, in words."""
+def _pairs(
+  runs: pd.DataFrame, values: pd.Series, key: str, baseline: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """The values of two methods at the seeds that both have."""
+  table = runs.assign(value=values).pivot(index="seed", columns="method", values="value")
+  pairs = table.reindex(columns=[key, baseline]).dropna()
+  return pairs[key].to_numpy(), pairs[baseline].to_numpy()
+
+
+def verdict(difference: Sequence[float], failed_runs: int = 0, lower: bool = True) -> str:
+  """What the interval (mean, low, high) of a difference says, in words; `lower` is better."""
   if failed_runs:
     return "diverged"
   _, low, high = difference
   if not (math.isfinite(low) and math.isfinite(high)):
     return "too few seeds"
-  if high < 0:
-    return "better"
-  return "worse" if low > 0 else "no difference"
+  if low <= 0 <= high:
+    return "no difference"
+  return "better" if (high < 0) == lower else "worse"
 
 
 def _adjust(rows: list[dict]) -> None:
@@ -129,6 +159,28 @@ def _adjust(rows: list[dict]) -> None:
     adjusted = statistics.holm([row["p_value"] for row in tested])
     for row, value in zip(tested, adjusted, strict=True):
       row["p_holm"] = float(value)
+
+
+def by_task(study: inputs.Study) -> pd.DataFrame:
+  """Exact match in percent by split and task of a data set, a row a setting, method and task.
+
+  The frozen base has rows of its own, `none` and `none+prompt`. Empty where nothing is scored.
+  """
+  rows, final = [], study.stage("final")
+  for (setting, key), runs in final.groupby([inputs.SETTING[0], "method"], sort=True):
+    base = "none+prompt" if "+prompt" in key else "none"
+    for column in final.columns:
+      prefix = "base_" if column.startswith("base_") else ""
+      split, _, rest = column.removeprefix(prefix).partition("/")
+      task, _, kind = rest.rpartition("/")
+      if split in measure.SPLITS and kind == "accuracy" and runs[column].notna().any():
+        rows.append({
+          "task": setting, "method": base if prefix else key, "split": split, "name": task,
+          "accuracy": 100 * runs[column].mean(), "num_seeds": int(runs[column].notna().sum()),
+        })  # fmt: skip
+  columns = ["task", "method", "split", "name"]
+  table = pd.DataFrame(rows, columns=[*columns, "accuracy", "num_seeds"])
+  return table.drop_duplicates(columns, ignore_index=True)
 
 
 def _interval(function, *values: np.ndarray) -> tuple[float, float, float]:
@@ -144,38 +196,40 @@ def _failed(runs: pd.DataFrame, column: str) -> pd.Series:
   return runs["diverged"] | ~np.isfinite(runs[column])
 
 
-def _basin(searched: pd.DataFrame) -> float:
-  """Decades of learning rate within 5 % of the best mean validation error of the search."""
-  loss = searched["validation_mse"].where(~_failed(searched, "validation_mse"), math.inf)
+def _basin(searched: pd.DataFrame, of: measure.Measure) -> float:
+  """Decades of learning rate within 5 % of the best mean validation loss of the search."""
+  loss = searched[of.validation].where(~_failed(searched, of.validation), math.inf)
   means = loss.groupby(searched["learning_rate"]).mean()
   if len(means) < 2 or not np.isfinite(means).any():
     return math.nan
   return float(statistics.learning_rate_basin(means.index.to_numpy(), means.to_numpy()))
 
 
-def search_means(searched: pd.DataFrame) -> pd.DataFrame:
-  """Mean, least and greatest validation error by learning rate; infinite where a run diverged."""
-  loss = searched["validation_mse"].where(~_failed(searched, "validation_mse"), math.inf)
+def search_means(searched: pd.DataFrame, column: str) -> pd.DataFrame:
+  """Mean, least and greatest validation loss by learning rate; infinite where a run diverged."""
+  loss = searched[column].where(~_failed(searched, column), math.inf)
   return loss.groupby(searched["learning_rate"]).agg(["mean", "min", "max"]).sort_index()
 
 
 def markdown(summary: pd.DataFrame) -> str:
   """The summary as Markdown, one table a setting and baseline."""
-  parts = []
+  parts, of = [], measure.of(summary)
+  heads = ["method", "trainable", "learning rate", f"{of.name} [95 % interval]"]
+  heads += [also.name for also in of.also]
+  heads += ["difference", "difference, %"] if of.relative else ["difference"]
+  heads += ["verdict", "spread", "basin, decades", "diverged in search"]
+  rules = ["---" if head in ("method", "verdict") else "---:" for head in heads]
   for (setting, baseline), rows in summary.groupby(["setting", "baseline"], sort=False):
     versus = f", compared with {style.method(baseline).label}" if baseline else ""
     parts.append(f"## {setting}{versus}\n")
-    parts.append(
-      "| method | trainable | learning rate | test MSE [95 % interval] | difference "
-      "| difference, % | verdict | spread | basin, decades | diverged in search |"
-    )
-    parts.append("|---|---:|---:|---:|---:|---:|---|---:|---:|---:|")
-    parts += ["| " + " | ".join(_markdown_cells(row)) + " |" for row in rows.to_dict("records")]
+    parts.append("| " + " | ".join(heads) + " |")
+    parts.append("|" + "|".join(rules) + "|")
+    parts += ["| " + " | ".join(_markdown_cells(row, of)) + " |" for row in rows.to_dict("records")]
     parts.append("")
   return "\n".join(parts)
 
 
-def _markdown_cells(row: dict) -> list[str]:
+def _markdown_cells(row: dict, of: measure.Measure) -> list[str]:
   def interval(name: str, formatted) -> str:
     return with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"], formatted)
 
@@ -183,9 +237,9 @@ def _markdown_cells(row: dict) -> list[str]:
     row["label"].replace("|", "\\|"),
     count(row["trainable_params"]),
     plain(row["learning_rate"]),
-    interval("test_mse", number),
-    interval("difference", signed),
-    interval("relative", percent),
+    *(interval(each.key, value(each)) for each in (of, *of.also)),
+    interval("difference", signed if of.relative else contrast(of)),
+    *([interval("relative", percent)] if of.relative else []),
     row["verdict"],
     number(row["spread"]),
     number(row["basin_decades"], 2),
@@ -222,6 +276,16 @@ def signed(value: float, digits: int = 3) -> str:
 
 def percent(value: float) -> str:
   return MISSING if not math.isfinite(value) else f"{value:+.1f}".replace("-", "−")
+
+
+def value(of: measure.Quantity) -> Callable[[float], str]:
+  """How a quantity is written: percentages to a tenth."""
+  return number if of.scale == 1 else lambda x: f"{x:.1f}" if math.isfinite(x) else MISSING
+
+
+def contrast(of: measure.Quantity) -> Callable[[float], str]:
+  """How a difference in a quantity is written: percent, or points of percent, to a tenth."""
+  return percent if of.scale == 100 or getattr(of, "relative", False) else signed
 
 
 def count(value: float) -> str:

@@ -6,7 +6,7 @@ import pandas as pd
 import rich.console
 import rich.table
 
-from experiments.report import style, tables
+from experiments.report import measure, style, tables
 
 _VERDICTS = {"better": "green", "worse": "red", "diverged": "red"}
 
@@ -14,6 +14,7 @@ _VERDICTS = {"better": "green", "worse": "red", "diverged": "red"}
 def show(page: pathlib.Path, console: rich.console.Console | None = None) -> None:
   """Prints the summary that lies beside the report `page`."""
   summary = pd.read_parquet(page.parent / "summary.parquet")
+  of = measure.of(summary)
   console = console or rich.console.Console()
   if not console.is_terminal:
     console.width = 120  # a log file has no width of its own
@@ -24,20 +25,25 @@ def show(page: pathlib.Path, console: rich.console.Console | None = None) -> Non
       header_style="dim",
     )  # fmt: skip
     table.add_column("method", min_width=18, no_wrap=True)
-    for name, width in (("trainable", 9), ("test MSE", 22), ("difference, %", 22)):
+    difference = f"difference, {of.contrast_unit}"
+    for name, width in (("trainable", 9), (of.name, 22), (difference, 22)):
       table.add_column(name, min_width=width, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for row in rows.to_dict("records"):
       color = _VERDICTS.get(row["verdict"], "")
-      difference = row["relative"], row["relative_low"], row["relative_high"]
+      difference = _ends(row, of.contrast)
       table.add_row(
         row["label"],
         tables.count(row["trainable_params"]),
-        _escape(row["test_mse"], row["test_mse_low"], row["test_mse_high"], tables.number),
-        "" if row["method"] == baseline else _escape(*difference, tables.percent),
+        _escape(*_ends(row, of.key), tables.value(of)),
+        "" if row["method"] == baseline else _escape(*difference, tables.contrast(of)),
         f"[{color}]{row['verdict']}[/{color}]" if color else row["verdict"],
       )
     console.print(table, "")
+
+
+def _ends(row: dict, name: str) -> tuple[float, float, float]:
+  return row[name], row[f"{name}_low"], row[f"{name}_high"]
 
 
 def _escape(mean: float, low: float, high: float, formatted) -> str:

@@ -133,6 +133,88 @@ def _routing(rng, task, method):
   return rows
 
 
+# A language study: exact match by the way an instruction is used, and its nats at the best rate.
+WAYS = {
+  ("lora", True, False): (0.66, 0.62), ("queryable_prior", True, False): (0.66, 0.61),
+  ("lora", False, False): (0.30, 1.60), ("queryable", False, False): (0.31, 1.55),
+  ("queryable_prior", False, False): (0.43, 1.20), ("queryable_prior", False, True): (0.30, 1.62),
+}  # fmt: skip
+ANSWERED = ("antonyms", "plural", "translation_en-fr")
+
+
+def write_language_study(workdir, ways=None, seeds=3, by_task=True, rates=(3e-4, 1e-3, 3e-3)):
+  """Writes what a sweep over a language model leaves behind; returns its results.
+
+  `ways` maps (method, in_prompt, shuffled) to its exact match and nats; with the prompt each has
+  `seeds` final seeds, without it one, as in `configs/llm.py:induction`.
+  """
+  rng = np.random.default_rng(0)
+  results, curves, samples = [], [], []
+  luck = rng.normal(0, 0.01, seeds)  # once a seed: shared by the methods, as the data are
+  for (method, in_prompt, shuffled), (accuracy, nats) in (ways or WAYS).items():
+    runs = [("search", 0, rate) for rate in rates] if len(rates) > 1 else []
+    runs += [("final", 100 + s, rates[len(rates) // 2]) for s in range(seeds if in_prompt else 1)]
+    for stage, seed, rate in runs:
+      row = {
+        "run_id": f"{stage}-{method}-{in_prompt}-{shuffled}-{rate:g}-{seed}", "stage": stage,
+        "task": "word_tasks", "method": method, "adapter": method.split("_")[0], "seed": seed,
+        "learning_rate": rate, "rank": 8, "atoms": 16, "top_k": 0, "in_prompt": in_prompt,
+        "shuffled": shuffled, "trainable_params": 2_440_000, "steps": 60, "seconds": 3.0,
+        "validation_nats": nats * (1 + 0.3 * np.log10(rate / 1e-3) ** 2) + rng.normal(0, 0.01),
+      }  # fmt: skip
+      if method != "lora":
+        row |= {"router/effective_support": 9.0, "router/entropy": 2.2, "router/max_share": 0.2}
+        row["router/effective_support"] += rng.normal()
+      if stage == "final":
+        row |= _scores(rng, row, accuracy + luck[seed - 100], by_task)
+        steps = np.arange(10, 61, 10)
+        curves += [
+          {"run_id": row["run_id"], "step": step, "train_loss": nats + 2 * np.exp(-step / 20)}
+          for step in steps
+        ]
+        samples += [
+          {"run_id": row["run_id"], "task": task, "instruction": f"Do {task}", "prompt": "<b>old",
+           "expected": "new", "before": None if task == "plural" else "no idea", "after": "new"}
+          for task in ANSWERED
+        ]  # fmt: skip
+      results.append(row)
+  workdir.mkdir(parents=True, exist_ok=True)
+  results = pd.DataFrame(results)
+  for name, table in (
+    ("results", results), ("curves", pd.DataFrame(curves)), ("samples", pd.DataFrame(samples)),
+  ):  # fmt: skip
+    table.to_parquet(workdir / f"{name}.parquet")
+  info = {
+    "title": "Queryable LoRA on tiny, word_tasks", "commit": "0123abc", "date": "2026-01-02",
+    "command": "python launch.py --config=configs/llm.py:pair --workdir=runs/llm-pair --sweep",
+    "devices": "cpu", "versions": {"jax": "0.10.2"}, "wall_seconds": 812.4,
+    "config": {
+      "kind": "language", "model": {"weights": "tiny", "dtype": "float32"},
+      "data": {"name": "word_tasks", "tasks": list(ANSWERED), "length": 128, "train_rows": None},
+      "optimizer": {"batch_size": 4}, "eval": {"examples": 30, "max_tokens": 12},
+    },
+  }  # fmt: skip
+  (workdir / "study.json").write_text(json.dumps(info))
+  return results
+
+
+def _scores(rng, row, accuracy, by_task):
+  base = 0.2 if row["in_prompt"] else 0.05
+  found = {"base_test_accuracy": base, "base_test_seen_accuracy": base + 0.01}
+  for split, gain in (("test", 0.0), ("test_seen", 0.03)):
+    each = np.clip(accuracy + gain + rng.normal(0, 0.02, len(ANSWERED)), 0, 1)
+    found[f"{split}_accuracy"] = each.mean()
+    for task, value in zip(ANSWERED, each, strict=True) if by_task else ():
+      found |= {f"{split}/{task}/accuracy": value, f"base_{split}/{task}/accuracy": base}
+  return found
+
+
+@pytest.fixture(scope="session")
+def make_language_study():
+  """The function that writes a synthetic study of a language model."""
+  return write_language_study
+
+
 @pytest.fixture(scope="session")
 def make_study():
   """The function that writes a synthetic study."""

@@ -30,7 +30,7 @@ def final(task, **fields):
   rows = rows[rows["task"] == task]
   for name, value in fields.items():
     rows = rows[rows[name] == value]
-  return rows.pivot(index="seed", columns="method", values="error")
+  return rows.pivot(index="seed", columns="method", values="score")
 
 
 def percent(errors, ours, theirs):
