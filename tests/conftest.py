@@ -1,8 +1,61 @@
-"""One folder of prepared data for the whole test run."""
+"""What tests of several folders share: prepared data, and a tiny model with its tokenizer."""
+
+import json
 
 import pytest
+
+TEMPLATE = (
+  "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_model(folder, seed):
+  # Imported here: most tests need neither.
+  import tokenizers
+  import torch
+  import transformers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+
+  from qlora_jax.data.text import word_tasks
+
+  folder.mkdir(parents=True)
+  backend = tokenizers.Tokenizer(models.BPE())
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  examples = word_tasks.load().splits["train"][:500]
+  backend.train_from_iterator(
+    [f"{one.instruction}\n\n{one.prompt} {one.answers[0]} user assistant" for one in examples],
+    trainers.BpeTrainer(
+      vocab_size=500, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    ),
+  )  # fmt: skip
+  backend.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(json.dumps({
+    "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>", "chat_template": TEMPLATE,
+  }))  # fmt: skip
+  torch.manual_seed(seed)
+  config = transformers.LlamaConfig(
+    vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+    initializer_range=0.3,  # logits that a small adapter can move
+  )  # fmt: skip
+  transformers.LlamaForCausalLM(config).save_pretrained(folder)
+  return folder
 
 
 @pytest.fixture(scope="session")
 def shared_data(tmp_path_factory):
   return tmp_path_factory.mktemp("shared_data")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+  return write_model(tmp_path_factory.mktemp("models") / "tiny", 0)
+
+
+@pytest.fixture(scope="session")
+def other_llama(tmp_path_factory):
+  return write_model(tmp_path_factory.mktemp("models") / "other", 1)

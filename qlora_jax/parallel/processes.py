@@ -60,8 +60,8 @@ def start(
   """
   if jax.distributed.is_initialized():
     return
-  given = _given(os.environ, coordinator, count, index)
-  if given is None and not _detected(os.environ):
+  given = values(os.environ, coordinator, count, index)
+  if given is None and not detected(os.environ):
     return
   options = {}
   if given is not None:
@@ -123,10 +123,13 @@ def agreed(value: bool | int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def _given(
-  environment: Mapping[str, str], coordinator: str | None, count: int | None, index: int | None
+def values(
+  environment: Mapping[str, str],
+  coordinator: str | None = None,
+  count: int | None = None,
+  index: int | None = None,
 ) -> tuple[str, int, int] | None:
-  """The three values that name a process, or None where there are none."""
+  """The address, count and index that `start` was given, or None where there are none."""
   own = (coordinator, count, index)
   found = [
     environment.get(name) if value is None else str(value)
@@ -147,7 +150,7 @@ def _given(
   return address, int(total), int(place)
 
 
-def _detected(environment: Mapping[str, str]) -> bool:
+def detected(environment: Mapping[str, str]) -> bool:
   """Whether a launcher started this process as one of several."""
   if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
     return True

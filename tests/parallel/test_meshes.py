@@ -1,0 +1,108 @@
+"""A train step on any mesh of eight devices is the step on one device, and moves no more than it may.
+
+Tolerance: sums over rows, widths and answers are taken in another order, each order off by some
+units in the last place of float32 (6e-8) of the largest term. Losses agree to 1e-5 of their size,
+gradients to 2e-5 of the largest entry of their array; parameters after two steps of Adam, which
+divides by the gradient's own size, to 1e-3 of the greatest move (0.05 a step).
+"""
+
+import collections
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHARDED = ("data", "fsdp", "mixed")
+BLOCKS = "3"  # of `mesh_cases.BLOCKS`
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+  """All cases, from one process with eight devices: arrays by path, and facts by case."""
+  folder = tmp_path_factory.mktemp("meshes")
+  arrays, facts = folder / "arrays.npz", folder / "facts.json"
+  done = subprocess.run(
+    [sys.executable, "tests/parallel/mesh_cases.py", str(arrays), str(facts)],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return dict(np.load(arrays)), json.loads(facts.read_text()), done.stderr
+
+
+def of_case(arrays, case):
+  return {path[len(case) :]: leaf for path, leaf in arrays.items() if path.startswith(case)}
+
+
+@pytest.mark.parametrize("mesh", SHARDED)
+@pytest.mark.parametrize("adapter", ["lora", "queryable"])
+@pytest.mark.parametrize("model", ["decoder", "mlp"])
+def test_losses_gradients_and_updates_equal_those_of_one_device(model, adapter, mesh, cases):
+  arrays, _, _ = cases
+  expected = of_case(arrays, f"{model}/{adapter}/one")
+  actual = of_case(arrays, f"{model}/{adapter}/{mesh}")
+  assert actual.keys() == expected.keys() and len(actual) > 10
+  for path, leaf in expected.items():
+    kind = path[1]  # of (loss, gradients, parameters)
+    if kind == "0":
+      np.testing.assert_allclose(actual[path], leaf, rtol=1e-5, err_msg=path)
+    elif kind == "1":
+      assert np.abs(leaf).max() > 0, path
+      np.testing.assert_allclose(
+        actual[path], leaf, rtol=0, atol=2e-5 * np.abs(leaf).max(), err_msg=path
+      )
+    else:
+      np.testing.assert_allclose(actual[path], leaf, rtol=0, atol=1e-3 * 0.05, err_msg=path)
+
+
+def moved(facts, case):
+  return [tuple(each) for each in facts[case]["collectives"]]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "queryable"])
+def test_one_layer_at_a_time_is_gathered_never_the_stacked_base(adapter, cases):
+  _, facts, _ = cases
+  for mesh in ("fsdp", "mixed"):
+    gathers = [each for each in moved(facts, f"decoder/{adapter}/{mesh}") if "gather" in each[0]]
+    assert [shape for _, shape, in_loop in gathers if in_loop and "[16,32]" in shape], gathers
+    whole = [shape for _, shape, _ in gathers if shape.partition("[")[2].startswith(f"{BLOCKS},")]
+    assert not whole
+  # Copies of everything need no gathering at all.
+  assert not [each for each in moved(facts, f"decoder/{adapter}/data") if "gather" in each[0]]
+
+
+def test_every_device_holds_its_share_of_base_adapter_and_moments(cases):
+  _, facts, _ = cases
+  for kind, share in (("base", 8), ("adapter", 2), ("moments", 2)):
+    whole = facts["decoder/lora/one"]["local"][kind]
+    assert facts["decoder/lora/data"]["local"][kind] == whole
+    # Norms and what 8 does not divide stay whole.
+    assert facts["decoder/lora/fsdp"]["local"][kind] < 1.35 * whole / share
+    if kind == "base":
+      assert facts["decoder/lora/mixed"]["local"][kind] < 1.35 * whole / 4
+
+
+def per_token(facts, case):
+  """Counts of what is moved inside the loops for tokens: arrays with the rows' and places' axes."""
+  found = collections.Counter()
+  for kind, shape, in_loop in moved(facts, case):
+    sizes = shape.partition("[")[2].rstrip("]").split(",")
+    if in_loop and "10" in sizes:  # `mesh_cases.LENGTH`
+      found[kind, shape] += 1
+  return found
+
+
+@pytest.mark.parametrize("mesh", SHARDED)
+def test_routing_moves_nothing_of_a_token_that_lora_does_not(mesh, cases):
+  _, facts, _ = cases
+  lora = per_token(facts, f"decoder/lora/{mesh}")
+  queryable = per_token(facts, f"decoder/queryable/{mesh}")
+  assert queryable == lora
+  assert bool(lora) == (mesh == "mixed")  # tensor parallelism sums over the tensor axis
+
+
+def test_no_array_is_replicated_to_change_its_layout(cases):
+  assert "Involuntary full rematerialization" not in cases[2]

@@ -1,0 +1,121 @@
+"""Several processes over loopback: the same run as one process, and one end for all of them."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+from qlora_jax import errors
+from qlora_jax.parallel import processes
+
+ROOT = pathlib.Path(__file__).parents[2]
+FLAGS = "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0"
+
+
+def start(arguments, count, devices):
+  """`count` processes of `devices` devices each."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  return [
+    subprocess.Popen(
+      [sys.executable, *arguments], cwd=ROOT, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      env=os.environ | {
+        "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS.format(devices),
+        **({"QLORA_JAX_COORDINATOR": f"127.0.0.1:{port}", "QLORA_JAX_PROCESSES": str(count),
+            "QLORA_JAX_PROCESS": str(index)} if count > 1 else {}),
+      },
+    )
+    for index in range(count)
+  ]  # fmt: skip
+
+
+def finish(started):
+  for process in started:
+    _, told = process.communicate(timeout=600)
+    assert process.returncode == 0, told
+
+
+def losses(directory):
+  lines = (directory / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line)["train/loss"] for line in lines]
+
+
+def adapter(directory):
+  return safetensors_numpy.load_file(directory / "adapter/adapter.safetensors")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_llama, tmp_path_factory):
+  """The same run by one, two and four processes of four devices in all."""
+  folder = tmp_path_factory.mktemp("processes")
+  for count in (1, 2, 4):
+    directory = folder / str(count)
+    finish(start(["tests/parallel/process_case.py", str(tiny_llama), str(directory)], count,
+                 4 // count))  # fmt: skip
+  return folder
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_train_as_one_does(count, runs):
+  # The rows of a step are the same; sums over them are taken in another order (float32).
+  np.testing.assert_allclose(losses(runs / str(count)), losses(runs / "1"), rtol=1e-5)
+  one, several = adapter(runs / "1"), adapter(runs / str(count))
+  assert one.keys() == several.keys()
+  for name in one:
+    # Three steps of Adam at 1e-2: 1e-3 of the way that a weight can go.
+    np.testing.assert_allclose(several[name], one[name], rtol=0, atol=3e-5, err_msg=name)
+  result = json.loads((runs / str(count) / "result.json").read_text())
+  expected = json.loads((runs / "1" / "result.json").read_text())
+  assert result["after"] == pytest.approx(expected["after"], rel=1e-3)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_others_with_one_line(lost):
+  started = start(["tests/parallel/lost_case.py"], 2, 1)
+  while started[0].stdout.readline().strip() != "5":
+    assert started[0].poll() is None, started[0].stderr.read()
+  started[lost].send_signal(signal.SIGKILL)
+  killed = time.monotonic()
+  other = started[1 - lost]
+  told = other.communicate(timeout=120)[1].splitlines()
+  assert time.monotonic() - killed < 60
+  assert other.returncode in (processes.EXIT_LOST, -signal.SIGABRT)
+  started[lost].communicate()
+  said = [line for line in told if line.startswith("error: ")]
+  assert len(said) == 1 and f"process {1 - lost} of 2" in said[0]
+  assert "same command again" in said[0]
+  assert "Traceback" not in "".join(told)
+
+
+@pytest.mark.parametrize(
+  ("given", "says"),
+  [
+    ({"QLORA_JAX_PROCESSES": "2"}, "QLORA_JAX_COORDINATOR: missing"),
+    (("nowhere", "2", "0"), "give HOST:PORT"),
+    (("host:1", "two", "0"), "QLORA_JAX_PROCESSES: 'two'"),
+    (("host:1", "2", "2"), "a number from 0 to 1"),
+  ],
+)
+def test_a_mistake_in_the_environment_is_one_line(given, says):
+  names = ("QLORA_JAX_COORDINATOR", "QLORA_JAX_PROCESSES", "QLORA_JAX_PROCESS")
+  given = given if isinstance(given, dict) else dict(zip(names, given, strict=True))
+  with pytest.raises(errors.UserError, match=says):
+    processes.values(given)
+
+
+def test_a_process_alone_starts_nothing():
+  assert processes.values({}) is None
+  assert not processes.detected({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"})
+  assert processes.detected({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"})
+  assert processes.detected({"TPU_WORKER_HOSTNAMES": "a,b"})
+  assert processes.is_first()
