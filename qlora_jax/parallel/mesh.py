@@ -27,12 +27,16 @@ DATA_AXES = ("slice", "data", "fsdp")
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 # The first rule whose mesh axes are still free in an array wins; what has no rule is not split.
+# Kernels have an `embed` axis, which takes fsdp; factors [rank, heads] have none, and use both.
 DEFAULT_RULES: Rules = (
-  ("vocabulary", "tensor"),
-  ("heads", "tensor"),
-  ("kv_heads", "tensor"),
-  ("mlp", "tensor"),
   ("embed", "fsdp"),
+  ("vocabulary", "tensor"),
+  ("heads", ("tensor", "fsdp")),
+  ("heads", "tensor"),
+  ("kv_heads", ("tensor", "fsdp")),
+  ("kv_heads", "tensor"),
+  ("mlp", ("tensor", "fsdp")),
+  ("mlp", "tensor"),
 )
 # The axis names of the parameters of all models and adapters.
 LOGICAL_AXES = (

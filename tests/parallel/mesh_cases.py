@@ -96,7 +96,6 @@ def run(model, variables, boxed, batch, shards, gradients):
     ).lower(state, frozen, batch).compile()  # fmt: skip
     state, (loss, grads) = compiled(state, frozen, batch)
     state, _ = compiled(state, frozen, batch)
-  kernel = placed["params"]["stack"]["blocks"]["layer_0"]
   local = {
     "adapter": sum(
       leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params)
@@ -106,7 +105,6 @@ def run(model, variables, boxed, batch, shards, gradients):
     ),
     "base": sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed["base"])),
   }
-  del kernel
   return (loss, grads, state.params), compiled.as_text(), local
 
 

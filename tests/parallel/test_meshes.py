@@ -1,4 +1,4 @@
-"""A train step on any mesh of eight devices is the step on one device, and moves no more than it may.
+"""A train step on eight devices is the step on one, and moves no more than it may.
 
 Tolerance: sums over rows, widths and answers are taken in another order, each order off by some
 units in the last place of float32 (6e-8) of the largest term. Losses agree to 1e-5 of their size,
@@ -67,22 +67,25 @@ def test_one_layer_at_a_time_is_gathered_never_the_stacked_base(adapter, cases):
   _, facts, _ = cases
   for mesh in ("fsdp", "mixed"):
     gathers = [each for each in moved(facts, f"decoder/{adapter}/{mesh}") if "gather" in each[0]]
-    assert [shape for _, shape, in_loop in gathers if in_loop and "[16,32]" in shape], gathers
+    layer = "[16,32]" if mesh == "fsdp" else "[16,16]"  # of the q map: gathered over fsdp alone
+    assert [shape for _, shape, in_loop in gathers if in_loop and layer in shape], gathers
     whole = [shape for _, shape, _ in gathers if shape.partition("[")[2].startswith(f"{BLOCKS},")]
     assert not whole
   # Copies of everything need no gathering at all.
   assert not [each for each in moved(facts, f"decoder/{adapter}/data") if "gather" in each[0]]
 
 
-def test_every_device_holds_its_share_of_base_adapter_and_moments(cases):
+@pytest.mark.parametrize("adapter", ["lora", "queryable"])
+def test_every_device_holds_its_share_of_base_adapter_and_moments(adapter, cases):
   _, facts, _ = cases
-  for kind, share in (("base", 8), ("adapter", 2), ("moments", 2)):
-    whole = facts["decoder/lora/one"]["local"][kind]
-    assert facts["decoder/lora/data"]["local"][kind] == whole
-    # Norms and what 8 does not divide stay whole.
-    assert facts["decoder/lora/fsdp"]["local"][kind] < 1.35 * whole / share
-    if kind == "base":
-      assert facts["decoder/lora/mixed"]["local"][kind] < 1.35 * whole / 4
+  for kind in ("base", "adapter", "moments"):
+    whole = facts[f"decoder/{adapter}/one"]["local"][kind]
+    assert facts[f"decoder/{adapter}/data"]["local"][kind] == whole
+    kept = 0.0 if adapter == "lora" or kind == "base" else 0.3  # the memory and routers stay whole
+    for mesh, parts in (("fsdp", 8), ("mixed", 4)):
+      own = facts[f"decoder/{adapter}/{mesh}"]["local"][kind]
+      # Norms stay whole too, a few in a hundred.
+      assert whole / parts <= own < (1.35 / parts + kept) * whole
 
 
 def per_token(facts, case):

@@ -29,6 +29,8 @@ def specs(method, rules=mesh_lib.DEFAULT_RULES, **fields):
   [
     ((8, 8), ("embed", "mlp"), mesh_lib.DEFAULT_RULES, P("fsdp", "tensor")),
     ((8, 7), ("embed", "mlp"), mesh_lib.DEFAULT_RULES, P("fsdp")),  # 2 does not divide 7
+    ((3, 8), ("rank", "mlp"), mesh_lib.DEFAULT_RULES, P(None, ("tensor", "fsdp"))),
+    ((3, 6), ("rank", "mlp"), mesh_lib.DEFAULT_RULES, P(None, "tensor")),
     ((8, 8), ("atoms", "query"), mesh_lib.DEFAULT_RULES, P()),
     ((8, 8), ("embed", "mlp"), (("mlp", "fsdp"), ("embed", "fsdp")), P(None, "fsdp")),
     ((8, 3), ("atoms", "query"), (("atoms", ("fsdp", "tensor")),), P(("fsdp", "tensor"))),
@@ -60,16 +62,16 @@ def test_factors_are_split_as_their_map_is(method):
   tree = collections["frozen" if method == "lora_xs" else "params"]
   layer = tree["stack"]["blocks"]["layer_0"]
   for name, of_a, of_b in (
-    ("q", P(None, "fsdp"), P(None, None, "tensor")),
-    ("o", P(None, "tensor"), P(None, None, "fsdp")),
+    ("q", P(None, "fsdp"), P(None, None, ("tensor", "fsdp"))),
+    ("o", P(None, ("tensor", "fsdp")), P(None, None, "fsdp")),
   ):
     assert layer[name]["branch"]["lora_a"] == of_a and layer[name]["branch"]["lora_b"] == of_b
-  assert layer["mlp"]["down"]["branch"]["lora_a"] == P(None, "tensor")
+  assert layer["mlp"]["down"]["branch"]["lora_a"] == P(None, ("tensor", "fsdp"))
 
 
 def test_lilys_experts_are_split_as_their_map_is():
   memory = specs("lily")["params"]["stack"]["memory"]
-  assert memory["lily_b_q"] == P(None, None, "tensor")
+  assert memory["lily_b_q"] == P(None, None, ("tensor", "fsdp"))
   assert memory["lily_b_down"] == P(None, None, "fsdp")
 
 
