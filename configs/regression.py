@@ -21,6 +21,7 @@ from ml_collections import config_dict
 from qlora_jax import sweeps
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.adapters import factory
+from qlora_jax.launching import options
 
 VARIANTS = ("", "runlocal", "demo", "headline")
 LEARNING_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
@@ -52,6 +53,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.eval = dict(every=200)
   config.checkpoint = dict(seconds=15.0, keep=2)  # least time between two; newest ones kept
   config.mesh = dict(runs=1)
+  config.cluster = options.default()
   if arg == "runlocal":
     config.optimizer.steps = 400
     config.pretrain.steps = 1000

@@ -36,14 +36,15 @@ def default() -> ml_collections.ConfigDict:
     name="qlora-jax",
     accelerator="v5litepod-8",  # of one slice; xpk's --tpu-type
     slices=1,
-    version="v2-alpha-tpuv5-lite",  # the TPU-VM's runtime
     spot=False,
     delete=False,  # the TPU-VM when the run has ended
     python="python3.11",
-    setup=(),  # shell lines on every worker before the run
+    setup=("sudo apt-get update -q", "sudo apt-get install -yq python3.11-venv"),
+    # Installed on every worker; () takes `python` as it is.
     packages=("requirements.txt", "requirements-data.txt", "requirements-llm.txt"),
   )
-  for name in ("project", "zone", "bucket", "cluster", "topology", "image", "network"):
+  # version: the TPU-VM's runtime; topology, cluster, image: of xpk; the rest Google Cloud's.
+  for name in ("version", "project", "zone", "bucket", "cluster", "topology", "image", "network"):
     cluster.tpu[name] = config_dict.placeholder(str)
   return cluster
 
@@ -54,7 +55,9 @@ def split(
   """(config without its group `cluster`, that group): a run does not depend on where it ran."""
   own = config.copy_and_resolve_references()
   own.unlock()
-  cluster = own.pop("cluster", None) or default()
+  cluster = own.get("cluster") or default()
+  if "cluster" in own:
+    del own["cluster"]
   return own.lock(), cluster
 
 
@@ -72,11 +75,11 @@ def minutes(text: str) -> int:
   days, *parts = matched.groups()
   given = [int(part) for part in parts if part is not None]
   if days is not None:  # D-H[:M[:S]]
-    hours, minute, second = (given + [0, 0])[:3]
+    hours, minute, second = [*given, 0, 0][:3]
   elif len(given) == 3:  # H:M:S
     hours, minute, second = given
   else:  # M[:S]
-    hours, (minute, second) = 0, (given + [0])[:2]
+    hours, (minute, second) = 0, [*given, 0][:2]
   seconds = ((int(days or 0) * 24 + hours) * 60 + minute) * 60 + second
   if seconds < 60:
     raise errors.UserError(f"cluster.slurm.time: {text!r} is under a minute; ask for more")
