@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.seed = 0
   config.model = dict(
     weights="smollm2-135m-instruct", layers_per_block=5, base_dtype="float32", dtype="float32",
-    remat="none",
+    remat="none", attention="auto",
   )  # fmt: skip
   config.model.adapted = config_dict.placeholder(tuple)
   config.adapter = regression.get_config().adapter

@@ -23,7 +23,7 @@ from qlora_jax.adapters import config as adapter_config
 from qlora_jax.adapters import statistics
 from qlora_jax.data.text import formatting, pipeline, scoring
 from qlora_jax.instructions import cache, projection
-from qlora_jax.models import decoder, generation
+from qlora_jax.models import decoder, fast_attention, generation
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.parallel import processes, sharding
 from qlora_jax.training import (
@@ -101,6 +101,7 @@ class Run:
     self.config, self.directory, self.shared, self.display = config, directory, shared, display
     self.settings = language_settings.resolve(config)
     self.model = self.settings.model
+    fast_attention.check(self.model.config.attention, jax.default_backend())
     layout = mesh_lib.from_config(config.mesh)
     self.shards = language_shards.Shards(mesh_lib.make(layout), layout.rules)
     mesh_lib.check_batch(

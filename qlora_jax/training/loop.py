@@ -54,6 +54,7 @@ class GroupSpec:
     config = self.config.to_dict()
     config.pop("seed", None), config["optimizer"].pop("learning_rate"), config.pop("mesh", None)
     config["data"].pop("data_dir"), config.pop("protocol"), config.pop("checkpoint")
+    config["model"].pop("attention", None)
     text = json.dumps([config, self.stage, self.runs], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

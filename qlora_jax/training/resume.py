@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 # A whole work directory: fields that change no result, see `loop.GroupSpec.identity`.
-STUDY = ("checkpoint", "mesh", "data.data_dir")
+STUDY = ("checkpoint", "mesh", "model.attention", "data.data_dir")
 # One run that goes on: also what is asked of it when it is done, and which runs there are.
 RUN = (*STUDY, "data.manual_folder", "eval", "protocol", "variant")
 _SHOWN = 6  # fields that a message lists
