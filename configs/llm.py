@@ -15,6 +15,7 @@ from ml_collections import config_dict
 
 from configs import regression
 from qlora_jax import sweeps
+from qlora_jax.launching import options
 from qlora_jax.parallel import mesh
 
 VARIANTS = ("", "demo", "pair", "induction")
@@ -55,6 +56,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data.train_rows = config_dict.placeholder(int)
   config.instruction = dict(encoder="minilm", dim=32, in_prompt=False, shuffled=False)
   config.mesh = dict(slice=1, data=1, fsdp=-1, tensor=1, rules=mesh.DEFAULT_RULES)
+  config.cluster = options.default()
   config.protocol = dict(search_seeds=(0,), final_seeds=(100, 101, 102))
   config.eval = dict(every=10, validation=100, examples=60, max_tokens=24, batch_size=32)
   config.checkpoint = dict(  # seconds: least time between two; validate_every: steps, 0 for never

@@ -50,19 +50,21 @@ class Step:
     why: a line about it.
     commands: one a slice, or one.
     until: the first command is asked again until it prints this; '' runs it once.
-    optional: whether a failure is passed over.
+    unless: if this command succeeds the step is done already.
   """
 
   why: str
   commands: tuple[tuple[str, ...], ...]
   until: str = ""
-  optional: bool = False
+  unless: tuple[str, ...] = ()
 
   def shown(self) -> str:
     """As a shell would take it."""
     lines = [shlex.join(command) for command in self.commands]
     if self.until:
       lines = [f'until [ "$({lines[0]})" = {self.until} ]; do sleep {_POLL:g}; done']
+    if self.unless:
+      lines[0] = f"{shlex.join(self.unless)} >/dev/null 2>&1 || {lines[0]}"
     if len(lines) > 1:
       lines = [f"{line} &" for line in lines] + ["wait"]
     return "\n".join([f"# {self.why}", *lines])
@@ -176,14 +178,13 @@ def plan(
   if tpu.network:
     more.append(f"--network={tpu.network}")
 
-  def on_all(why, verb, *args, **options_):
+  def on_all(why, verb, *args):
     return Step(
       why,
       tuple(
         (*base, "tpu-vm", verb, *(each.replace("NODE", node) for each in args), *where)
         for node in nodes
       ),
-      **options_,
     )
 
   def ssh(why, line):
@@ -193,7 +194,7 @@ def plan(
     created = [Step("the TPU-VM", ((
       *base, "tpu-vm", "create", tpu.name, f"--accelerator-type={tpu.accelerator}",
       f"--version={version}", *more,
-    ),))]  # fmt: skip
+    ),), unless=(*base, "tpu-vm", "describe", tpu.name, *where))]  # fmt: skip
     gone = (*base, "tpu-vm", "delete", tpu.name, "--quiet", *where)
   else:
     several = (
@@ -205,15 +206,17 @@ def plan(
       Step("the request", ((
         *queued, "create", tpu.name, *several, f"--accelerator-type={tpu.accelerator}",
         f"--runtime-version={version}", *more,
-      ),)),
+      ),), unless=(*queued, "describe", tpu.name, *where)),
       Step("wait for the TPU-VMs", ((
         *queued, "describe", tpu.name, "--format=value(state.state)", *where
       ),), until="ACTIVE"),
     ]  # fmt: skip
     gone = (*queued, "delete", tpu.name, "--force", "--quiet", *where)
   sent = [*_SENT, *(name for name in tpu.packages if name not in _SENT)]
-  target = f"{_HOME}/{_BUCKET}/{workdir.strip('/')}" if tpu.bucket else f"{_HOME}/{workdir}"
-  run = run_line(arguments, f"{_BUCKET}/{workdir.strip('/')}" if tpu.bucket else workdir)
+  run = run_line(
+    ".venv/bin/python" if tpu.packages else tpu.python, arguments,
+    f"{_BUCKET}/{workdir.strip('/')}" if tpu.bucket else workdir,
+  )  # fmt: skip
   steps = [
     *created,
     Step("this package", ((
@@ -226,9 +229,10 @@ def plan(
     ssh("run on every worker", f"cd {_HOME} && {run}"),
   ]  # fmt: skip
   if not tpu.bucket:
+    local = str(pathlib.Path(workdir).parent)
     steps.append(Step("the results", ((
-      *base, "tpu-vm", "scp", "--recurse", f"{tpu.name}:{target}", str(pathlib.Path(workdir).parent),
-      "--worker=0", *where,
+      *base, "tpu-vm", "scp", "--recurse", f"{tpu.name}:{_HOME}/{workdir}", local, "--worker=0",
+      *where,
     ),)))  # fmt: skip
   if tpu.delete:
     steps.append(Step("delete it", (gone,)))
@@ -247,8 +251,6 @@ def setup_line(tpu: ml_collections.ConfigDict) -> str:
       alone = "" if name == "requirements.txt" else " --no-deps --require-hashes"
       lines.append(f".venv/bin/pip install -q{alone} -r {name}")
     lines.append(f".venv/bin/pip install -q {shlex.quote(_jax_for_tpus())}")
-  else:
-    lines.append(f"mkdir -p .venv/bin && ln -sf {shlex.quote(tpu.python)} .venv/bin/python")
   if tpu.bucket:
     lines += [
       _GCSFUSE, f"mkdir -p {_BUCKET}",
@@ -257,9 +259,9 @@ def setup_line(tpu: ml_collections.ConfigDict) -> str:
   return "; ".join(lines)
 
 
-def run_line(arguments: list[str], workdir: str) -> str:
+def run_line(python: str, arguments: list[str], workdir: str) -> str:
   """What every worker runs, below the package's directory, as one shell line."""
-  command = [".venv/bin/python", "launch.py", *arguments, f"--workdir={workdir}"]
+  command = [python, "launch.py", *arguments, f"--workdir={workdir}"]
   return f"PYTHONPATH=. QLORA_JAX_DISTRIBUTED=1 {shlex.join(command)}"
 
 
@@ -293,6 +295,9 @@ def _jax_for_tpus() -> str:
 
 def _execute(step: Step) -> None:
   print(step.shown(), file=sys.stderr, flush=True)
+  if step.unless and not subprocess.run(step.unless, capture_output=True, check=False).returncode:
+    print("there already", file=sys.stderr, flush=True)
+    return
   if step.until:
     _wait(step)
     return
