@@ -78,6 +78,7 @@ def main(argv: list[str]) -> None:
   from qlora_jax.parallel import processes
 
   processes.start()  # before anything asks for a device
+  stop.install()  # JAX has set a handler of its own if there are others
   with processes.together():
     _run(config, points, workdir)
 

@@ -1,7 +1,8 @@
 """Starting a run's processes, one a host, and ending all of them when one is lost.
 
-Under Slurm, on a TPU pod and on GKE every process finds the others by itself. Anywhere else three
-environment variables say who is who (or the arguments of `start`):
+Under Slurm, on a TPU pod and on GKE every process finds the others by itself (on TPU-VMs it looks
+for them if QLORA_JAX_DISTRIBUTED=1). Anywhere else three environment variables say who is who (or
+the arguments of `start`):
 
   QLORA_JAX_COORDINATOR=HOST:PORT   where process 0 listens
   QLORA_JAX_PROCESSES=N             how many processes there are
@@ -153,6 +154,8 @@ def values(
 def detected(environment: Mapping[str, str]) -> bool:
   """Whether a launcher started this process as one of several."""
   if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+    return True
+  if environment.get("QLORA_JAX_DISTRIBUTED") == "1":
     return True
   return len(environment.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
 
