@@ -12,6 +12,7 @@ A user's mistake is one line on standard error and exit code 2; an interrupted r
 with 130 (143 after SIGTERM), and goes on where it stopped when the same command is given again.
 """
 
+import errno
 import importlib.util
 import pathlib
 import shlex
@@ -181,6 +182,12 @@ def cli() -> None:
   except errors.UserError as error:
     _fail(str(error))
   except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+      where = error.filename or _WORKDIR.value
+      _fail(
+        f"--workdir: {where} cannot be written ({error.strerror}); make room: the same command"
+        " goes on from the last checkpoint"
+      )
     # ml_collections reports a config file that it cannot read where its fields are first used.
     if not str(error).startswith(("Failed loading config", "Configuration is not available")):
       raise

@@ -10,11 +10,13 @@ _SPLITS = ("test", "test_seen")
 
 
 def publish(workdir: pathlib.Path, row: dict) -> pathlib.Path | None:
-  """Copies the adapter of a single run to `workdir/adapter`; None where nothing was trained."""
-  source, target = workdir / row["directory"] / language.ADAPTER, workdir / language.ADAPTER
-  if not source.is_dir():
+  """Copies a single run's adapter, and its best step's, to `workdir`; None where none is."""
+  run, target = workdir / row["directory"], workdir / language.ADAPTER
+  if not (run / language.ADAPTER).is_dir():
     return None
-  shutil.copytree(source, target, dirs_exist_ok=True)
+  for name in (language.ADAPTER, language.BEST):
+    if (run / name).is_dir():
+      shutil.copytree(run / name, workdir / name, dirs_exist_ok=True)
   return target
 
 
