@@ -68,6 +68,8 @@ def start(
   if given is not None:
     options = dict(zip(("coordinator_address", "num_processes", "process_id"), given, strict=True))
     options["cluster_detection_method"] = "deactivate"
+  # JAX's own handler of SIGTERM would take the place of the one that saves and stops.
+  jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
     **options, heartbeat_timeout_seconds=LOST_AFTER, shutdown_timeout_seconds=LOST_AFTER
   )
@@ -80,6 +82,7 @@ def _watch() -> None:
   witness = subprocess.Popen(
     [sys.executable, "-S", "-c", _WITNESS, _message("was killed, or lost another process")],
     stdin=subprocess.PIPE,
+    stdout=subprocess.DEVNULL,
     start_new_session=True,  # a signal to the whole group is not for it
   )
 

@@ -18,6 +18,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qlora_jax import errors
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.typing import Array, PyTree
 
@@ -150,29 +151,50 @@ def shard_count() -> int:
   return 1 if found is None else math.prod(found[0][axis] for axis in mesh_lib.DATA_AXES)
 
 
+def _own_shards(mesh: Mesh) -> tuple[tuple[int, ...], int, int]:
+  """(data shards of this process, their place among all processes' sets of shards, sets)."""
+  holders: dict[int, list[int]] = {}
+  for shard, devices in enumerate(mesh.devices.reshape(mesh_lib.data_shards(mesh), -1)):
+    for process in {device.process_index for device in devices}:
+      holders.setdefault(process, []).append(shard)
+  sets = sorted({tuple(shards) for shards in holders.values()})
+  if sum(map(len, sets)) != mesh_lib.data_shards(mesh) or len(set(map(len, sets))) > 1:
+    raise errors.UserError(
+      "mesh: the processes do not hold equal parts of the batch; use a mesh.tensor that divides the"
+      " devices of a process, or is a multiple of them"
+    )
+  own = tuple(holders[jax.process_index()])
+  return own, sets.index(own), len(sets)
+
+
 def own_rows(mesh: Mesh) -> tuple[int, int]:
   """(index, count) of this process's share of the batch, for a Grain shard.
 
   Processes that hold the same rows (tensor parallelism across processes) have the same index.
   """
-  shards = mesh_lib.data_shards(mesh)
-  places = np.arange(shards)
-  order = mesh.devices.reshape(shards, -1)
-  me = jax.process_index()
-  mine = places[[any(device.process_index == me for device in row) for row in order]]
-  count = shards // len(mine)
-  if not (np.diff(mine) == 1).all() or shards % len(mine) or mine[0] % len(mine):
-    raise ValueError(f"process {me} holds the data shards {mine.tolist()}: not one even part")
-  return int(mine[0]) // len(mine), count
+  return _own_shards(mesh)[1:]
 
 
-def place(tree: PyTree, shardings: PyTree) -> PyTree:
-  """Global arrays from what this process has of them: its own rows, or all if replicated."""
-  return jax.tree.map(
-    lambda leaf, own: jax.make_array_from_process_local_data(own, np.asarray(leaf)),
-    tree,
-    shardings,
-  )
+def place(mesh: Mesh, tree: PyTree, leading: int = 1) -> PyTree:
+  """The global batch from this process's rows, for every leaf; see `rows`.
+
+  A process's data shards take its rows in order, wherever on the mesh they are.
+  """
+  own, _, count = _own_shards(mesh)
+  sharding, shards = rows(mesh, leading), mesh_lib.data_shards(mesh)
+
+  def one(leaf):
+    leaf = np.asarray(leaf)
+    size = leaf.shape[leading] * count // shards
+    shape = (*leaf.shape[:leading], size * shards, *leaf.shape[leading + 1 :])
+
+    def shard(index):
+      first = own.index((index[leading].start or 0) // size) * size
+      return leaf[(slice(None),) * leading + (slice(first, first + size),)]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+  return jax.tree.map(one, tree)
 
 
 def gathered(tree: PyTree) -> Any:

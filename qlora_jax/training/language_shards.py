@@ -104,7 +104,7 @@ class Shards:
     made = language_step.from_text(text, table, parts, local)
     if self.mesh.size == 1:
       return made
-    return sharding.place(made, sharding.batch(self.mesh, made))
+    return sharding.place(self.mesh, made)
 
   def share(self, text: packing.TextBatch) -> packing.TextBatch:
     """This process's rows of a batch that all processes have whole."""

@@ -145,7 +145,7 @@ def mlp_case(adapter, shards):
   boxed = jax.eval_shape(init, jax.random.key(0))
   variables = jax.tree.map(np.asarray, nn.meta.unbox(init(jax.random.key(0))))
   variables["params"] = disturbed(variables["params"])
-  batch = sharding.place(batch, sharding.batch(shards.mesh, batch, leading=0))
+  batch = sharding.place(shards.mesh, batch, leading=0)
   return run(model, variables, boxed, batch, shards, step_lib.gradients)
 
 

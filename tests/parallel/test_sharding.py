@@ -1,10 +1,14 @@
 """What is split how: names of axes to axes of the mesh, for parameters and optimiser states."""
 
+import types
+
 import jax
+import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from qlora_jax import errors
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.models import decoder
 from qlora_jax.parallel import mesh as mesh_lib
@@ -94,3 +98,39 @@ def test_moments_lie_as_their_parameters():
   adam = found[1]
   assert adam.mu == params and adam.nu == params and adam.count.spec == P()
   assert jax.tree.structure(found) == jax.tree.structure(state)
+
+
+class Device:
+  """What `own_rows` asks of a device."""
+
+  def __init__(self, process):
+    self.process_index = process
+
+
+@pytest.mark.parametrize(
+  ("processes", "sizes", "found"),
+  [
+    ([0, 0, 1, 1, 2, 2, 3, 3], (1, 1, 8, 1), (1, 4)),
+    ([0, 1, 0, 1, 2, 3, 2, 3], (1, 1, 8, 1), (1, 4)),  # laid out for the network, not by host
+    ([0, 0, 1, 1, 2, 2, 3, 3], (1, 1, 4, 2), (1, 4)),
+    ([0, 0, 1, 1, 2, 2, 3, 3], (1, 1, 2, 4), (0, 2)),  # two processes hold the same rows
+    ([0, 0, 1, 1, 2, 2, 3, 3], (1, 1, 1, 8), (0, 1)),
+  ],
+)
+def test_a_process_reads_the_rows_of_its_devices(processes, sizes, found, monkeypatch):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  mesh = types.SimpleNamespace(
+    devices=np.array([Device(one) for one in processes]).reshape(sizes),
+    shape=dict(zip(mesh_lib.AXES, sizes, strict=True)),
+  )
+  assert sharding.own_rows(mesh) == found
+
+
+def test_uneven_parts_of_the_batch_are_refused_in_one_line(monkeypatch):
+  monkeypatch.setattr(jax, "process_index", lambda: 0)
+  devices = np.array([Device(one) for one in (0, 0, 0, 1, 1, 1)]).reshape(1, 1, 3, 2)
+  mesh = types.SimpleNamespace(
+    devices=devices, shape=dict(zip(mesh_lib.AXES, (1, 1, 3, 2), strict=True))
+  )
+  with pytest.raises(errors.UserError, match=r"^mesh: the processes do not hold equal parts"):
+    sharding.own_rows(mesh)
