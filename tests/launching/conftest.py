@@ -1,0 +1,39 @@
+"""A Slurm of one node, started for the tests of a module."""
+
+import fcntl
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parent / "slurm.sh"
+
+
+def script(*arguments):
+  done = subprocess.run(
+    ["sh", str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, check=False,
+    env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHON": sys.executable},
+  )  # fmt: skip
+  if done.returncode == 3:
+    pytest.skip(f"no Slurm on this machine: {done.stderr.strip()}")
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.fixture(scope="session")
+def slurm_packages():
+  # Test workers side by side: one installs.
+  with open("/tmp/qlora_jax_slurm.lock", "w") as handle:
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    script("install")
+
+
+@pytest.fixture
+def slurm(slurm_packages, tmp_path_factory, monkeypatch):
+  """Starts the node; every command of this process and its children speaks to it."""
+  folder = tmp_path_factory.mktemp("slurm")
+  script("start", folder)
+  monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+  yield folder
+  script("stop", folder)

@@ -1,0 +1,149 @@
+"""Sweeps and runs on a real Slurm of one node: submitted, preempted, resumed, gathered, failed."""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from configs import llm, regression
+from experiments import report
+from qlora_jax import errors
+from qlora_jax.launching import options, slurm, status
+from qlora_jax.training import records, study
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+ROOT = pathlib.Path(__file__).parents[2]
+COMPARED = ["stage", "method", "seed", "learning_rate", "validation_mse", "test_mse", "train_loss"]
+
+
+def regression_config(data):
+  config = regression.get_config("runlocal")
+  config.data.data_dir = str(data)
+  config.model.update(dict(width=16, hidden=16))
+  config.adapter.budget = 1024
+  config.optimizer.steps, config.pretrain.steps, config.eval.every = 400, 40, 2
+  config.checkpoint.seconds = 0.0
+  config.protocol.search_seeds, config.protocol.final_seeds = (0,), (100,)
+  return options.split(config)
+
+
+def launch(config, points, workdir, cluster, **more):
+  return slurm.launch(config, points, workdir, cluster.slurm, "test", **{
+    "max_parallel": None, "report": report.write_report, **more
+  })  # fmt: skip
+
+
+def until(wanted, workdir, seconds=240):
+  """Asks until `wanted(rows)`; returns the rows, or fails with what they say."""
+  ends = time.monotonic() + seconds
+  while time.monotonic() < ends:
+    rows = status.look(workdir)
+    if wanted(rows):
+      return rows
+    time.sleep(0.1)
+  logs = [path.read_text()[-2000:] for path in sorted(workdir.glob("slurm/*_log.err"))]
+  raise AssertionError("\n".join([*map(str, rows), *logs]))
+
+
+def states(rows):
+  return [row.state for row in rows]
+
+
+def saves(workdir):
+  return list(workdir.glob("groups/*/checkpoints/[0-9]*"))
+
+
+def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed(
+  slurm, tmp_path, shared_data
+):
+  config, cluster = regression_config(shared_data)
+  cluster.slurm.requeues = 3
+  points = [
+    # Its folder cannot be made, which shows only where it trains.
+    {"adapter.name": "static", "data.data_dir": "/dev/null/data"},
+    {"adapter.name": "lora"},
+    {"adapter.name": "none"},
+  ]
+  workdir = tmp_path / "sweep"
+  told, _ = launch(config, points, workdir, cluster, max_parallel=1)
+  assert "submitted 3 of 3 settings" in told
+  until(lambda rows: rows[0].state == "running", workdir)
+  assert states(status.look(workdir))[1:] == ["pending", "pending"]  # one at a time
+
+  rows = until(lambda rows: rows[0].state == "failed" and saves(workdir), workdir)
+  assert rows[0].reason.startswith("NotADirectoryError: [Errno 20]")
+  assert states(rows) == ["failed", "running", "pending"]
+  assert rows[2].reason == "waits for others of the sweep (--max_parallel)"
+  lora = rows[1].job
+  array = lora.split("_")[0]
+  assert [row.job for row in rows] == [f"{array}_{index}" for index in range(3)]
+
+  # What Slurm sends ahead of a time limit; SIGTERM in the time of grace is the same to a run.
+  subprocess.run(["scancel", "--signal=USR2", lora], check=True)
+  log = workdir / f"slurm/{lora}_0_log.err"
+  until(lambda rows: "requeued" in log.read_text(), workdir)
+  assert f"stopped by SIGUSR2 after saving\njob {lora} requeued" in log.read_text()
+
+  rows = until(lambda rows: states(rows) == ["failed", "done", "done"], workdir)
+  assert rows[1].job == lora  # the same job
+  record = records.read(workdir, rows[1].setting)
+  search = workdir / "groups" / record.groups[0]
+  steps = [line.count('"step"') for line in (search / "metrics.jsonl").read_text().splitlines()]
+  assert len(steps) == 200  # each step's losses once: it went on, and nothing was done twice
+  assert log.read_text().count("regimes/lora/search: start") == 2
+  assert (workdir / "report/report.html").stat().st_size > 10_000  # the last job's doing
+
+  local = tmp_path / "local"
+  study.prepare(local, config, "test")
+  study.run(config, points[1:], local)
+  tables = [pd.read_parquet(folder / "results.parquet")[COMPARED] for folder in (workdir, local)]
+  pd.testing.assert_frame_equal(*tables, rtol=1e-3)  # float32 in processes of other threads
+
+  told, finished = launch(config, points, workdir, cluster)
+  assert "submitted 1 of 3 settings" in told and "2 done, 0 in the queue" in told and finished
+  told, _ = launch(config, points, workdir, cluster)
+  assert told == "nothing to submit: of 3 settings 2 done, 1 in the queue"
+  again = status.look(workdir)[0].job
+  subprocess.run(["scancel", again], check=True)
+  rows = until(lambda rows: not rows[0].queued, workdir)
+  assert rows[0].state == "failed" and rows[0].reason.startswith("cancelled")
+  assert records.read(workdir, rows[0].setting).job != again  # cancelled, not requeued
+
+
+def test_two_tasks_of_a_job_find_each_other_and_train_one_model(slurm, tmp_path, tiny_llama):
+  config = llm.get_config()
+  config.model.weights, config.model.layers_per_block = str(tiny_llama), 1
+  config.adapter.name, config.adapter.rank, config.adapter.atoms = "lora", 4, 4
+  config.optimizer.update({"steps": 4, "batch_size": 4})
+  config.data.tasks, config.data.train_rows, config.data.length = ("plural",), 12, 64
+  config.data.data_dir = str(tmp_path / "data")
+  config.eval.update({"every": 2, "validation": 4, "examples": 1, "max_tokens": 1, "batch_size": 1})
+  config.mesh.fsdp = 2
+  config, cluster = options.split(config)
+  cluster.slurm.tasks_per_node = 2
+  workdir = tmp_path / "run"
+  told, _ = launch(config, None, workdir, cluster)
+  assert "submitted 1 of 1 settings" in told
+  rows = until(lambda rows: rows[0].state in ("done", "failed"), workdir)
+  assert rows[0].state == "done", rows[0].reason
+  assert (workdir / "adapter").is_dir()
+  logs = [(workdir / f"slurm/{rows[0].job}_{rank}_log.out").read_text() for rank in (0, 1)]
+  assert all("completed successfully" in log for log in logs)
+  done = subprocess.run(
+    [sys.executable, "launch.py", "--status", f"--workdir={workdir}"],
+    cwd=ROOT, capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  assert "word_tasks/lora" in done.stdout
+  assert "1 settings: 0 pending, 0 running, 1 done, 0 failed" in done.stdout
+
+
+def test_what_sbatch_refuses_is_one_line_and_leaves_no_job(slurm, tmp_path, shared_data):
+  config, cluster = regression_config(shared_data)
+  cluster.slurm.partition = "absent"
+  with pytest.raises(errors.UserError, match=r"sbatch refused: .*[Ii]nvalid partition"):
+    launch(config, None, tmp_path / "run", cluster)
+  assert not list((tmp_path / "run/slurm").iterdir())
+  assert states(status.look(tmp_path / "run")) == ["pending"]
