@@ -9,7 +9,7 @@ import ml_collections
 from qlora_jax import errors
 from qlora_jax.adapters import factory, sizing
 from qlora_jax.instructions import encoders
-from qlora_jax.models import decoder, families
+from qlora_jax.models import architectures, decoder, families
 from qlora_jax.training import checkpoint
 from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.weights import source, sources
@@ -24,19 +24,23 @@ class Settings:
   """What a config stands for, all of it checked.
 
   Attributes:
-    source: the opened weights; model: decoder with its sized adapter; optimizer: of the run.
+    source: the opened weights, None where only shapes were asked for; model: decoder with its sized adapter; optimizer: of the run.
     trainable_params: count of the trained tree; micro_batches: parts of a batch, one at a time.
   """
 
-  source: source.Source
+  source: source.Source | None
   model: decoder.Decoder
   optimizer: optimizer_lib.OptimizerConfig
   trainable_params: int
   micro_batches: int
 
 
-def resolve(config: ml_collections.ConfigDict) -> Settings:
+def resolve(config: ml_collections.ConfigDict, abstract: bool = False) -> Settings:
   """Validates a config, opens the weights and sizes the adapter.
+
+  Args:
+    config: of kind `language`.
+    abstract: whether `model.architecture` is enough where `model.weights` is not given.
 
   Raises:
     errors.UserError: one line that names the first field that is wrong.
@@ -62,11 +66,7 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
   for field in ("search_seeds", "final_seeds"):
     if not config.protocol[field]:
       raise errors.UserError(f"protocol.{field}: the list is empty; give at least one seed")
-  opened = sources.open_source(config.model.weights)
-  fields = {k: v for k, v in config.model.items() if k != "weights" and v is not None}
-  if "adapted" in fields:
-    fields["adapted"] = tuple(fields["adapted"])
-  shape = families.config_from_hf(opened.config, **fields)
+  opened, shape = _shape(config.model, abstract)
   if config.data.length > shape.max_length:
     raise errors.UserError(
       f"data.length: {config.data.length} is more than the model's context of {shape.max_length}"
@@ -82,3 +82,29 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     opened, decoder.Decoder(shape, adapter), optimizer_lib.OptimizerConfig(**optimizer),
     sizing.count(adapter, network), parts,
   )  # fmt: skip
+
+
+def _shape(
+  model: ml_collections.ConfigDict, abstract: bool
+) -> tuple[source.Source | None, decoder.DecoderConfig]:
+  """The opened weights, and the decoder that they or the named architecture describe."""
+  fields = {key: value for key, value in model.items() if value is not None}
+  weights, name = fields.pop("weights", None), fields.pop("architecture", None)
+  if "adapted" in fields:
+    fields["adapted"] = tuple(fields["adapted"])
+  named = None if name is None else families.config_from_hf(architectures.config(name), **fields)
+  if weights is None:
+    if named is None or not abstract:
+      raise errors.UserError(
+        "model.weights: missing; give a Hugging Face folder, a .gguf file or a built-in name"
+      )
+    return None, named
+  opened = sources.open_source(weights)
+  shape = families.config_from_hf(opened.config, **fields)
+  for field in ("layers", "width", "hidden", "heads", "groups"):
+    if named is not None and getattr(shape, field) != getattr(named, field):
+      raise errors.UserError(
+        f"model.weights: {weights} is no {name}: its {field} is {getattr(shape, field)}, not"
+        f" {getattr(named, field)}; give the weights of {name} or another model.architecture"
+      )
+  return opened, shape

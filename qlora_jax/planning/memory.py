@@ -1,0 +1,162 @@
+"""What a chip must hold: parameters exactly, from their shards; activations by an estimate.
+
+The compiler has the last word (`compile.py`); this finds what is worth compiling.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from qlora_jax.models import decoder
+from qlora_jax.parallel import mesh as mesh_lib
+from qlora_jax.parallel import sharding
+from qlora_jax.training import language_step
+
+FLOAT32 = 4
+RESERVED = 0.03  # share of a chip's memory that the runtime and fragments take
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes a chip.
+
+  Attributes:
+    base: frozen weights; adapter: trained ones; optimizer: its state; batch: the step's inputs.
+    activations: what the forward pass keeps for the gradient.
+    temporaries: everything else at the peak: gathered weights, a block's own states, gradients.
+  """
+
+  base: int
+  adapter: int
+  optimizer: int
+  batch: int
+  activations: int
+  temporaries: int
+
+  @property
+  def total(self) -> int:
+    return sum(dataclasses.asdict(self).values())
+
+
+def shard_bytes(boxed, sizes: Mapping[str, int], rules: mesh_lib.Rules) -> int:
+  """Bytes a chip of a tree of shapes boxed with logical axes, split as training splits it."""
+  total = 0
+  for leaf in jax.tree.leaves(boxed, is_leaf=_is_box):
+    value = leaf.value if _is_box(leaf) else leaf
+    shards = 1
+    if _is_box(leaf) and len(set(leaf.names) - {"blocks"}) >= 2:
+      for axes in sharding.spec(value.shape, leaf.names, dict(sizes), rules):
+        shards *= math.prod(sizes[axis] for axis in mesh_lib.axes_of(axes))
+    total += math.prod(value.shape) * np.dtype(value.dtype).itemsize // shards
+  return total
+
+
+def _is_box(leaf) -> bool:
+  return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def estimate(
+  model: decoder.Decoder,
+  sizes: Mapping[str, int],
+  rules: mesh_lib.Rules,
+  rows: int,
+  length: int,
+  answers: int,
+  micro_batches: int = 1,
+  splash: bool = True,
+) -> Memory:
+  """The memory of a step; see `Memory`.
+
+  Args:
+    model: with its adapter.
+    sizes: of the mesh's axes.
+    rules: of the mesh.
+    rows, length, answers: of the whole batch; answers are places with a loss.
+    micro_batches: parts of the batch, one after another.
+    splash: whether attention never holds its scores.
+  """
+  shape, adapter = model.config, model.adapter
+  boxed = decoder.abstract(shape, adapter)
+  base = shard_bytes(boxed["base"], sizes, rules)
+  trained = shard_bytes(boxed.get("params", {}), sizes, rules)
+  base += shard_bytes(boxed.get("frozen", {}), sizes, rules)
+  if adapter.method == "full":
+    trained += base
+    base = 0
+  shards = math.prod(sizes[axis] for axis in mesh_lib.DATA_AXES)
+  tensor, fsdp = sizes["tensor"], sizes["fsdp"]
+  tokens = rows * length / shards / micro_batches
+  width = np.dtype(shape.dtype).itemsize
+  kept = tokens * shape.width * width * shape.blocks  # the input of every block
+  layer = layer_bytes(shape, adapter, tokens, length, tensor, splash)
+  inside = layer * shape.layers_per_block
+  if shape.remat == "none":
+    kept, inside = kept + layer * shape.layers, layer
+  elif shape.remat == "dots":
+    products = sum(_local(shape, name, tensor) for name in shape.maps) * tokens * width
+    kept += products * shape.layers
+  routed = routing_bytes(shape, adapter, tokens)
+  kept += routed["kept"]
+  gathered = 0
+  if fsdp > 1:  # one layer's weights whole over fsdp, and the next one's on their way
+    maps = sum(math.prod(each) for each in shape.map_shapes.values())
+    gathered = 2 * maps * np.dtype(shape.base_dtype).itemsize / tensor
+  vocabulary = shape.vocabulary / tensor if shape.vocabulary % tensor == 0 else shape.vocabulary
+  head = vocabulary * shape.width * width * 2
+  chunk = 3 * language_step.CHUNK * vocabulary * FLOAT32
+  places = 3 * answers / shards / micro_batches * shape.width * width
+  gradients = trained * (1 if micro_batches == 1 else 2)
+  hidden = 4 * tokens * shape.width * width
+  batch = rows * length / shards * (4 * 4 + FLOAT32 * adapter.instruction_dim)
+  batch += answers / shards * 12
+  return Memory(
+    int(base), int(trained), int(2 * trained), int(batch), int(kept),
+    int(inside + routed["temporary"] + gathered + head + chunk + places + gradients + hidden),
+  )  # fmt: skip
+
+
+def _local(shape, name: str, tensor: int) -> float:
+  """Width of a map's result a chip: split over `tensor` where its heads or units are."""
+  outputs = shape.map_shapes[name][1]
+  if name in ("o", "down") or outputs % tensor:
+    return outputs
+  return outputs / tensor
+
+
+def layer_bytes(shape, adapter, tokens: float, length: int, tensor: int, splash: bool) -> float:
+  """States that one layer holds while its gradient is made."""
+  width = np.dtype(shape.dtype).itemsize
+  units = sum(_local(shape, name, tensor) for name in shape.maps)
+  units += 2 * shape.width + (_local(shape, "up", tensor) if shape.gated else 0)  # norms, product
+  found = tokens * units * width
+  # Sums of a map and its branch are float32 before they are rounded.
+  found += tokens * FLOAT32 * (shape.width + _local(shape, "up", tensor))
+  found += tokens * FLOAT32 * padded(adapter.rank) * len(shape.adapted)
+  if not splash:
+    heads = shape.heads / tensor if shape.heads % tensor == 0 else shape.heads
+    found += 2 * tokens * length * heads * FLOAT32
+  return found
+
+
+def padded(size: int) -> int:
+  """A last axis takes whole vectors of 128 numbers on a TPU."""
+  return -(-size // 128) * 128
+
+
+def routing_bytes(shape, adapter, tokens: float) -> dict[str, float]:
+  """Bytes that Queryable LoRA adds: 'kept' for the gradient, and 'temporary' in one block."""
+  if not adapter.routed:
+    return {"kept": 0.0, "temporary": 0.0}
+  rank, atoms = adapter.rank, adapter.atoms
+  kept = 0.0
+  if (adapter.uses_query and adapter.summary == "attention") or (
+    adapter.uses_query and adapter.summary == "recurrent"
+  ):
+    kept += tokens * shape.blocks * rank * FLOAT32
+  weights = 4 * tokens * padded(atoms) * FLOAT32  # logits, weights, and their gradients
+  operator = 2 * tokens * rank * rank * FLOAT32
+  return {"kept": kept, "temporary": weights + operator}

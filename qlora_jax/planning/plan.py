@@ -1,0 +1,178 @@
+"""The plan of a run: what its step takes on a topology, whether it fits, and what would.
+
+The compiler has the word on memory and collectives; FLOPs are analytic; times follow from both and
+the published figures of the chips.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+
+from qlora_jax import errors
+from qlora_jax.parallel import mesh as mesh_lib
+from qlora_jax.planning import compile as compile_lib
+from qlora_jax.planning import estimate, flops, hardware, hlo, program, search
+from qlora_jax.training import language_settings
+
+TRIES = 2  # suggestions that are compiled before the rest is left an estimate
+
+
+def job_of(config: ml_collections.ConfigDict, topology: hardware.Topology) -> program.Job:
+  """The step that a config trains, checked against the topology.
+
+  Raises:
+    UserError: the config is not a language model's, or its mesh or batch does not fit the chips.
+  """
+  if config.get("kind") != "language":
+    raise errors.UserError(
+      "--plan: the config is not a language model's; use one such as configs/llama.py:size=70b"
+    )
+  settings = language_settings.resolve(config, abstract=True)
+  layout = mesh_lib.from_config(config.mesh)
+  if topology.slices > 1 and layout.slice == 1:
+    layout = dataclasses.replace(layout, slice=topology.slices)
+  sizes = mesh_lib.resolve(layout, topology.chips)
+  if sizes[0] != topology.slices:
+    raise errors.UserError(
+      f"mesh.slice: {sizes[0]} is not the number of slices, {topology.slices}; give --slices"
+    )
+  layout = dataclasses.replace(layout, **dict(zip(mesh_lib.AXES, sizes, strict=True)))
+  mesh_lib.check_batch(
+    jax.sharding.AbstractMesh(sizes, mesh_lib.AXES), settings.optimizer.batch_size,
+    settings.micro_batches,
+  )  # fmt: skip
+  return program.Job(
+    settings.model, settings.optimizer, layout, config.data.length,
+    micro_batches=settings.micro_batches,
+  )  # fmt: skip
+
+
+def make(
+  job: program.Job,
+  topology: hardware.Topology,
+  log: Callable[[str], None] = lambda text: None,
+  suggest: bool = True,
+  hlo_file: str = "",
+) -> dict[str, Any]:
+  """Compiles the step and gives its plan, as it is stored.
+
+  Args:
+    job: of the run; topology: where it would run.
+    log: told what is going on: compiling takes minutes.
+    suggest: whether a change is looked for, and compiled, where the step does not fit.
+    hlo_file: where the compiled program's text is kept, if anywhere.
+  """
+  log(f"compiling the step for {_place(topology)}")
+  compiled = compile_lib.run(job, topology, hlo_file)
+  plan = describe(job, topology, compiled)
+  if plan["fits"] or not suggest:
+    return plan
+  guess = search.estimated(job, topology).total
+  found = search.nearest(job, topology, plan["hbm"]["needed"] / guess)
+  plan["suggestion"] = None
+  for change in itertools.islice(found, TRIES):
+    log(f"does not fit; compiling with {change.text}")
+    tried = describe(change.job, change.topology, compile_lib.run(change.job, change.topology))
+    plan["suggestion"] = {
+      "flags": list(change.flags), "verified": tried["fits"], "hbm": tried["hbm"],
+      "step_time": tried["step_time"],
+    }  # fmt: skip
+    if tried["fits"]:
+      break
+  return plan
+
+
+def describe(
+  job: program.Job, topology: hardware.Topology, compiled: dict[str, Any]
+) -> dict[str, Any]:
+  """The plan of a step from what its compilation found."""
+  shape, chip = job.model.config, topology.chip
+  sizes = dict(zip(mesh_lib.AXES, mesh_lib.resolve(job.mesh, topology.chips), strict=True))
+  shards = sizes["slice"] * sizes["data"] * sizes["fsdp"]
+  answers = job.places(shards) * shards * job.micro_batches
+  work = flops.step(shape, job.model.adapter, job.rows, job.length, answers)
+  collectives = [hlo.Collective(**each) for each in compiled.get("collectives", ())]
+  guessed = search.estimated(job, topology)
+  kinds = dict(compiled["memory"])
+  needed = compiled.get("used") or sum(kinds.values())
+  if not compiled["fits"]:  # the compiler gives the sum only
+    kinds["activations"] = guessed.activations
+    kinds["temporaries"] = max(0, needed - sum(kinds.values()))
+  limit = compiled.get("limit") or int(chip.hbm)
+  fits = compiled["fits"] and needed <= limit
+  times = estimate.step_time(
+    job, topology, work, collectives,
+    kinds["base"] * sizes["fsdp"], kinds.get("activations", 0),
+  )  # fmt: skip
+  return {
+    "topology": topology.name, "slices": topology.slices, "chips": topology.chips,
+    "mesh": sizes, "remat": shape.remat, "micro_batches": job.micro_batches,
+    "rows": job.rows, "length": job.length,
+    "blocks": shape.blocks, "layers_per_block": shape.layers_per_block,
+    "adapter": dataclasses.asdict(job.model.adapter),
+    "fits": fits,
+    "hbm": {
+      "needed": needed, "limit": limit, "kinds": kinds,
+      "activations_are_estimated": not compiled["fits"],
+    },
+    "collectives": estimate.by_kind(collectives),
+    "flops": {
+      **dataclasses.asdict(work), "model": work.model, "hardware": work.hardware,
+    },
+    "step_time": None if not fits else {
+      **{name: getattr(times, name) for name in ("compute", "memory", "ici", "dcn")},
+      "estimate": times.overlapped, "serial": times.serial, "mfu": times.mfu,
+      "bound": times.bound, "assumed_utilisation": estimate.UTILISATION,
+      "tokens_per_second": job.rows * job.length / times.overlapped,
+    },
+    "host_memory": host_memory(job, topology, kinds),
+    "compile": {
+      "trace_seconds": compiled["trace_seconds"], "compile_seconds": compiled["compile_seconds"],
+      "host_peak_bytes": compiled["host_peak_bytes"],
+    },
+  }  # fmt: skip
+
+
+def host_memory(
+  job: program.Job, topology: hardware.Topology, kinds: dict[str, int]
+) -> dict[str, float]:
+  """Bytes of RAM that a host needs at the most, and has.
+
+  A host reads its chips' shards of the base one tensor at a time, and writes checkpoints from a
+  copy of its chips' adapters and optimiser states.
+  """
+  chips = min(topology.chip.chips_per_host, topology.chips_a_slice)
+  shape = job.model.config
+  largest = max(
+    shape.vocabulary * shape.width,
+    shape.layers_per_block * max(inputs * outputs for inputs, outputs in shape.map_shapes.values()),
+  )
+  state = kinds["adapter"] + kinds["optimizer"]
+  needed = chips * (kinds["base"] + state) + 4 * largest
+  return {"needed": float(needed), "limit": topology.chip.host_memory, "chips": chips}
+
+
+def verdict(plan: dict[str, Any]) -> str:
+  """One sentence: fits with how much to spare, or by how much it does not and what would."""
+  hbm = plan["hbm"]
+  gap = abs(hbm["limit"] - hbm["needed"]) / hardware.GIB
+  of = f"of {hbm['limit'] / hardware.GIB:.1f} GiB a chip"
+  if plan["fits"]:
+    return f"fits with {gap:.1f} GiB {of} to spare"
+  text = f"the step needs {gap:.1f} GiB more than there is {of}"
+  suggestion = plan.get("suggestion")
+  if suggestion is None:
+    return f"{text}; no mesh, remat or topology of this chip was found that fits"
+  flags = " ".join(suggestion["flags"])
+  if suggestion["verified"]:
+    return f"{text}; fits with {flags} ({suggestion['hbm']['needed'] / hardware.GIB:.1f} GiB)"
+  return f"{text}; nearest tried, which does not fit either: {flags}"
+
+
+def _place(topology: hardware.Topology) -> str:
+  slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
+  return f"{slices}{topology.name} ({topology.chips} chips)"

@@ -1,0 +1,95 @@
+"""Compiles one step for a TPU topology, in a process of its own: `compile.py` starts it.
+
+libtpu is loaded here and nowhere else, because on a machine without TPUs it writes to standard
+error and takes memory. Reads a pickled `Request` from standard input and writes JSON to the file
+that it names.
+"""
+
+import contextlib
+import json
+import pathlib
+import pickle
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from qlora_jax.parallel import mesh as mesh_lib
+from qlora_jax.planning import compile as compile_lib
+from qlora_jax.planning import hlo, program
+from qlora_jax.training import language_shards
+
+
+def devices(topology) -> list[Any]:
+  """The devices of a described topology, one a chip."""
+  options = dict(topology.chip.options)
+  if topology.slices > 1:
+    options["num_slices"] = topology.slices
+  return list(
+    topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
+  )
+
+
+def measure(request: compile_lib.Request) -> dict[str, Any]:
+  """Compiles and reads the program: bytes a chip by kind, collectives, times."""
+  job, topology = request.job, request.topology
+  mesh = mesh_lib.make(job.mesh, devices(topology))
+  shards = language_shards.Shards(mesh, job.mesh.rules)
+  state, frozen, batch = program.arguments(job, shards)
+  sizes = {
+    "base": program.bytes_a_chip(frozen), "adapter": program.bytes_a_chip(state.params),
+    "optimizer": program.bytes_a_chip((state.step, state.opt_state, state.learning_rate)),
+    "batch": program.bytes_a_chip(batch),
+  }  # fmt: skip
+  began = time.monotonic()
+  with contextlib.redirect_stdout(sys.stderr):
+    lowered = program.lower(job, shards, "tpu")
+    traced = time.monotonic()
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      found = compile_lib.exceeded(str(error))
+      if found is None:
+        raise
+      return {"fits": False, "memory": sizes, **found, **_times(began, traced)}
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  if request.hlo:
+    pathlib.Path(request.hlo).write_text(text)
+  blocks = job.model.config.blocks
+  own = {
+    leaf.sharding.shard_shape(leaf.shape)
+    for leaf in jax.tree.leaves((state, frozen))
+    if leaf.ndim > 1
+  }
+  kept = min(hlo.kept_bytes(text, blocks, own), memory.temp_size_in_bytes)
+  output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  sizes |= {
+    "activations": kept,
+    "temporaries": memory.temp_size_in_bytes - kept + output + memory.argument_size_in_bytes
+    - sum(sizes.values()),
+  }  # fmt: skip
+  slice_size = topology.chips_a_slice if topology.slices > 1 else 0
+  return {
+    "fits": True, "memory": sizes, "program": memory.generated_code_size_in_bytes,
+    "collectives": [vars(each) for each in hlo.collectives(text, slice_size)],
+    **_times(began, traced),
+  }  # fmt: skip
+
+
+def _times(began: float, traced: float) -> dict[str, float]:
+  return {
+    "trace_seconds": traced - began, "compile_seconds": time.monotonic() - traced,
+    "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+  }  # fmt: skip
+
+
+def main() -> None:
+  request = pickle.load(sys.stdin.buffer)
+  pathlib.Path(request.result).write_text(json.dumps(measure(request)))
+
+
+if __name__ == "__main__":
+  main()
