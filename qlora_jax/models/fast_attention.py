@@ -38,6 +38,13 @@ def check(kind: str, platform: str) -> None:
     )
 
 
+def platform() -> str:
+  """Of the mesh in use, whose devices may be another machine's, or of this process."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def choose(
   kind: str, platform: str, *, cached: bool, dtype: jnp.dtype, head_dim: int, length: int,
   soft_cap: float,
@@ -80,7 +87,7 @@ def attend(
   """
   length, head_dim = query.shape[1], query.shape[-1]
   chosen = choose(
-    kind, jax.default_backend(), cached=cached, dtype=query.dtype, head_dim=head_dim,
+    kind, platform(), cached=cached, dtype=query.dtype, head_dim=head_dim,
     length=length, soft_cap=soft_cap,
   )  # fmt: skip
   if chosen == "splash":

@@ -112,8 +112,8 @@ def optimizer(
 
 @contextlib.contextmanager
 def use(mesh: Mesh | None, rules: mesh_lib.Rules = mesh_lib.DEFAULT_RULES) -> Iterator[None]:
-  """Inside, traced functions hold their activations to `mesh`; one device needs nothing."""
-  if mesh is None or mesh.size == 1:
+  """Inside, traced functions hold their activations to `mesh`; its one device needs nothing."""
+  if mesh is None or (mesh.size == 1 and mesh.devices.flat[0].platform == jax.default_backend()):
     yield
     return
   token = _RULES.set(rules)
