@@ -46,9 +46,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.adapter.name = "queryable_prior_query"
   config.adapter.budget = 2_450_000  # LoRA of rank 8 on all seven maps of SmolLM2-135M
   config.optimizer = dict(
-    learning_rate=1e-3, steps=600, batch_size=8, micro_batches=1, warmup=0.05, weight_decay=0.0,
+    steps=600, batch_size=8, micro_batches=1, warmup=0.05, weight_decay=0.0,
     clip=1.0, memory_multiplier=1.0, router_multiplier=1.0,
   )  # fmt: skip
+  config.optimizer.learning_rate = config_dict.placeholder(float)  # the adapter's own default
   config.data = dict(name="word_tasks", data_dir="data", length=256, pack=True, on_long="drop")
   config.data.manual_folder = config_dict.placeholder(str)
   config.data.system = config_dict.placeholder(str)  # the chat template's own unless given

@@ -35,6 +35,36 @@ PRESETS: dict[str, dict] = {
 }
 
 
+# Rates of a language model where the config gives none, by method; reasons: docs/finetuning.md.
+LEARNING_RATES = {
+  "none": 1e-3,  # nothing is trained
+  "full": 1e-4,  # a tenth of LoRA's
+  "lora": 1e-3,
+  "rslora": 3.5e-4,  # its updates are sqrt(R) times LoRA's, at R = 8
+  "dora": 1e-3,
+  "lora_xs": 3e-4,  # its frozen factors carry the base's singular values
+  "comol": 1e-3,
+  "lily": 1e-3,
+  "queryable": 1e-3,
+}
+
+
+def learning_rate(name: str) -> float:
+  """The learning rate that fine-tuning a language model with the adapter `name` starts from.
+
+  Raises:
+    errors.UserError: for an unknown name.
+  """
+  check_name(name)
+  return LEARNING_RATES[PRESETS[name].get("method", config_lib.AdapterConfig.method)]
+
+
+def check_name(name: str) -> None:
+  """Raises `errors.UserError` for a name that is no preset's."""
+  if name not in PRESETS:
+    raise errors.UserError(f"adapter.name: {name!r} is unknown; use one of {', '.join(PRESETS)}")
+
+
 def make(
   name: str,
   overrides: Mapping[str, object],
@@ -55,8 +85,7 @@ def make(
   Raises:
     errors.UserError: for an unknown name or an invalid field.
   """
-  if name not in PRESETS:
-    raise errors.UserError(f"adapter.name: {name!r} is unknown; use one of {', '.join(PRESETS)}")
+  check_name(name)
   given = {field: value for field, value in overrides.items() if value is not None}
   settings = {**PRESETS[name], **given}
   adapter = config_lib.AdapterConfig(**settings, instruction_dim=instruction_dim)

@@ -47,7 +47,7 @@ def resolve(config: ml_collections.ConfigDict, abstract: bool = False) -> Settin
   """
   optimizer = dict(config.optimizer)
   rate, parts = optimizer.pop("learning_rate"), optimizer.pop("micro_batches")
-  if not 0 < rate < math.inf:
+  if rate is not None and not 0 < rate < math.inf:  # None: `factory.learning_rate`
     raise errors.UserError(f"optimizer.learning_rate: {rate} is not a finite number above 0")
   if parts < 1 or optimizer["batch_size"] % parts:
     raise errors.UserError(

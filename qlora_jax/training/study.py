@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from qlora_jax import errors
+from qlora_jax.adapters import factory
 from qlora_jax.parallel import processes
 from qlora_jax.training import (
   compiled,
@@ -45,6 +46,12 @@ def resolve(config: ml_collections.ConfigDict):
   return (language_settings if is_language(config) else settings).resolve(config)
 
 
+def rate_of(config: ml_collections.ConfigDict) -> float:
+  """The config's own learning rate, or the default of its adapter where it gives none."""
+  given = config.optimizer.learning_rate
+  return float(factory.learning_rate(config.adapter.name) if given is None else given)
+
+
 def expand(config: ml_collections.ConfigDict, points: list[dict]) -> list[tuple]:
   """Settings of a sweep: [(config, learning rates)], points that differ in the rate merged."""
   merged: dict[str, tuple] = {}
@@ -52,8 +59,8 @@ def expand(config: ml_collections.ConfigDict, points: list[dict]) -> list[tuple]
     fields = {name: value for name, value in point.items() if name != RATE}
     own = config.copy_and_resolve_references()
     own.update_from_flattened_dict(fields)
-    rate = point.get(RATE, config.optimizer.learning_rate)
-    merged.setdefault(json.dumps(fields, sort_keys=True), (own, []))[1].append(float(rate))
+    rate = float(point.get(RATE, rate_of(own)))
+    merged.setdefault(json.dumps(fields, sort_keys=True), (own, []))[1].append(rate)
   return list(merged.values())
 
 
@@ -72,7 +79,7 @@ def describe(config: ml_collections.ConfigDict, points: list[dict]) -> list[reco
 def describe_single(config: ml_collections.ConfigDict) -> records.Setting:
   """The config's own run, as the work directory lists it."""
   name = f"{loop.data_name(config)}/{config.adapter.name}"
-  return records.Setting(records.key(config, [float(config.optimizer.learning_rate)]), name, 1)
+  return records.Setting(records.key(config, [rate_of(config)]), name, 1)
 
 
 def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str) -> None:
@@ -178,7 +185,7 @@ def train_setting(trainer, setting: tuple) -> tuple[list[dict], bool]:
 
 def single(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[dict, str]:
   """One run of the config's own seed and learning rate: its row, and a line about it."""
-  runs = ((config.seed, config.optimizer.learning_rate),)
+  runs = ((config.seed, rate_of(config)),)
   spec = loop.GroupSpec(config, "final", runs)
   language, setting = is_language(config), describe_single(config)
   if processes.is_first():
