@@ -1,0 +1,196 @@
+"""What a work directory says of its settings: from files, from Slurm's answers, for local runs."""
+
+import io
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import rich.console
+
+from qlora_jax import errors
+from qlora_jax.launching import status, task
+from qlora_jax.training import records, stop
+
+ROOT = pathlib.Path(__file__).parents[2]
+SETTING = records.Setting("k1", "adapter.name=lora", 3)
+OTHER = records.Setting("k2", "adapter.name=none", 2)
+
+
+def train(workdir, end=None, groups=(), key="k1"):
+  """Trains a setting as `study` does, to the end or to the exception `end`."""
+  with records.kept(workdir, key, "cpu") as keeper:
+    for group in groups:
+      keeper.start(group, 60)
+      folder = workdir / "groups" / group
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / "metrics.jsonl").write_text('{"step": 20}\n{"step": 40}\n{"st')
+      if end is None:
+        (folder / "result.json").write_text("{}")
+        keeper.result(group)
+    if end is not None:
+      raise end
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+  monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+  monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+  records.write_list(tmp_path, [SETTING])
+  return tmp_path
+
+
+def only(workdir):
+  (row,) = status.look(workdir)
+  return row
+
+
+def test_a_local_setting_is_pending_then_running_then_done(workdir):
+  assert (only(workdir).state, only(workdir).reason) == ("pending", "not started")
+  with records.kept(workdir, "k1") as keeper:
+    (workdir / "groups/g1").mkdir(parents=True)
+    (workdir / "groups/g1/metrics.jsonl").write_text('{"step": 20}\n{"step": 40}\n{"st')
+    keeper.start("g1", 60)
+    assert (only(workdir).state, only(workdir).reason) == ("running", "search, step 40 of 60")
+    (workdir / "groups/g1/result.json").write_text("{}")
+    keeper.result("g1")
+    keeper.start("g2", 60)
+    assert only(workdir).reason == "final runs, step 0 of 60"
+  assert only(workdir).state == "done" and only(workdir).reason.startswith("took 0:00:")
+  (workdir / "groups/g1/result.json").unlink()
+  assert only(workdir).state == "pending"
+
+
+@pytest.mark.parametrize(
+  ("end", "state", "reason"),
+  [
+    (errors.UserError("data.x: bad; use good"), "failed", "data.x: bad; use good"),
+    (ValueError("first line\nsecond"), "failed", "ValueError: first line"),
+    (MemoryError(), "failed", "MemoryError"),
+    (stop.Stopped(15), "pending", "stopped by SIGTERM after saving; the same command continues"),
+    (KeyboardInterrupt(), "pending", "interrupted; the same command continues"),
+  ],
+)
+def test_how_a_local_setting_ended_is_its_reason(workdir, end, state, reason):
+  with pytest.raises(type(end)):
+    train(workdir, end, ["g1"])
+  assert (only(workdir).state, only(workdir).reason) == (state, reason)
+
+
+def test_a_killed_process_is_lost_and_another_hosts_is_believed(workdir, monkeypatch):
+  code = (
+    "import os, pathlib, sys\n"
+    "from qlora_jax.training import records\n"
+    "with records.kept(pathlib.Path(sys.argv[1]), 'k1') as keeper:\n"
+    "  keeper.start('g1', 60)\n"
+    "  os._exit(1)\n"
+  )
+  subprocess.run([sys.executable, "-c", code, str(workdir)], cwd=ROOT, check=False)
+  assert only(workdir).state == "failed" and "ended without a word" in only(workdir).reason
+  monkeypatch.setattr(records.socket, "gethostname", lambda: "elsewhere")
+  assert only(workdir).state == "running" and "as far as its files say" in only(workdir).reason
+
+
+def slurm_says(workdir, monkeypatch, squeue="", sacct="", job="7_0"):
+  """Puts commands on the path that answer as Slurm's would."""
+  (workdir / "slurm").mkdir(exist_ok=True)
+  status.write_jobs(workdir, {"k1": job})
+  folder = workdir / "bin"
+  folder.mkdir(exist_ok=True)
+  for name, said in (("squeue", squeue), ("sacct", sacct)):
+    (folder / name).write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
+    (folder / name).chmod(0o755)
+  monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+@pytest.mark.parametrize(
+  ("squeue", "sacct", "state", "reason", "queued"),
+  [
+    ("7_0|PENDING|Priority", "", "pending", "waits for jobs of higher priority", True),
+    ("7_0|PENDING|QOSMaxJobs", "", "pending", "QOSMaxJobs", True),
+    ("7_0|RUNNING|None", "", "running", "starts", True),
+    ("7_0|TIMEOUT|TimeLimit", "", "failed", "over its time limit", False),
+    ("7_1|RUNNING|None", "7_0|OUT_OF_MEMORY|0:125", "failed", "out of memory", False),
+    ("", "7_0|CANCELLED by 1000|0:0", "failed", "cancelled", False),
+    ("", "7_0|NODE_FAIL|1:0", "failed", "its node failed", False),
+    ("", "", "failed", "lost: Slurm no longer knows job 7_0", False),
+  ],
+)
+def test_slurms_state_is_told_in_words(workdir, monkeypatch, squeue, sacct, state, reason, queued):
+  slurm_says(workdir, monkeypatch, squeue, sacct)
+  row = only(workdir)
+  assert (row.state, row.queued, row.job) == (state, queued, "7_0")
+  assert row.reason.startswith(reason)
+
+
+def test_a_lost_job_shows_the_line_that_its_log_ends_with(workdir, monkeypatch):
+  slurm_says(workdir, monkeypatch)
+  (workdir / "slurm/7_0_0_log.err").write_text(
+    "submitit INFO Starting\nslurmstepd: error: Detected 1 oom_kill event\nsrun: error: vm\n"
+  )
+  assert only(workdir).reason.endswith("its log ends: slurmstepd: error: Detected 1 oom_kill event")
+
+
+def test_a_requeued_job_is_pending_and_a_failed_one_says_its_own_reason(workdir, monkeypatch):
+  monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+  monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+  with pytest.raises(stop.Stopped):
+    train(workdir, stop.Stopped(12), ["g1"])
+  slurm_says(workdir, monkeypatch, "7_0|PENDING|BeginTime")
+  assert only(workdir).reason.startswith("requeued, goes on from its checkpoint")
+  with pytest.raises(ValueError):
+    train(workdir, ValueError("why"), ["g1"])
+  slurm_says(workdir, monkeypatch, "7_0|COMPLETING|None")
+  assert (only(workdir).state, only(workdir).reason) == ("failed", "ValueError: why")
+  slurm_says(workdir, monkeypatch, "8|PENDING|None", job="8")  # submitted again
+  assert (only(workdir).state, only(workdir).reason) == ("pending", "in the queue")
+
+
+def test_the_table_has_a_line_a_setting_and_the_counts(workdir):
+  records.write_list(workdir, [SETTING, OTHER])
+  train(workdir, groups=["g1"], key="k2")
+  text = io.StringIO()
+  status.show(workdir, rich.console.Console(file=text))
+  lines = text.getvalue().splitlines()
+  assert lines[0].split() == ["setting", "runs", "state", "job", "reason"]
+  assert lines[1].split()[:3] == ["adapter.name=lora", "3", "pending"]
+  assert lines[2].split()[:3] == ["adapter.name=none", "2", "done"]
+  assert lines[-1] == "2 settings: 1 pending, 0 running, 1 done, 0 failed"
+
+
+def test_a_directory_without_a_run_is_named(tmp_path):
+  with pytest.raises(errors.UserError, match="holds no run"):
+    status.look(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("state", "restarts", "limit", "says"),
+  [
+    ("COMPLETING", "0", 9, "Slurm ends job 7_0 itself: not requeued"),
+    ("RUNNING", "3", 3, "requeued 3 times already"),
+    ("RUNNING", "2", 3, "job 7_0 requeued"),
+  ],
+)
+def test_a_job_requeues_itself_only_while_it_runs_and_not_for_ever(
+  workdir, monkeypatch, state, restarts, limit, says
+):
+  slurm_says(workdir, monkeypatch, state)
+  asked = workdir / "asked"
+  (workdir / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+  (workdir / "bin/scontrol").chmod(0o755)
+  monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+  monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+  monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+  assert says in task.requeue(limit)
+  assert asked.exists() == (state == "RUNNING" and int(restarts) < limit)
+  if asked.exists():
+    assert asked.read_text() == "requeue 7_0\n"
+
+
+def test_settings_are_named_by_what_differs_between_them():
+  points = [
+    {"data.task": "sines", "adapter.name": name, "optimizer.learning_rate": rate}
+    for name in ("lora", "none") for rate in (1e-3, 1e-2)
+  ]  # fmt: skip
+  assert records.names(points) == ["adapter.name=lora", "adapter.name=none"]
+  assert records.names([{"optimizer.learning_rate": 1e-3}]) == ["the config's own"]
