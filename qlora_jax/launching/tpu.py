@@ -124,7 +124,7 @@ def launch(
     if dry_run:
       print("\n\n".join(step.shown() for step in steps))
       return
-    program = steps[-1].commands[0][0]
+    program = "xpk" if tpu.way == "xpk" else "gcloud"
     if shutil.which(program) is None:
       needed = "the Google Cloud CLI" if program == "gcloud" else "`pip install xpk`"
       raise errors.UserError(

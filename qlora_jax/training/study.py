@@ -209,6 +209,35 @@ def choose(rows: list[dict], column: str = "validation_mse") -> float:
   return float(table.groupby("learning_rate")[column].mean().idxmin())
 
 
+def gather(workdir: pathlib.Path) -> bool:
+  """Writes the tables of what has been trained so far, from the results that processes left.
+
+  For settings that jobs of their own train; the study's wall time becomes the time from the first
+  one's start to the last one's end.
+
+  Returns:
+    Whether there is any final run.
+  """
+  read = (records.read(workdir, setting) for setting in records.read_list(workdir))
+  found = [record for record in read if record is not None]
+  results = [
+    json.loads((workdir / "groups" / group / "result.json").read_text())
+    for record in found for group in record.groups
+  ]  # fmt: skip
+  if not results:
+    return False
+  write_tables(workdir, results, 0.0)
+  began, ended = (
+    [datetime.datetime.fromisoformat(at) for at in times if at]
+    for times in ([each.began for each in found], [each.ended for each in found])
+  )
+  stored = json.loads((workdir / "study.json").read_text())
+  stored["devices"] = ", ".join(sorted({each.devices for each in found if each.groups}))
+  stored["wall_seconds"] = (max(ended, default=min(began)) - min(began)).total_seconds()
+  loop.write_json(workdir / "study.json", stored)
+  return any(row["stage"] == "final" for result in results for row in result["rows"])
+
+
 def write_tables(workdir: pathlib.Path, results: list[dict], seconds: float) -> None:
   """Writes results (parquet and CSV), curves, routing, samples; adds to the wall time."""
   if not processes.is_first():
