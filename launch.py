@@ -51,6 +51,16 @@ def main(argv: list[str]) -> None:
     status.show(_workdir())
     return
   config, cluster = options.split(_load_config())
+  if _CLUSTER.value == "tpu":
+    from qlora_jax.launching import tpu
+
+    if not _DRY_RUN.value:  # a mistake is told before anything is created
+      from qlora_jax.training import study
+
+      study.resolve(config)
+    arguments = tpu.arguments_of_workers(sys.argv[1:])
+    tpu.launch(arguments, _WORKDIR.value, cluster.tpu, _DRY_RUN.value)
+    return
   if _PLAN.value:
     from qlora_jax.planning import command
 
@@ -62,8 +72,8 @@ def main(argv: list[str]) -> None:
   from qlora_jax.training import loop, study  # after the flags: a mistake there answers fast
 
   points = _points(config) if _SWEEP.value else [{}]
-  if _CLUSTER.value != "local":
-    _elsewhere(config, points if _SWEEP.value else None, cluster)
+  if _CLUSTER.value == "slurm":
+    _submit(config, points if _SWEEP.value else None, cluster.slurm)
     return
   if _DRY_RUN.value:
     for own, rates in study.expand(config, points):
@@ -108,22 +118,15 @@ def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
   _report(workdir, show=True)
 
 
-def _elsewhere(config, points: list[dict] | None, cluster) -> None:
-  """Hands a run or sweep to Slurm or to TPUs."""
-  if _CLUSTER.value == "tpu":
-    from qlora_jax.launching import tpu
-
-    arguments = tpu.arguments_of_workers(sys.argv[1:])
-    tpu.launch(arguments, _WORKDIR.value, cluster.tpu, _DRY_RUN.value)
-    return
+def _submit(config, points: list[dict] | None, options_of_slurm) -> None:
   from experiments import report
   from qlora_jax.launching import slurm
 
   if _DRY_RUN.value:
-    print(slurm.dry_run(config, points, _WORKDIR.value, cluster.slurm, _MAX_PARALLEL.value))
+    print(slurm.dry_run(config, points, _WORKDIR.value, options_of_slurm, _MAX_PARALLEL.value))
     return
   told, finished = slurm.launch(
-    config, points, _workdir(), cluster.slurm, "python " + shlex.join(sys.argv),
+    config, points, _workdir(), options_of_slurm, "python " + shlex.join(sys.argv),
     _MAX_PARALLEL.value, report.write_report,
   )  # fmt: skip
   print(told)

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from qlora_jax.training import records
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 COMMAND = re.compile(r"^ *((?:make|python|pip|pytest)\b.*)$")
@@ -46,8 +48,16 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data):
     assert files and all((ROOT / name).is_file() for name in files)
     assert {"--no-deps", "--require-hashes"} <= set(arguments)
   elif arguments[0] == "launch.py":
-    if "--sweep" in arguments:  # hours: every point is resolved and printed
-      execute([sys.executable, *arguments, "--dry_run"], tmp_path)
+    if "--sweep" in arguments or "--dry_run" in arguments:  # hours: all is resolved and printed
+      done = execute([sys.executable, *arguments, "--dry_run"], tmp_path)
+      assert done.stdout.strip()
+      return
+    if "--status" in arguments:
+      records.write_list(tmp_path, [records.Setting("key", "adapter.name=lora", 1)])
+      done = execute(
+        [sys.executable, "launch.py", "--status", f"--workdir={tmp_path}"], tmp_path
+      )  # fmt: skip
+      assert "1 settings: 1 pending" in done.stdout
       return
     arguments = [
       f"--workdir={tmp_path}/run" if each.startswith("--workdir") else each for each in arguments
