@@ -4,6 +4,8 @@ import os
 import pathlib
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 
 import jax
@@ -275,3 +277,46 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, capf
   assert sorted(path.name for path in folder.iterdir()) == ["1"]
   found, lines = opened(folder)
   assert found.step == 1 and not lines
+
+
+ELSEWHERE = """
+import pathlib, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from qlora_jax.training import checkpoint
+
+folder = pathlib.Path(sys.argv[1])
+shapes = {"a": ((8, 16), P("x", "y")), "b": ((6,), P()), "c": ((4, 8), P(None, ("x", "y")))}
+for step, sizes in ((1, (2, 2)), (2, (4, 1)), (3, (1, 4))):
+  mesh = jax.make_mesh(sizes, ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  like = {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, spec))
+          for name, (shape, spec) in shapes.items()}
+  with checkpoint.Checkpointer(folder) as saver:
+    found = saver.restore(like)
+    assert found.step == step, found.step
+    for name, leaf in found.tree.items():
+      assert leaf.sharding.is_equivalent_to(like[name].sharding, leaf.ndim), name
+      assert len(leaf.sharding.device_set) == 4
+    saver.save(step + 1, jax.tree.map(lambda leaf: 2 * leaf, found.tree))
+"""
+
+
+def test_one_device_four_devices_on_any_mesh_and_back(tmp_path):
+  rng = np.random.default_rng(0)
+  first = {
+    "a": rng.normal(size=(8, 16)), "b": rng.normal(size=6), "c": rng.normal(size=(4, 8)),
+  }  # fmt: skip
+  first = {name: jnp.asarray(value, jnp.float32) for name, value in first.items()}
+  checkpoint.save(tmp_path / "run", 1, first)
+  done = subprocess.run(
+    [sys.executable, "-c", ELSEWHERE, tmp_path / "run"],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  step, last = checkpoint.restore(tmp_path / "run", first)
+  assert step == 4
+  for name, value in first.items():
+    assert last[name].sharding == value.sharding
+    np.testing.assert_array_equal(last[name], 8 * value)  # powers of two: no rounding
