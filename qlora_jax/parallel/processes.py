@@ -33,9 +33,11 @@ from qlora_jax import errors
 
 LOST_AFTER = 30  # seconds without a sign of life
 EXIT_LOST = 69  # EX_UNAVAILABLE: start the same command again, it continues
+# What the runtimes say, as a ValueError or a JaxRuntimeError, when a connection breaks.
 _LOST = re.compile(
-  r"gloo|nccl|connection (closed|reset|refused)|socket closed|unavailable|heartbeat|deadline",
-  re.IGNORECASE,
+  r"(UNKNOWN|UNAVAILABLE|ABORTED|INTERNAL|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): .*"
+  r"(gloo|nccl|connection|socket|heartbeat|barrier|unhealthy)",
+  re.IGNORECASE | re.DOTALL,
 )
 # Outlives this process by one line, because JAX's runtime ends it without a word of Python's.
 _WITNESS = """
@@ -108,15 +110,15 @@ def together() -> Iterator[None]:
   """What all processes do together: it ends when all have ended it, or when one is lost."""
   try:
     yield
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():
       multihost_utils.sync_global_devices("end")
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1 or not _LOST.search(str(error)):
+  except (jax.errors.JaxRuntimeError, ValueError) as error:
+    if not jax.distributed.is_initialized() or not _LOST.search(str(error)):
       raise
+    _goodbye()
     sys.stdout.flush()
     sys.stderr.write(_message("lost another process"))
     sys.stderr.flush()
-    _goodbye()
     os._exit(EXIT_LOST)  # an orderly end would wait for the lost one
 
 
