@@ -216,6 +216,7 @@ def plan(
   run = run_line(
     ".venv/bin/python" if tpu.packages else tpu.python, arguments,
     f"{_BUCKET}/{workdir.strip('/')}" if tpu.bucket else workdir,
+    hosts(tpu.accelerator) * tpu.slices > 1,
   )  # fmt: skip
   steps = [
     *created,
@@ -259,10 +260,11 @@ def setup_line(tpu: ml_collections.ConfigDict) -> str:
   return "; ".join(lines)
 
 
-def run_line(python: str, arguments: list[str], workdir: str) -> str:
+def run_line(python: str, arguments: list[str], workdir: str, several: bool) -> str:
   """What every worker runs, below the package's directory, as one shell line."""
   command = [python, "launch.py", *arguments, f"--workdir={workdir}"]
-  return f"PYTHONPATH=. QLORA_JAX_DISTRIBUTED=1 {shlex.join(command)}"
+  others = "QLORA_JAX_DISTRIBUTED=1 " if several else ""
+  return f"PYTHONPATH=. {others}{shlex.join(command)}"
 
 
 def _workload(arguments: list[str], workdir: str, tpu: ml_collections.ConfigDict) -> Step:

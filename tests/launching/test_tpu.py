@@ -56,7 +56,7 @@ def test_a_tpu_vm_is_created_sent_to_installed_and_run(capsys):
                       "--worker=all", *where]  # fmt: skip
   assert "jax[tpu]==" in install and "--require-hashes -r requirements-data.txt" in install
   assert run == (
-    "cd qlora_jax && PYTHONPATH=. QLORA_JAX_DISTRIBUTED=1 .venv/bin/python launch.py"
+    "cd qlora_jax && PYTHONPATH=. .venv/bin/python launch.py"
     " --config=configs/llm.py:demo --workdir=runs/one"
   )
   assert "gcloud compute tpus tpu-vm delete qlora-jax" in " ".join(lines[-1])
@@ -71,6 +71,7 @@ def test_slices_are_one_queued_request_and_run_side_by_side(capsys):
   runs = [line for line in lines if "launch.py --config" in " ".join(line)]
   assert [line[5] for line in runs] == ["qlora-jax-0", "qlora-jax-1"]
   assert all(line[-1] == "&" and "--workdir=bucket/runs/one" in line[7] for line in runs)
+  assert all("QLORA_JAX_DISTRIBUTED=1" in line[7] for line in runs)
   assert lines[-1][3:5] == ["queued-resources", "delete"]
 
 
