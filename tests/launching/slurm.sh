@@ -6,7 +6,8 @@
 #   slurm.sh start DIR   starts it; then `export SLURM_CONF=DIR/slurm.conf` and use sbatch
 #   slurm.sh stop DIR    ends its jobs and daemons
 #
-# CPUS (4) is how many cores the node claims. Exit code 3: it cannot run here, and why.
+# CPUS (4) is how many cores the node claims. A requeued job waits for cred_expire, 10 seconds.
+# Exit code 3: it cannot run here, and why.
 set -eu
 
 fail() { echo "$1" >&2; exit 3; }
@@ -45,7 +46,7 @@ start() {
 ClusterName=loopback
 SlurmctldHost=$host(127.0.0.1)
 AuthType=auth/munge
-AuthInfo=socket=$dir/munge.socket
+AuthInfo=socket=$dir/munge.socket,cred_expire=10
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
@@ -64,7 +65,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=sched_interval=1,batch_sched_delay=0,requeue_delay=1
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
 SchedulerType=sched/builtin
 ReturnToService=2
 MpiDefault=none
@@ -105,5 +106,5 @@ command=${1:-}
 case "$command" in
   install) install ;;
   start | stop) "$command" "${2:?give a directory}" ;;
-  *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
