@@ -12,11 +12,12 @@ import sys
 
 import pandas as pd
 
-from experiments.report import inputs, style, tables
+from experiments.report import inputs, measure, style, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PAGES = ("README.md", "docs/results.md")
+LANGUAGE = RESULTS / "induction"  # the study of a language model, where it has been kept
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -24,6 +25,12 @@ _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def regression() -> pd.DataFrame:
   """The summary of the committed regression study; `docs/report.md` has its columns."""
   return tables.summarize(inputs.read(RESULTS / "regression"))
+
+
+@functools.cache
+def language() -> pd.DataFrame:
+  """The summary of the committed study of a language model."""
+  return tables.summarize(inputs.read(LANGUAGE))
 
 
 def _rows(setting: str, methods: list[str], baseline: str) -> pd.DataFrame:
@@ -110,7 +117,77 @@ def counts() -> str:
   return _markdown(header, rows)
 
 
-TABLES = {"deciding": deciding, "every_task": every_task, "counts": counts}
+def language_deciding() -> str:
+  """Every way to use the instruction, beside the base and against LoRA with it in the prompt."""
+  summary = language()
+  of = measure.of(summary)
+  own = summary.drop_duplicates([*inputs.SETTING, "method"], keep="last")  # the closest baseline
+  rows = []
+  for prompted in (False, True):
+    bases = own[own["method"].str.contains("+prompt", regex=False) == prompted]
+    if of.base and len(bases):
+      name = style.method("none+prompt" if prompted else "none").label
+      values = [tables.value(each)(bases[each.base].iloc[0]) for each in _accuracies(of)]
+      rows.append([name, "0", "", tables.MISSING, *values, ""])
+  for _, row in own.iterrows():
+    rows.append([
+      row["label"], f"{row['trainable_params']:,.0f}", str(row["num_seeds"]),
+      _with_interval(row, "validation_nats", tables.number),
+      *(_with_interval(row, each.key, tables.value(each)) for each in _accuracies(of)),
+      _contrast(row, of),
+    ])  # fmt: skip
+  header = ["method", "trainable", "seeds", "validation nats", "exact match, new wordings, %",
+            "known wordings, %", "difference to LoRA + prompt, points"]  # fmt: skip
+  return _markdown(header, rows)
+
+
+def language_tasks() -> str:
+  """Exact match in new wordings, task by task."""
+  scores = tables.by_task(inputs.read(LANGUAGE))
+  cells = scores[scores["split"] == "test"].pivot(index="method", columns="name", values="accuracy")
+  rows = [
+    [style.method(key).label, *(f"{value:.1f}" for value in cells.loc[key])]
+    for key in style.ordered(cells.index)
+  ]
+  return _markdown(["method", *(name.replace("_", " ") for name in cells.columns)], rows)
+
+
+def language_rates() -> str:
+  """The search: validation nats of each method at each learning rate, the chosen one in bold."""
+  study = inputs.read(LANGUAGE)
+  search, chosen = study.stage("search"), language().drop_duplicates("method").set_index("method")
+  means = search.groupby(["method", "learning_rate"])["validation_nats"].mean().unstack()
+  rows = []
+  for key in style.ordered(means.index):
+    rate = chosen["learning_rate"].get(key)
+    texts = [(each, tables.number(value)) for each, value in means.loc[key].items()]
+    rows.append(
+      [style.method(key).label, *(f"**{text}**" if each == rate else text for each, text in texts)]
+    )
+  return _markdown(["method", *(tables.plain(rate) for rate in means.columns)], rows)
+
+
+def _accuracies(of: measure.Measure) -> list[measure.Quantity]:
+  return [each for each in (of, *of.also) if each.key.endswith("accuracy")]
+
+
+def _with_interval(row: pd.Series, key: str, formatted) -> str:
+  return tables.with_interval(row[key], row[f"{key}_low"], row[f"{key}_high"], formatted)
+
+
+def _contrast(row: pd.Series, of: measure.Measure) -> str:
+  if row["verdict"] == "baseline":
+    return "baseline"
+  text = _with_interval(row, of.contrast, tables.contrast(of))
+  note = {"too few seeds": " (one seed: no interval)", "diverged": " (a run diverged)"}
+  return (f"**{text}**" if row["verdict"] == "better" else text) + note.get(row["verdict"], "")
+
+
+TABLES = {
+  "deciding": deciding, "every_task": every_task, "counts": counts,
+  "language_deciding": language_deciding, "language_tasks": language_tasks,
+  "language_rates": language_rates,
+}  # fmt: skip
 
 
 def filled(text: str) -> str:

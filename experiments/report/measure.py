@@ -93,7 +93,7 @@ NATS = Measure(
   mean="negative log-likelihood", short="negative log-likelihood",
   meaning="Negative log-likelihood of an answer token in nats (mean over the validation split)",
   unit=" nats", relative=False,
-  validation="validation_nats", validation_name="validation nats an answer token",
+  validation="validation_nats", validation_name="validation nats",
   validation_noun="Negative log-likelihood of the validation answers",
   curve="train_loss", curve_name="training loss, nats",
   curve_noun="Training loss (nats an answer token)",

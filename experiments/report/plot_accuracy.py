@@ -23,7 +23,7 @@ def splits(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   wanted = [(s, q) for s in study.shown_settings() for q in quantities]
   methods = style.ordered(rows["method"])
   figure, axes = panels.grid(
-    len(wanted), height=0.9 + 0.26 * len(methods), columns=2, sharex=True, sharey=True
+    len(wanted), height=1.1 + 0.24 * len(methods), columns=2, sharex=True, sharey=True
   )
   several = len(study.shown_settings()) > 1
   for panel, (setting, quantity) in zip(axes, wanted, strict=True):

@@ -75,7 +75,7 @@ def _curves_panel(
 
 def _banded(front: list[str]) -> list[str]:
   """The methods with a band: all of a few, otherwise those that the headline compares."""
-  named = ("lora", "lora_input", *style.SUBJECTS.values())
+  named = ("lora", "lora_input", "lora+prompt", *style.SUBJECTS.values(), style.DECIDING)
   return front if len(front) <= 5 else [m for m in front if m in named]
 
 

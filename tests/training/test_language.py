@@ -58,6 +58,11 @@ def test_training_fits_answers_and_reports_before_and_after(whole):
   run, result = whole
   assert {"test/accuracy", "test/plural/accuracy", "test_seen/accuracy"} <= set(result["after"])
   assert 1 <= result["after"]["router/effective_support"] <= 4
+  kept = language.some(run.data.splits["test"], min(3, run.config.eval.examples))
+  assert [(each["prompt"], each["expected"]) for each in result["samples"]] == [
+    (example.prompt, example.answers[0]) for example in kept
+  ]
+  assert all(each["before"] != each["after"] for each in result["samples"])
   lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30]
   assert lines[-1]["train/loss"] < 0.6 * lines[0]["train/loss"]
@@ -230,6 +235,7 @@ def test_launch_fine_tunes_a_users_own_file(tiny_llama, tmp_path):
   assert done.returncode == 0, done.stderr
   assert f"adapter: {tmp_path}/run/adapter" in done.stdout
   (tmp_path / "run/adapter/adapter.json").read_text()
+  assert "exact match" in (tmp_path / "run/report/report.html").read_text()
   again = subprocess.run(
     [*command, "--config.data.name=nowhere.jsonl"],
     cwd=ROOT, capture_output=True, text=True, check=False,
