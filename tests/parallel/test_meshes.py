@@ -2,8 +2,8 @@
 
 Tolerance: sums over rows, widths and answers are taken in another order, each order off by some
 units in the last place of float32 (6e-8) of the largest term. Losses agree to 1e-5 of their size,
-gradients to 2e-5 of the largest entry of their array; parameters after two steps of Adam, which
-divides by the gradient's own size, to 1e-3 of the greatest move (0.05 a step).
+gradients to 2e-5 of the largest entry of their array. Adam divides by the gradient's own size: two
+steps may carry four times that error, relative to the entry's own gradient, times the rate.
 """
 
 import collections
@@ -17,6 +17,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARDED = ("data", "fsdp", "mixed")
+GRADIENT = 2e-5
+RATE = 0.05  # of `mesh_cases`
 BLOCKS = "3"  # of `mesh_cases.BLOCKS`
 
 
@@ -52,10 +54,13 @@ def test_losses_gradients_and_updates_equal_those_of_one_device(model, adapter, 
     elif kind == "1":
       assert np.abs(leaf).max() > 0, path
       np.testing.assert_allclose(
-        actual[path], leaf, rtol=0, atol=2e-5 * np.abs(leaf).max(), err_msg=path
+        actual[path], leaf, rtol=0, atol=GRADIENT * np.abs(leaf).max(), err_msg=path
       )
     else:
-      np.testing.assert_allclose(actual[path], leaf, rtol=0, atol=1e-3 * 0.05, err_msg=path)
+      grad = np.abs(expected[f"[1]{path[3:]}"])
+      may = RATE * (1e-3 + 4 * GRADIENT * grad.max() / np.maximum(grad, 1e-12))
+      assert (np.abs(actual[path] - leaf) <= may).all(), path
+      assert np.median(np.abs(actual[path] - leaf)) < 1e-4 * RATE, path
 
 
 def moved(facts, case):
@@ -82,10 +87,12 @@ def test_every_device_holds_its_share_of_base_adapter_and_moments(adapter, cases
     whole = facts[f"decoder/{adapter}/one"]["local"][kind]
     assert facts[f"decoder/{adapter}/data"]["local"][kind] == whole
     kept = 0.0 if adapter == "lora" or kind == "base" else 0.3  # the memory and routers stay whole
-    for mesh, parts in (("fsdp", 8), ("mixed", 4)):
+    # Norms stay whole too. A factor [embed, rank] is split over fsdp alone, whatever tensor is.
+    for mesh, least, most in (
+      ("fsdp", 1 / 8, 1.35 / 8), ("mixed", 1 / 4, 1.35 / 4 if kind == "base" else 0.35)
+    ):  # fmt: skip
       own = facts[f"decoder/{adapter}/{mesh}"]["local"][kind]
-      # Norms stay whole too, a few in a hundred.
-      assert whole / parts <= own < (1.35 / parts + kept) * whole
+      assert least * whole <= own < (most + kept) * whole
 
 
 def per_token(facts, case):
