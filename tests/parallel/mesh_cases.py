@@ -25,7 +25,7 @@ from jax import numpy as jnp
 
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.data.text import packing
-from qlora_jax.models import decoder, mlp
+from qlora_jax.models import decoder, generation, mlp
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.parallel import sharding
 from qlora_jax.training import language_shards, language_step
@@ -45,6 +45,7 @@ ADAPTERS = {
 }
 OPTIMIZER = optimizer_lib.OptimizerConfig(steps=4, batch_size=16, warmup=0.25)
 ROWS, LENGTH = 16, 10
+GENERATED = (("queryable", "one"), ("queryable", "mixed"))
 COLLECTIVE = re.compile(
   r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
@@ -108,17 +109,22 @@ def run(model, variables, boxed, batch, shards, gradients):
   return (loss, grads, state.params), compiled.as_text(), local
 
 
-def decoder_case(adapter, shards):
+def tiny_decoder(adapter):
+  """(model, boxed shapes, variables)."""
   config = decoder.DecoderConfig(
     vocabulary=64, width=16, hidden=32, layers=BLOCKS, heads=4, groups=2, head_dim=8
   )
   model = decoder.Decoder(config, adapter_config.AdapterConfig(**ADAPTERS[adapter]))
-  boxed = decoder.abstract(config, model.adapter)
   init = jax.jit(lambda key: nn.meta.unbox(
     model.init(key, jnp.zeros((1, 2), jnp.int32), method="initialise")
   ))  # fmt: skip
   variables = jax.tree.map(np.asarray, init(jax.random.key(0)))
   variables["params"] = disturbed(variables["params"])
+  return model, decoder.abstract(config, model.adapter), variables
+
+
+def decoder_case(adapter, shards):
+  model, boxed, variables = tiny_decoder(adapter)
   rng = np.random.default_rng(2)
   shape = (ROWS, LENGTH)
   segments = np.repeat([[1] * 6 + [2] * 3 + [0]], ROWS, axis=0).astype(np.int32)
@@ -131,6 +137,16 @@ def decoder_case(adapter, shards):
   )  # fmt: skip
   batch = shards.batch(text, None)
   return run(model, variables, boxed, batch, shards, language_step.gradients)
+
+
+def generation_case(adapter, shards):
+  model, boxed, variables = tiny_decoder(adapter)
+  placed = jax.tree.map(jax.device_put, variables, sharding.tree(shards.mesh, shards.rules, boxed))
+  prompts = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14]]
+  sampling = generation.SamplingConfig(max_tokens=5)
+  with shards.use():
+    texts = generation.generate(model, placed, prompts, sampling=sampling)
+  return np.array(texts), "", {}
 
 
 def mlp_case(adapter, shards):
@@ -149,7 +165,7 @@ def mlp_case(adapter, shards):
   return run(model, variables, boxed, batch, shards, step_lib.gradients)
 
 
-CASES = {"decoder": decoder_case, "mlp": mlp_case}
+CASES = {"decoder": decoder_case, "mlp": mlp_case, "generation": generation_case}
 
 
 def main(arrays: pathlib.Path, facts: pathlib.Path, wanted: list[str]) -> None:
@@ -159,6 +175,8 @@ def main(arrays: pathlib.Path, facts: pathlib.Path, wanted: list[str]) -> None:
       for name, sizes in MESHES.items():
         key = f"{kind}/{adapter}/{name}"
         if wanted and key not in wanted:
+          continue
+        if kind == "generation" and (adapter, name) not in GENERATED:
           continue
         devices = jax.devices()[: 1 if name == "one" else 8]
         layout = mesh_lib.MeshConfig(**sizes)

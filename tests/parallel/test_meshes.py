@@ -63,6 +63,13 @@ def test_losses_gradients_and_updates_equal_those_of_one_device(model, adapter, 
       assert np.median(np.abs(actual[path] - leaf)) < 1e-4 * RATE, path
 
 
+def test_a_sharded_model_says_what_the_whole_one_says(cases):
+  arrays, _, _ = cases
+  said = arrays["generation/queryable/mixed"]
+  np.testing.assert_array_equal(said, arrays["generation/queryable/one"])
+  assert said.shape == (4, 5)
+
+
 def moved(facts, case):
   return [tuple(each) for each in facts[case]["collectives"]]
 

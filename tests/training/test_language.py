@@ -209,6 +209,8 @@ def broken_line(config, folder):
     (lambda config, folder: config.data.update(length=4), "length"),
     (lambda config, folder: config.eval.update(every=0), "eval.every: 0"),
     (lambda config, folder: config.data.update(length=257), "data.length: 257"),
+    (lambda config, folder: config.mesh.update(data=2, fsdp=1), "nearest: slice=1, data=1"),
+    (lambda config, folder: config.model.update(attention="splash"), "needs a TPU"),
     (broken_line, "data.jsonl line 2: "),
     (no_answer, "data.jsonl line 2: "),
   ],
