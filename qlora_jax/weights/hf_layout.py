@@ -1,7 +1,7 @@
 """Where each tensor of a Hugging Face checkpoint goes in the decoder's `base` tree.
 
-Tensors are read one at a time, each straight into the shard that needs it; no device and no host
-ever holds the model twice.
+Tensors are read one at a time, each straight into the shards that need it, and let go of before
+the next is read: no device and no host ever holds the model twice.
 """
 
 import dataclasses
@@ -125,17 +125,16 @@ def load_base(
   _check(source, names, wanted, abstract, config)
   placed = traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
   local = jax_sharding.SingleDeviceSharding(jax.devices()[0])
+  # The largest tensors first: what reading one takes for a moment then has room that the model
+  # fills later.
+  order = sorted(
+    abstract, key=lambda path: -abstract[path].size // (len(wanted[path]) if path in wanted else 1)
+  )
   leaves = {
-    path: _leaf(
-      lambda tensor: tensor.read(source, names),
-      wanted[path],
-      leaf,
-      placed.get(path, local),
-      stacked=path.startswith("stack/"),
-    )
-    for path, leaf in abstract.items()
+    path: _leaf(source, names, path, wanted[path], abstract[path], placed.get(path, local))
+    for path in order
   }
-  return traverse_util.unflatten_dict(leaves, sep="/")
+  return traverse_util.unflatten_dict({path: leaves[path] for path in abstract}, sep="/")
 
 
 def _names(source: source_lib.Source, wanted: set[str]) -> dict[str, str]:
@@ -191,20 +190,39 @@ def _listed(names: list[str]) -> str:
   return ", ".join(names[:_SHOWN]) + more
 
 
-def _leaf(read, tensors, leaf, sharding, stacked: bool) -> jax.Array:
-  dtype = np.dtype(leaf.dtype)
+def _leaf(
+  source: source_lib.Source,
+  names: Mapping[str, str],
+  path: str,
+  tensors: tuple[Tensor, ...],
+  leaf: jax.ShapeDtypeStruct,
+  sharding: jax_sharding.Sharding,
+) -> jax.Array:
+  """One leaf of the tree: each of its tensors is read once, into all shards of this process."""
+  stacked = path.startswith("stack/")
+  indices = sharding.addressable_devices_indices_map(leaf.shape).values()
+  shards = {}  # by their place; devices that hold the same share a buffer, which nobody writes to
+  for index in indices:
+    spans = _spans(index, leaf.shape)
+    if spans not in shards:
+      shards[spans] = _aligned(tuple(map(len, spans)), np.dtype(leaf.dtype))
+  for block, tensor in enumerate(tensors):
+    value = tensor.read(source, names)
+    for spans, target in shards.items():
+      own = [slice(span.start, span.stop) for span in spans]
+      if not stacked:
+        target[...] = value[tuple(own)]
+      elif block in spans[0]:
+        target[block - spans[0].start] = value[tuple(own[1:])]
+    del value
+    source.release(names[tensor.name])
+  return jax.make_array_from_callback(
+    leaf.shape, sharding, lambda index: shards[_spans(index, leaf.shape)]
+  )
 
-  def shard(index: tuple[slice, ...]) -> np.ndarray:
-    spans = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
-    target = _aligned(tuple(map(len, spans)), dtype)
-    if stacked:
-      for row, block in enumerate(spans[0]):
-        target[row] = read(tensors[block])[index[1:]]
-    else:
-      target[...] = read(tensors[0])[index]
-    return target
 
-  return jax.make_array_from_callback(leaf.shape, sharding, shard)
+def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...]:
+  return tuple(range(*part.indices(size)) for part, size in zip(index, shape, strict=True))
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

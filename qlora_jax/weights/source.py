@@ -3,6 +3,7 @@
 import abc
 import functools
 import hashlib
+import mmap
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,22 @@ class Source(abc.ABC):
   @abc.abstractmethod
   def stored(self, name: str) -> tuple[str, np.ndarray]:
     """Storage type of a tensor, and its bytes as they lie in the file: uint8 [n]."""
+
+  def release(self, name: str) -> None:
+    """Lets go of a tensor's resident pages of the file; arrays of it stay valid, and are read anew.
+
+    The operating system would take them back when it needs memory; until then they count as ours.
+    """
+    stored = self.stored(name)[1]
+    mapped = stored
+    while isinstance(mapped, np.ndarray):
+      mapped = mapped.base
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and stored.size:
+      first = stored.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
+      start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE  # pages shared with neighbours stay
+      length = (first + stored.size) // mmap.PAGESIZE * mmap.PAGESIZE - start
+      if length > 0:
+        mapped.madvise(mmap.MADV_DONTNEED, start, length)
 
   @abc.abstractmethod
   def tokenizer(self) -> "tokenizer_lib.Tokenizer":
