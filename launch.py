@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
     status.show(_workdir())
     return
   config, cluster = options.split(_load_config())
+  if _CLUSTER.value == "slurm" and not _DRY_RUN.value:
+    options.require_slurm()
   if _CLUSTER.value == "tpu":
     from qlora_jax.launching import tpu
 

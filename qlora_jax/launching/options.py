@@ -4,12 +4,14 @@ Imports neither JAX nor submitit, so that config files can.
 """
 
 import re
+import shutil
 
 import ml_collections
 from ml_collections import config_dict
 
 from qlora_jax import errors
 
+_SLURM = ("sbatch", "squeue", "scontrol")
 TPU_WAYS = ("vm", "queued", "xpk")
 _DURATION = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
@@ -108,3 +110,13 @@ def check_slurm(slurm: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
         f"cluster.slurm.sbatch: {option!r} is not an option; write it as '--name=value'"
       )
+
+
+def require_slurm() -> None:
+  """Raises a UserError unless Slurm's commands are on the path."""
+  missing = [name for name in _SLURM if shutil.which(name) is None]
+  if missing:
+    raise errors.UserError(
+      f"--cluster=slurm: {missing[0]} is not on the path; start it on a login node of the Slurm"
+      " cluster, or use --cluster=local"
+    )

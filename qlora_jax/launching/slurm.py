@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,6 @@ from qlora_jax.launching import options, status, task
 from qlora_jax.training import records, study
 
 ROOT = pathlib.Path(__file__).parents[2]
-_COMMANDS = ("sbatch", "squeue", "scontrol")
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -26,16 +24,6 @@ class _Executor(submitit.SlurmExecutor):
   @classmethod
   def affinity(cls) -> int:
     return 1
-
-
-def require() -> None:
-  """Raises a UserError unless Slurm's commands are on the path."""
-  missing = [name for name in _COMMANDS if shutil.which(name) is None]
-  if missing:
-    raise errors.UserError(
-      f"--cluster=slurm: {missing[0]} is not on the path; start it on a login node of the Slurm"
-      " cluster, or use --cluster=local"
-    )
 
 
 def make_executor(
@@ -112,7 +100,7 @@ def launch(
   Raises:
     errors.UserError: no Slurm here, an option is wrong, or sbatch refused.
   """
-  require()
+  options.require_slurm()
   pairs = check(config, points, slurm)
   study.prepare(workdir, config, command)
   settings = [study.describe_single(config)] if points is None else study.describe(config, points)
@@ -177,7 +165,7 @@ def submit(
   Raises:
     errors.UserError: no Slurm here, an option is wrong, or sbatch refused.
   """
-  require()
+  options.require_slurm()
   folder = workdir / status.SLURM_FOLDER
   executor = make_executor(folder.absolute(), slurm, workdir.name, max_parallel)
   rows = status.look(workdir)

@@ -79,7 +79,7 @@ def test_a_script_asks_for_what_the_config_says(tmp_path):
 def test_a_machine_without_slurm_is_told_in_one_line(tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", str(tmp_path))
   with pytest.raises(errors.UserError, match=r"sbatch is not on the path; .* --cluster=local"):
-    slurm.require()
+    options.require_slurm()
 
 
 def test_a_regression_of_several_processes_is_refused():
