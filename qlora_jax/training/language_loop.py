@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+from qlora_jax.parallel import processes
 from qlora_jax.training import language, loop, metrics, progress, stop
 
 _SPLITS = ("test", "test_seen")
@@ -34,7 +35,7 @@ class Loop:
   def finished(self, spec: loop.GroupSpec) -> dict | None:
     """The result that an earlier process stored, or None."""
     path = self._directory(spec) / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text()) if processes.agreed(path.exists()) else None
 
   def train(self, spec: loop.GroupSpec) -> dict:
     """Trains a group and stores its result: 'rows' and 'curves' of the study's tables."""
