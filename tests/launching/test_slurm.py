@@ -25,7 +25,7 @@ def regression_config(data):
   config.data.data_dir = str(data)
   config.model.update(dict(width=16, hidden=16))
   config.adapter.budget = 1024
-  config.optimizer.steps, config.pretrain.steps, config.eval.every = 400, 40, 2
+  config.optimizer.steps, config.pretrain.steps, config.eval.every = 120, 40, 2
   config.checkpoint.seconds = 0.0
   config.protocol.search_seeds, config.protocol.final_seeds = (0,), (100, 101)
   return options.split(config)
@@ -86,15 +86,16 @@ def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed
   subprocess.run(["scancel", "--signal=USR2", lora], check=True)
   log = workdir / f"slurm/{lora}_0_log.err"
   until(lambda rows: "requeued" in log.read_text(), workdir)
-  assert f"stopped by SIGUSR2 after saving\njob {lora} requeued" in log.read_text()
+  assert "stopped by SIGUSR2 after saving" in log.read_text()
+  assert f"job {lora} requeued: it goes on from its checkpoint" in log.read_text()
 
   rows = until(lambda rows: states(rows) == ["failed", "done", "done"], workdir)
   assert rows[1].job == lora  # the same job
   record = records.read(workdir, rows[1].setting)
   search = workdir / "groups" / record.groups[0]
   lines = (search / "metrics.jsonl").read_text().splitlines()
-  assert [json.loads(line)["step"] for line in lines] == list(range(2, 401, 2))  # each one once
-  assert "lora/search: 1 point, 400 steps, from step " in log.read_text()
+  assert [json.loads(line)["step"] for line in lines] == list(range(2, 121, 2))  # each one once
+  assert "lora/search: 1 point, 120 steps, from step " in log.read_text()
   assert (workdir / "report/report.html").stat().st_size > 10_000  # the last job's doing
 
   local = tmp_path / "local"
