@@ -15,6 +15,7 @@ layer, and `place` = (block index, slot in the block). The adapted maps ask `rou
 (`router.BlockRouting`) for the routed operator; the first to ask is the block's anchor.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from qlora_jax.adapters import config as config_lib
-from qlora_jax.adapters import contraction, memory, router, summary
+from qlora_jax.adapters import contraction, depth_scan, memory, router, summary
 from qlora_jax.parallel import sharding
 from qlora_jax.typing import Array, PyTree
 
@@ -144,11 +145,15 @@ class BlockStack(nn.Module):
     shared = memory.SharedParameters(cfg, self.map_outputs, name="memory")()
     log_prior = memory.log_prior(cfg, shared, instruction)
     kind = cfg.summary if cfg.uses_query else "none"
-    running = summary.initial(kind, hidden.shape[:-1], self.blocks, cfg.rank)
+    # The N states of a token are kept as its hidden states are; a single one in float32.
+    dtype = hidden.dtype if kind == "attention" else jnp.float32
+    running = summary.initial(kind, hidden.shape[:-1], self.blocks, cfg.rank, dtype)
     carry = (hidden, running, cache, jnp.zeros((), jnp.int32))
     arguments = (cfg, self.make_layer, self.layers, self.layers * self.maps_per_layer)
     inputs = (shared, instruction, log_prior, context)
-    looped = self.unroll and not self.is_mutable_collection("params")
+    applied = not self.is_mutable_collection("params")
+    looped = self.unroll and applied
+    history = kind == "attention" and self.remat == "full" and cache is None
     block_class = Block
     if self.remat != "none":
       # A scan's body is compiled on its own, so that only the loop needs the barrier against CSE.
@@ -163,6 +168,13 @@ class BlockStack(nn.Module):
         carry, record = block_class(*arguments, parent=None).apply(variables, carry, *inputs)
         records.append(record)
       record = jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
+    elif history and applied:
+      own = {name: tree["blocks"] for name, tree in self.variables.items() if "blocks" in tree}
+      last, record = depth_scan.scan(
+        functools.partial(_step, Block(*arguments, parent=None)), own.pop("params"), own, hidden,
+        running, (shared, instruction, log_prior), context,
+      )  # fmt: skip
+      carry = (last, None, None, None)
     else:
       scanned = nn.scan(
         block_class,
@@ -176,3 +188,10 @@ class BlockStack(nn.Module):
       carry, record = scanned(*arguments, name="blocks")(carry, *inputs)
     record = record._replace(log_prior=log_prior)
     return (carry[0], record) if context is None else (carry[0], record, carry[2])
+
+
+def _step(module: Block, own, fixed, hidden, history, index, shared, context):
+  """A block as `depth_scan.scan` runs it."""
+  carry = (hidden, history, None, index)
+  (hidden, history, _, _), record = module.apply({"params": own, **fixed}, carry, *shared, context)
+  return hidden, history, record

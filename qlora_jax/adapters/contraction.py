@@ -4,7 +4,7 @@ Multiply-adds a token for one block with `maps` adapted maps:
 
   operator  M R^2 once, then R^2 a map      builds C [R, R] a token, shared by the block's maps
   product   M R^2 + M R a map               never builds C; wins for one map and R > M
-  gather    k R^2 a map                     reads k atoms a token; wins when k << M
+  gather    k R^2 once, then R^2 a map      builds C from k atoms; wins when k << M
 
 `benchmarks/contraction.py` measures the three.
 """
@@ -13,19 +13,20 @@ from qlora_jax.adapters import config as config_lib
 from qlora_jax.adapters import functional
 from qlora_jax.typing import Array
 
-# One gathered multiply-add costs about this many dense ones: a gather streams atoms from memory.
-GATHER_COST = 8.0
+# One gathered multiply-add counts as this many dense ones: a gather streams atoms from memory, its
+# gradient scatters them back, and a matrix unit multiplies almost for nothing.
+GATHER_COST = 32.0
 
 
 def choose(config: config_lib.AdapterConfig, maps: int) -> str:
-  """'operator', 'product' or 'gather': the config's choice, or the cheapest by the cost model."""
+  """The order that the config names, or the cheapest by the cost model."""
   if config.contraction != "auto":
     return config.contraction
   atoms, rank, kept = config.atoms, config.rank, config.kept_atoms
   costs = {
     "operator": atoms * rank**2 + maps * rank**2,
     "product": maps * (atoms * rank**2 + atoms * rank),
-    "gather": GATHER_COST * maps * kept * rank**2,
+    "gather": GATHER_COST * kept * rank**2 + maps * rank**2,
   }
   return min(costs, key=costs.get)
 
@@ -38,12 +39,18 @@ def contract(
   operator: Array | None,
   atoms: Array,
 ) -> Array:
-  """(x A) C [*batch, R] in the chosen order; `operator` is the C built for the block, if any."""
+  """(x A) C [*batch, R] in the chosen order.
+
+  Args:
+    config, maps: as in `choose`.
+    low_rank: x A [*batch, R]; weights: [*batch, M]; atoms: [M, R, R].
+    operator: the C built for the block, if any.
+  """
   kind = choose(config, maps)
-  if kind == "operator":
-    if operator is None:
-      operator = functional.routed_operator(weights, atoms)
-    return functional.apply_operator(low_rank, operator)
   if kind == "product":
     return functional.apply_atoms(low_rank, weights, atoms)
-  return functional.gather_atoms(low_rank, weights, atoms, config.kept_atoms)
+  if operator is None and kind == "operator":
+    operator = functional.routed_operator(weights, atoms)
+  if operator is None:
+    return functional.gather_atoms(low_rank, weights, atoms, config.kept_atoms)
+  return functional.apply_operator(low_rank, operator)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from qlora_jax.typing import Array, Float, typed
+from qlora_jax.typing import Array, Float, Int, typed
 
 RMS_EPSILON = 1e-6
 
@@ -164,6 +164,30 @@ def sparse_weights(
 
 
 @typed
+def sparse_choice(
+  logits: Float[Array, "*batch M"], k: int, equal: bool = False
+) -> tuple[Float[Array, "*batch k"], Int[Array, "*batch k"]]:
+  """Step (5) without the zeros: the weights of the k largest logits, and which atoms they are.
+
+  `dense_weights` of them is `sparse_weights`; with many atoms this takes k numbers a token, not M.
+  """
+  kept, chosen = jax.lax.top_k(logits, k)
+  weights = jax.nn.softmax(kept, axis=-1)
+  if equal:
+    weights = weights + jax.lax.stop_gradient(1.0 / k - weights)
+  return weights, chosen
+
+
+@typed
+def dense_weights(
+  values: Float[Array, "*batch k"], chosen: Int[Array, "*batch k"], num_atoms: int
+) -> Float[Array, "*batch M"]:
+  """The weights [*batch, M] of `sparse_choice`, zero where an atom is not chosen."""
+  places = jax.nn.one_hot(chosen, num_atoms, dtype=values.dtype)
+  return jnp.einsum("...k,...km->...m", values, places)
+
+
+@typed
 def routed_operator(
   weights: Float[Array, "*batch M"], atoms: Float[Array, "M R R2"]
 ) -> Float[Array, "*batch R R2"]:
@@ -222,6 +246,14 @@ def gather_atoms(
   values, chosen = jax.lax.top_k(weights, k)  # [.., k]
   products = jnp.einsum("...r,...krs->...ks", low_rank, atoms[chosen])
   return jnp.einsum("...k,...ks->...s", values, products)
+
+
+@typed
+def gathered_operator(
+  values: Float[Array, "*batch k"], chosen: Int[Array, "*batch k"], atoms: Float[Array, "M R R2"]
+) -> Float[Array, "*batch R R2"]:
+  """Step (6) from the k atoms of `sparse_choice`: C = sum_m w_m U_m over them."""
+  return jnp.einsum("...k,...krs->...rs", values, atoms[chosen])
 
 
 @typed

@@ -76,9 +76,14 @@ class BlockRouter(nn.Module):
     else:
       query = self._query(state, carry, index, instruction)
       logits = functional.router_logits(query, shared["atom_keys"], log_prior, cfg.prior_weight)
-    weights = functional.sparse_weights(logits, cfg.kept_atoms, cfg.weights == "equal")
-    operator = None
-    if contraction.choose(cfg, self.maps) == "operator":
+    kind, equal, operator = contraction.choose(cfg, self.maps), cfg.weights == "equal", None
+    if kind == "gather" and cfg.kept_atoms < cfg.atoms:
+      chosen = functional.sparse_choice(logits, cfg.kept_atoms, equal)
+      # Dense weights are made only where something reads them: penalties and statistics.
+      dense = functional.dense_weights(*chosen, cfg.atoms)
+      return Routing(dense, logits, functional.gathered_operator(*chosen, shared["atoms"]))
+    weights = functional.sparse_weights(logits, cfg.kept_atoms, equal)
+    if kind == "operator":
       operator = functional.routed_operator(weights, shared["atoms"])
     return Routing(weights, logits, operator)
 

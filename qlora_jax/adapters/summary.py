@@ -31,9 +31,10 @@ def depth_attention(
 ) -> Float[Array, "*batch R"]:
   """s_b = sum_{j<b} softmax_j(p_b . RMSNorm(h_j)) h_j over the `index` blocks before; s_1 = 0.
 
-  No 1/sqrt(d) in the scores, as in the source. A pseudo-query of zeros gives the uniform mean.
+  No 1/sqrt(d) in the scores, as in the source. A pseudo-query of zeros gives the uniform mean. It
+  is computed in the pseudo-query's dtype, whatever the history is kept in.
   """
-  num_blocks = history.shape[0]
+  num_blocks, history = history.shape[0], history.astype(pseudo_query.dtype)
   power = jnp.einsum("n...r,n...r->n...", history, history) / history.shape[-1]
   scores = jnp.einsum("n...r,r->n...", history, pseudo_query)
   scores = scores * jax.lax.rsqrt(power + functional.RMS_EPSILON)
@@ -62,5 +63,5 @@ def read(kind: str, carry: Array, index: Array | int, pseudo_query: Array | None
 def write(kind: str, carry: Array, state: Array, index: Array | int, gate: Array | None) -> Array:
   """The carry after block `index` left `state` [*batch, R] behind."""
   if kind == "attention":
-    return jax.lax.dynamic_update_index_in_dim(carry, state, index, 0)
+    return jax.lax.dynamic_update_index_in_dim(carry, state.astype(carry.dtype), index, 0)
   return gated_update(carry, state, gate) if kind == "recurrent" else carry

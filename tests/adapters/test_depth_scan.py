@@ -1,0 +1,71 @@
+"""The scan that keeps the depth history once has the gradient of the one that keeps it N times."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import numpy as jnp
+
+from qlora_jax.adapters import config as adapter_config
+from qlora_jax.adapters import losses
+from qlora_jax.models import decoder
+
+SHAPE = decoder.DecoderConfig(
+  vocabulary=32, width=8, hidden=8, layers=3, heads=1, groups=1, head_dim=8, adapted=("q", "v")
+)
+ROWS, LENGTH = 2, 6
+
+
+def gradient(adapter, remat):
+  """(function of params -> loss and gradient, params): the reference does not remake blocks."""
+  model = decoder.Decoder(dataclasses.replace(SHAPE, remat=remat), adapter)
+  tokens = jax.random.randint(jax.random.key(1), (ROWS, LENGTH), 0, 32)
+  drawn = nn.meta.unbox(model.init(jax.random.key(0), tokens, method="initialise"))
+  params = jax.tree.map(
+    lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape),
+    drawn["params"],
+  )
+
+  def loss(params, base):
+    output = model.apply({"params": params, "base": base}, tokens)
+    return jnp.sum(jnp.sin(output.hidden)) + losses.penalty(adapter, output.routing)
+
+  return loss, params, drawn["base"]
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"top_k": 2, "contraction": "gather"},
+    {"z_loss_weight": 0.01, "load_balance_weight": 0.1},
+  ],
+  ids=["sparse", "penalties"],
+)
+def test_the_gradient_is_that_of_the_plain_scan(fields):
+  adapter = adapter_config.AdapterConfig(rank=4, atoms=8, **fields)
+  (loss, params, base), (plain, _, _) = (gradient(adapter, remat) for remat in ("full", "none"))
+  value, grads = jax.jit(jax.value_and_grad(loss))(params, base)
+  expected_value, expected = jax.jit(jax.value_and_grad(plain))(params, base)
+  np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+  for own, other in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+    assert np.abs(other).max() > 0
+    np.testing.assert_allclose(own, other, rtol=2e-4, atol=2e-4 * np.abs(other).max())
+
+
+def test_no_array_holds_a_history_for_every_block():
+  adapter = adapter_config.AdapterConfig(rank=4, atoms=8)
+  squared = f"[{SHAPE.blocks},{SHAPE.blocks},{ROWS},{LENGTH},4]"
+  texts = {}
+  for remat in ("full", "dots"):
+    loss, params, base = gradient(adapter, remat)
+    texts[remat] = str(jax.make_jaxpr(jax.grad(loss))(params, base))
+  assert squared in texts["dots"]  # as a scan is differentiated
+  assert squared not in texts["full"]
+
+
+def test_a_gradient_of_the_frozen_base_is_refused():
+  loss, params, base = gradient(adapter_config.AdapterConfig(rank=4, atoms=8), "full")
+  with pytest.raises(ValueError, match="frozen"):
+    jax.eval_shape(jax.grad(loss, argnums=1), params, base)
