@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 export PYTHONPATH := .
 
-.PHONY: setup setup-dev setup-llm demo demo-llm study test lint format bench
+.PHONY: setup setup-dev setup-llm setup-tpu demo demo-llm study test lint format bench
 setup: .venv/.ready
 .venv/.ready: requirements.txt requirements-data.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,6 +20,13 @@ setup-llm: .venv/.ready-llm
 setup-dev: .venv/.ready-dev
 .venv/.ready-dev: .venv/.ready-llm requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
+	touch $@
+
+# The TPU compiler for `launch.py --plan`, in a folder that only the plan reads (690 MB).
+setup-tpu: .venv/libtpu/.ready
+.venv/libtpu/.ready: .venv/.ready requirements-tpu.txt
+	$(PIP) --no-compile --no-deps --require-hashes --upgrade --target .venv/libtpu \
+	  -r requirements-tpu.txt
 	touch $@
 
 demo: setup
@@ -41,7 +48,7 @@ demo-llm: setup-llm
 study: setup
 	$(BIN)/python launch.py --config=configs/regression.py --workdir=runs/regression --sweep
 
-test: setup-dev lint
+test: setup-dev setup-tpu lint
 	QLORA_JAX_TYPECHECK=1 $(BIN)/python -m pytest -n 2
 
 lint: setup-dev

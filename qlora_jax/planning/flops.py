@@ -140,4 +140,4 @@ def _contraction(adapter, applied: int, kind: str) -> float:
     return 2.0 * rank**2 * (atoms + applied)
   if kind == "product":
     return applied * 2.0 * (atoms * rank**2 + atoms * rank)
-  return applied * 2.0 * adapter.kept_atoms * (rank**2 + rank)
+  return 2.0 * rank**2 * (adapter.kept_atoms + applied)

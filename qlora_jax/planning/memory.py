@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from qlora_jax.adapters import contraction
 from qlora_jax.models import decoder
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.parallel import sharding
@@ -148,15 +149,24 @@ def padded(size: int) -> int:
 
 
 def routing_bytes(shape, adapter, tokens: float) -> dict[str, float]:
-  """Bytes that Queryable LoRA adds: 'kept' for the gradient, and 'temporary' in one block."""
+  """Bytes that Queryable LoRA adds: 'kept' for the gradient, and 'temporary' in one block.
+
+  The depth history is kept once (`adapters/depth_scan.py`) where blocks are made again, and once a
+  block where they are not. Dense weights exist only in the orders that multiply by them.
+  """
   if not adapter.routed:
     return {"kept": 0.0, "temporary": 0.0}
-  rank, atoms = adapter.rank, adapter.atoms
-  kept = 0.0
-  if (adapter.uses_query and adapter.summary == "attention") or (
-    adapter.uses_query and adapter.summary == "recurrent"
-  ):
-    kept += tokens * shape.blocks * rank * FLOAT32
-  weights = 4 * tokens * padded(atoms) * FLOAT32  # logits, weights, and their gradients
+  rank, atoms, kept_atoms = adapter.rank, adapter.atoms, adapter.kept_atoms
+  state = tokens * rank * FLOAT32
+  kept = history = 0.0
+  if adapter.uses_query and adapter.summary == "attention":
+    history = shape.blocks * tokens * rank * np.dtype(shape.dtype).itemsize
+    kept = history if shape.remat == "full" else history * shape.blocks
+    history += shape.blocks * state  # its gradient is summed in float32
+  elif adapter.uses_query and adapter.summary == "recurrent":
+    kept = shape.blocks * state
+  gather = contraction.choose(adapter, shape.layers_per_block * len(shape.adapted)) == "gather"
+  scores = (2 if gather else 4) * tokens * padded(atoms) * FLOAT32  # and their gradients
   operator = 2 * tokens * rank * rank * FLOAT32
-  return {"kept": kept, "temporary": weights + operator}
+  gathered = 2 * tokens * kept_atoms * rank * rank * FLOAT32 if gather else 0.0
+  return {"kept": kept, "temporary": history + scores + operator + gathered}

@@ -1,0 +1,189 @@
+"""Plans of a config: what is compiled is the training step, and what does not fit gets advice."""
+
+import io
+import json
+import math
+
+import jax
+import pytest
+from flax import linen as nn
+from rich import console
+
+from configs import llama
+from qlora_jax import errors
+from qlora_jax.adapters import config as adapter_config
+from qlora_jax.models import architectures, decoder, families
+from qlora_jax.parallel import mesh as mesh_lib
+from qlora_jax.parallel import sharding
+from qlora_jax.planning import (
+  command,
+  compile,
+  hardware,
+  memory,
+  plan,
+  program,
+  report,
+  search,
+)
+from qlora_jax.training import optimizer
+
+TINY = decoder.DecoderConfig(
+  vocabulary=512, width=256, hidden=512, layers=4, heads=4, groups=4, head_dim=128,
+  base_dtype="bfloat16", dtype="bfloat16", remat="full",
+)  # fmt: skip
+ADAPTER = adapter_config.AdapterConfig(rank=8, atoms=16, top_k=4)
+CHIPS = hardware.parse("v5e:2x2")
+
+
+def tiny_job(**mesh):
+  model = decoder.Decoder(TINY, ADAPTER)
+  return program.Job(
+    model, optimizer.OptimizerConfig(batch_size=4), mesh_lib.MeshConfig(**mesh), 256
+  )
+
+
+def answer(job, fits=True, **more):
+  """What a worker would say."""
+  own = search.estimated(job, CHIPS)
+  kinds = {name: getattr(own, name) for name in ("base", "adapter", "optimizer", "batch")}
+  if fits:
+    kinds |= {"activations": own.activations, "temporaries": own.temporaries}
+  else:
+    more |= {"used": 2 * int(CHIPS.chip.hbm), "limit": int(CHIPS.chip.hbm)}
+  times = {"trace_seconds": 1.0, "compile_seconds": 2.0, "host_peak_bytes": 3}
+  return {"fits": fits, "memory": kinds, "collectives": [], **times, **more}
+
+
+def test_published_sizes_are_the_published_numbers_of_parameters():
+  published = {
+    "llama3-8b": 8.03, "llama3-70b": 70.6, "llama3-405b": 405.9, "qwen3-8b": 8.19,
+    "qwen3-32b": 32.8, "gemma2-27b": 27.2, "gemma3-27b": 27.0,
+  }  # fmt: skip
+  assert set(published) == set(architectures.PUBLISHED)
+  for name, billions in published.items():
+    shape = families.config_from_hf(architectures.config(name))
+    maps = shape.layers * sum(inputs * outputs for inputs, outputs in shape.map_shapes.values())
+    total = maps + shape.vocabulary * shape.width * (1 if shape.tied else 2)
+    assert total / 1e9 == pytest.approx(billions, rel=3e-3), name
+
+
+def test_bytes_a_chip_are_those_of_the_shards_that_training_makes():
+  job = tiny_job(fsdp=2, tensor=2)
+  mesh = jax.sharding.AbstractMesh((1, 1, 2, 2), mesh_lib.AXES)
+  for boxed in decoder.abstract(TINY, ADAPTER).values():
+    places = sharding.tree(mesh, job.mesh.rules, boxed)
+    expected = sum(
+      math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf, place in zip(
+        jax.tree.leaves(nn.meta.unbox(boxed)), jax.tree.leaves(places), strict=True
+      )
+    )
+    assert memory.shard_bytes(boxed, dict(mesh.shape), job.mesh.rules) == expected > 0
+
+
+def test_a_step_that_does_not_fit_gets_a_compiled_suggestion(monkeypatch):
+  asked = []
+
+  def run(job, topology, hlo=""):
+    asked.append(job)
+    return answer(job, fits=len(asked) > 1)
+
+  monkeypatch.setattr(compile, "run", run)
+  found = plan.make(tiny_job(fsdp=4), CHIPS)
+  assert not found["fits"] and found["suggestion"]["verified"]
+  assert len(asked) == 2 and asked[1] != asked[0]
+  told = plan.verdict(found)
+  assert "16.0 GiB more than there is of 16.0 GiB a chip; fits with --" in told
+
+
+def test_the_nearest_change_comes_first_and_fits_by_the_estimate():
+  job = tiny_job(fsdp=4)
+  need = search.estimated(job, CHIPS).total
+  scale = 1.5 * CHIPS.chip.hbm / need  # half as much again as there is
+  changes = list(search.nearest(job, CHIPS, scale))
+  assert changes and changes[0].topology == CHIPS
+  for change in changes:
+    assert change.bytes <= CHIPS.chip.hbm and change.flags
+    assert job.rows % (mesh_lib.data_shards(_mesh(change)) * change.job.micro_batches) == 0
+
+
+def _mesh(change):
+  sizes = mesh_lib.resolve(change.job.mesh, change.topology.chips)
+  return jax.sharding.AbstractMesh(sizes, mesh_lib.AXES)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+  """The config's own job is replaced by a tiny one once it has been checked."""
+  monkeypatch.setattr(compile, "check", lambda: None)
+  monkeypatch.setattr(plan, "job_of", lambda config, topology: tiny_job(fsdp=4))
+  return llama.get_config("size=8b")
+
+
+def test_the_command_shows_and_stores_the_plan(planned, monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(compile, "run", lambda job, topology, hlo="": answer(job))
+  command.run(planned, "v5e:2x2", 1, None, str(tmp_path / "w"), "python launch.py --plan")
+  stored = json.loads((tmp_path / "w" / command.FILE).read_text())
+  shown = capsys.readouterr().out
+  assert stored["fits"] and "fits with" in shown and "activations" in shown
+  assert stored["hbm"]["needed"] == sum(stored["hbm"]["kinds"].values())
+  assert stored["step_time"]["assumed_utilisation"] == 0.55
+  assert 0 < stored["step_time"]["mfu"] < 0.56
+  again = console.Console(width=200, file=io.StringIO())
+  report.show(stored, again)
+  assert "fits with" in again.file.getvalue()
+
+
+def test_a_step_that_does_not_fit_is_stored_and_ends_in_one_line(planned, monkeypatch, tmp_path):
+  monkeypatch.setattr(compile, "run", lambda job, topology, hlo="": answer(job, fits=False))
+  with pytest.raises(errors.UserError, match=r"needs 16\.0 GiB more") as caught:
+    command.run(planned, "v5e:2x2", 1, str(tmp_path / "p.json"), None, "")
+  assert "\n" not in str(caught.value) and "does not fit either" in str(caught.value)
+  assert json.loads((tmp_path / "p.json").read_text())["fits"] is False
+
+
+@pytest.mark.parametrize(
+  ("changes", "topology", "slices", "named"),
+  [
+    ({"mesh.fsdp": 3}, "v5e:2x2", 1, "fsdp 3 .* nearest: slice=1, data=1, fsdp="),
+    ({"optimizer.batch_size": 6}, "v5e:2x2", 1, "batch_size: 6 rows .* use 4 or 8"),
+    ({"mesh.slice": 2}, "v5e:2x2", 1, "mesh.slice: 2 is not the number of slices, 1"),
+    ({"model.architecture": "llama9"}, "v5e:2x2", 1, "'llama9' is unknown; use one of llama3-8b"),
+    ({"kind": "regression"}, "v5e:2x2", 1, "not a language model's"),
+  ],
+)
+def test_a_wrong_config_is_one_line(changes, topology, slices, named):
+  config = llama.get_config("size=8b")
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(errors.UserError, match=named):
+    plan.job_of(config, hardware.parse(topology, slices))
+
+
+@pytest.mark.parametrize("arg", ["size=9b", "rows=0", "wide=3", "size=8b,length=x"])
+def test_a_wrong_argument_of_the_config_is_one_line(arg):
+  with pytest.raises(errors.UserError, match="--config: "):
+    llama.get_config(arg)
+
+
+def test_the_compilers_words_on_memory_are_read():
+  message = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm."
+    " Used 23.15G of 15.75G hbm. Exceeded hbm capacity by 7.40G."
+  )
+  assert compile.exceeded(message) == {"used": int(23.15 * 2**30), "limit": int(15.75 * 2**30)}
+  assert compile.exceeded("INTERNAL: something else") is None
+
+
+def test_the_tpu_compiler_takes_the_training_step():
+  """The one real compilation: a tiny decoder on four v5e chips, over fsdp and tensor."""
+  job = tiny_job(fsdp=2, tensor=2)
+  found = plan.make(job, CHIPS, suggest=False)
+  kinds = found["hbm"]["kinds"]
+  assert found["fits"] and found["hbm"]["needed"] == sum(kinds.values()) < 2**30
+  guess = search.estimated(job, CHIPS)
+  for name in ("base", "adapter"):
+    assert kinds[name] == getattr(guess, name)
+  assert kinds["optimizer"] == pytest.approx(guess.optimizer, rel=1e-3)  # and its counters
+  states = 4 // 2 * 256 * TINY.width * 2 * TINY.blocks  # the inputs of the blocks, bfloat16
+  assert states <= kinds["activations"] < 3 * states
+  assert found["collectives"]["all-gather"]["count"] >= TINY.blocks  # weights, a layer at a time
