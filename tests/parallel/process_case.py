@@ -1,6 +1,6 @@
-"""One process of a fine-tuning run: its losses and, from the first process, its adapter.
+"""One process of a fine-tuning run, without generation: losses, and from the first its adapter.
 
-  python tests/parallel/process_case.py WEIGHTS DIRECTORY
+  python tests/parallel/process_case.py WEIGHTS DATA DIRECTORY
 
 Who is who comes from the environment, as for `launch.py`; so does the number of devices.
 """
@@ -13,22 +13,25 @@ from qlora_jax.parallel import processes
 from qlora_jax.training import language, progress
 
 
-def config(weights: str):
+def fields(weights: str, data: str) -> dict:
+  """What differs from the config's defaults, by path."""
+  return {
+    "model.weights": weights, "model.layers_per_block": 1, "adapter.name": "queryable",
+    "adapter.rank": 4, "adapter.atoms": 4, "optimizer.steps": 3, "optimizer.batch_size": 4,
+    "optimizer.learning_rate": 1e-2, "data.name": data, "data.length": 64, "eval.every": 1,
+    "eval.examples": 2, "eval.max_tokens": 3, "eval.batch_size": 2, "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+  }  # fmt: skip
+
+
+def main(weights: str, data: str, directory: pathlib.Path) -> None:
   config = llm.get_config()
-  config.model.weights, config.model.layers_per_block = weights, 1
-  config.adapter.update({"name": "queryable", "rank": 4, "atoms": 4})
-  config.optimizer.update({"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "clip": 0.0})
-  config.data.tasks, config.data.train_rows, config.data.length = ("plural", "uppercase"), 20, 64
-  config.eval.update({"every": 1, "examples": 1, "max_tokens": 2, "batch_size": 2})
-  return config
-
-
-def main(weights: str, directory: pathlib.Path) -> None:
+  config.update_from_flattened_dict(fields(weights, data))
   processes.start()
   with processes.together():
     display = progress.Display(total_points=1, plain=True, stream=processes.terminal())
-    language.Run(config(weights), directory, directory, display).train("case", by_generation=False)
+    language.Run(config, directory, directory, display).train("case", by_generation=False)
 
 
 if __name__ == "__main__":
-  main(sys.argv[1], pathlib.Path(sys.argv[2]))
+  main(sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3]))
