@@ -78,14 +78,15 @@ CONF
   export SLURM_CONF="$dir/slurm.conf"
   slurmctld -c
   slurmd -c
-  for _ in $(seq 100); do
+  for _ in $(seq 600); do
     [ "$(sinfo -h -o %t 2>/dev/null)" = idle ] && return
     sleep 0.1
   done
   sinfo -R >&2 || true
   tail -n 3 "$dir/slurmctld.log" "$dir/slurmd.log" >&2
   stop "$dir"
-  fail "the node did not come up"
+  echo "the node did not come up" >&2
+  exit 1
 }
 
 stop() {
