@@ -428,4 +428,6 @@ if __name__ == "__main__":
   parser.add_argument("--precision", default="float32", help=argparse.SUPPRESS)
   parser.add_argument("--shape", default="4x128", help=argparse.SUPPRESS)
   given = parser.parse_args()
+  if "PEFT" not in given.sides.split(",") or set(given.sides.split(",")) - set(SIDES):
+    parser.error(f"--sides: give PEFT, and others of {', '.join(SIDES)}")
   child(given) if given.child else main(given)

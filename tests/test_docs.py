@@ -1,12 +1,14 @@
 """Every command that the documentation shows runs, shrunk to a few steps where it trains."""
 
 import itertools
+import json
 import pathlib
 import re
 import shlex
 import subprocess
 import sys
 
+import in_process
 import pytest
 
 from qlora_jax.training import records
@@ -19,6 +21,12 @@ SMALL = [
   "--config.model.width=16", "--config.model.hidden=16", "--config.adapter.budget=1024",
   "--config.optimizer.steps=2", "--config.pretrain.steps=2",
 ]  # fmt: skip
+# Instead of what a command for a language model gives: a tiny model, and few of everything.
+TINY = {
+  "model.layers_per_block": 1, "adapter.rank": 2, "adapter.atoms": 2, "instruction.dim": 2,
+  "optimizer.steps": 2, "eval.examples": 1, "eval.validation": 2, "eval.max_tokens": 2,
+  "eval.batch_size": 2, "data.length": 128,
+}  # fmt: skip
 
 
 def commands():
@@ -32,14 +40,46 @@ def commands():
   return [pytest.param(text, id=f"{name}: {text}") for text, name in found.items()]
 
 
-def execute(arguments, tmp_path):
-  done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+def execute(arguments, tmp_path, told=None):
+  own = arguments[0] == sys.executable and "py_compile" not in arguments
+  if own and "--plan" not in arguments:  # a plan sets up JAX for TPUs before anything else
+    done = in_process.run(arguments[1:], told or "")
+  else:
+    done = subprocess.run(
+      arguments, cwd=ROOT, capture_output=True, text=True, check=False, input=told
+    )
   assert done.returncode == 0, done.stdout + done.stderr
   return done
 
 
+def for_tiny_model(arguments, folder, tiny_llama):
+  """The arguments of a launch with a language model's config, made cheap; results in `folder`."""
+  kept = [
+    each for each in arguments if not each.startswith(
+      ("--workdir", "--config.model.weights", *(f"--config.{name}=" for name in TINY))
+    )
+  ]  # fmt: skip
+  mine = folder / "mine.jsonl"
+  rows = ({"instruction": "Say it.", "input": str(n), "output": str(n)} for n in range(40))
+  mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  kept = [f"--config.data.name={mine}" if "mine.jsonl" in each else each for each in kept]
+  small = [f"--config.{name}={value}" for name, value in TINY.items()]
+  return [*kept, *small, f"--workdir={folder}/run", f"--config.model.weights={tiny_llama}"]
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_llama, tmp_path_factory):
+  """The adapter of the page's run on the user's own data, for what comes after it."""
+  text = next(each.values[0] for each in commands() if "data.name=mine.jsonl" in each.values[0])
+  folder = tmp_path_factory.mktemp("mine")
+  _, *arguments = shlex.split(text)
+  done = execute([sys.executable, *for_tiny_model(arguments, folder, tiny_llama)], folder)
+  assert f"adapter: {folder}/run/adapter" in done.stdout
+  return folder / "run/adapter"
+
+
 @pytest.mark.parametrize("text", commands())
-def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data):
+def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data, request):
   program, *arguments = shlex.split(re.sub(r"\[.*", "", text))  # without [optional parts]
   if program == "make":
     execute(["make", "-n", *arguments], tmp_path)
@@ -59,6 +99,14 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data):
       )  # fmt: skip
       assert "1 settings: 1 pending" in done.stdout
       return
+    if any("configs/llm.py" in each for each in arguments):
+      if "mine.jsonl" in text:
+        assert (request.getfixturevalue("tiny_adapter") / "adapter.json").is_file()
+        return
+      tiny = for_tiny_model(arguments, tmp_path, request.getfixturevalue("tiny_llama"))
+      done = execute([sys.executable, *tiny, "--dry_run"], tmp_path)
+      assert "trainable parameters" in done.stdout
+      return
     arguments = [
       f"--workdir={tmp_path}/run" if each.startswith("--workdir") else each for each in arguments
     ]
@@ -77,6 +125,12 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data):
     execute([sys.executable, "launch.py", *small, data], tmp_path)
     execute([sys.executable, "-m", "experiments.report", f"--workdir={tmp_path}/run"], tmp_path)
     assert (tmp_path / "run/report/report.html").stat().st_size > 10_000
+  elif arguments[:2] == ["-m", "qlora_jax.generate"]:
+    adapter = request.getfixturevalue("tiny_adapter")
+    own = [f"--adapter={adapter}" if "--adapter=" in each else each for each in arguments]
+    told = "/instruction Say it.\n7\n/adapter off\n7\n/quit\n"
+    done = execute([sys.executable, *own, "--max_tokens=2"], tmp_path, told)
+    assert "error:" not in done.stdout + done.stderr
   elif pathlib.Path(arguments[0]).parent.name == "benchmarks":
     execute([sys.executable, "-m", "py_compile", arguments[0]], tmp_path)
   else:
