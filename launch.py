@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
 
     command.run(
       config, _TOPOLOGY.value, _SLICES.value, _OUT.value, _WORKDIR.value,
-      "python " + shlex.join(sys.argv),
+      "python " + shlex.join(sys.argv), _DRY_RUN.value,
     )  # fmt: skip
     return
   from qlora_jax.training import loop, study  # after the flags: a mistake there answers fast

@@ -15,9 +15,11 @@ FILE = "plan.json"
 
 def run(
   config: ml_collections.ConfigDict, topology: str | None, slices: int, out: str | None,
-  workdir: str | None, command: str,
+  workdir: str | None, command: str, dry_run: bool = False,
 ) -> None:  # fmt: skip
   """Plans, prints tables, and writes JSON to `out` or into the work directory.
+
+  With `dry_run` nothing is compiled: memory is estimated, and collectives are left out.
 
   Raises:
     UserError: a wrong config or topology; or the step does not fit, after its plan was stored.
@@ -26,7 +28,8 @@ def run(
     raise errors.UserError(f"--topology: missing; known are {hardware.known()}")
   chips = hardware.parse(topology, slices)
   job = plan.job_of(config, chips)
-  compile_lib.check()
+  if not dry_run:
+    compile_lib.check()
   target = pathlib.Path(out) if out else pathlib.Path(workdir) / FILE if workdir else None
   if target is not None and not target.parent.is_dir():
     if out:
@@ -40,7 +43,7 @@ def run(
       if not progress.is_terminal:
         progress.print(text, highlight=False, soft_wrap=True)
 
-    found = plan.make(job, chips, log)
+    found = plan.guess(job, chips) if dry_run else plan.make(job, chips, log)
   found["config"] = json.loads(config.to_json_best_effort())
   found["command"] = command
   report.show(found, screen)

@@ -86,6 +86,20 @@ def make(
   return plan
 
 
+def guess(job: program.Job, topology: hardware.Topology) -> dict[str, Any]:
+  """The plan without compiling: memory by the estimate, and no collectives."""
+  kinds = dataclasses.asdict(search.estimated(job, topology))
+  nothing = {"trace_seconds": 0.0, "compile_seconds": 0.0, "host_peak_bytes": 0}
+  found = describe(job, topology, {"fits": True, "memory": kinds, "estimated": True, **nothing})
+  change = None if found["fits"] else next(search.nearest(job, topology), None)
+  if change is not None:
+    found["suggestion"] = {
+      "flags": list(change.flags), "verified": False, "hbm": {"needed": change.bytes},
+      "step_time": None,
+    }  # fmt: skip
+  return found
+
+
 def describe(
   job: program.Job, topology: hardware.Topology, compiled: dict[str, Any]
 ) -> dict[str, Any]:
@@ -114,10 +128,10 @@ def describe(
     "rows": job.rows, "length": job.length,
     "blocks": shape.blocks, "layers_per_block": shape.layers_per_block,
     "adapter": dataclasses.asdict(job.model.adapter),
-    "fits": fits,
+    "fits": fits, "compiled": not compiled.get("estimated", False),
     "hbm": {
       "needed": needed, "limit": limit, "kinds": kinds,
-      "activations_are_estimated": not compiled["fits"],
+      "activations_are_estimated": not compiled["fits"] or "estimated" in compiled,
     },
     "collectives": estimate.by_kind(collectives),
     "flops": {
@@ -161,15 +175,18 @@ def verdict(plan: dict[str, Any]) -> str:
   hbm = plan["hbm"]
   gap = abs(hbm["limit"] - hbm["needed"]) / hardware.GIB
   of = f"of {hbm['limit'] / hardware.GIB:.1f} GiB a chip"
+  by = "" if plan["compiled"] else "by the estimate "
   if plan["fits"]:
-    return f"fits with {gap:.1f} GiB {of} to spare"
-  text = f"the step needs {gap:.1f} GiB more than there is {of}"
+    return f"{by}fits with {gap:.1f} GiB {of} to spare"
+  text = f"{by}the step needs {gap:.1f} GiB more than there is {of}"
   suggestion = plan.get("suggestion")
   if suggestion is None:
     return f"{text}; no mesh, remat or topology of this chip was found that fits"
   flags = " ".join(suggestion["flags"])
   if suggestion["verified"]:
     return f"{text}; fits with {flags} ({suggestion['hbm']['needed'] / hardware.GIB:.1f} GiB)"
+  if not plan["compiled"]:
+    return f"{text}; it should fit with {flags}, which was not compiled"
   return f"{text}; nearest tried, which does not fit either: {flags}"
 
 

@@ -33,10 +33,15 @@ def show(found: dict[str, Any], out: console.Console) -> None:
     out.print(_collectives(found))
   out.print(_work(found))
   host, compiled = found["host_memory"], found["compile"]
+  how = "not compiled: memory is estimated, collectives and their time are left out"
+  if found["compiled"]:
+    how = (
+      f"compiled in {compiled['compile_seconds']:.0f} s (traced in"
+      f" {compiled['trace_seconds']:.0f} s, {compiled['host_peak_bytes'] / 1e9:.1f} GB)"
+    )
   out.print(
     f"host: at most {host['needed'] / hardware.GIB:.0f} of {host['limit'] / hardware.GIB:.0f} GiB"
-    f" for {host['chips']} chips; compiled in {compiled['compile_seconds']:.0f} s"
-    f" (traced in {compiled['trace_seconds']:.0f} s, {compiled['host_peak_bytes'] / 1e9:.1f} GB)",
+    f" for {host['chips']} chips; {how}",
     highlight=False, soft_wrap=True,
   )  # fmt: skip
   out.print(plan.verdict(found), highlight=False, soft_wrap=True)
@@ -48,7 +53,9 @@ def _memory(found) -> table.Table:
   for name, size in hbm["kinds"].items():
     told = _KINDS[name]
     if hbm["activations_are_estimated"] and name in ("activations", "temporaries"):
-      told += " (estimated: the compiler tells the sum only)"
+      told += " (estimated)" if not found["compiled"] else (
+        " (estimated: the compiler tells the sum only)"
+      )  # fmt: skip
     shown.add_row(name, f"{size / hardware.GIB:.2f}", told)
   shown.add_section()
   shown.add_row(

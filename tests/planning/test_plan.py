@@ -134,6 +134,27 @@ def test_the_command_shows_and_stores_the_plan(planned, monkeypatch, tmp_path, c
   assert "fits with" in again.file.getvalue()
 
 
+def test_a_dry_run_estimates_without_the_compiler(planned, monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(compile, "run", None)
+  command.run(planned, "v5e:2x2", 1, str(tmp_path / "p.json"), None, "", dry_run=True)
+  assert "by the estimate fits with" in capsys.readouterr().out
+  assert not json.loads((tmp_path / "p.json").read_text())["compiled"]
+  with pytest.raises(errors.UserError, match=r"by the estimate .* should fit with --topology=v5p"):
+    command.run(llama_405b(monkeypatch), "v5p:2x2x1", 1, None, None, "", dry_run=True)
+
+
+def llama_405b(monkeypatch):
+  """A config whose job is far too large for four chips."""
+  shape = families.config_from_hf(
+    architectures.config("llama3-405b"), base_dtype="bfloat16", dtype="bfloat16", remat="full"
+  )
+  model = decoder.Decoder(shape, adapter_config.AdapterConfig(method="lora", rank=16))
+  rows = optimizer.OptimizerConfig(batch_size=64)
+  job = program.Job(model, rows, mesh_lib.MeshConfig(fsdp=4), 4096)
+  monkeypatch.setattr(plan, "job_of", lambda config, topology: job)
+  return llama.get_config("size=405b")
+
+
 def test_a_step_that_does_not_fit_is_stored_and_ends_in_one_line(planned, monkeypatch, tmp_path):
   monkeypatch.setattr(compile, "run", lambda job, topology, hlo="": answer(job, fits=False))
   with pytest.raises(errors.UserError, match=r"needs 16\.0 GiB more") as caught:

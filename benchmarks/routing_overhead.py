@@ -1,0 +1,155 @@
+"""A decoder's training step with Queryable LoRA against LoRA of the same rank, over M, k and R.
+
+  PYTHONPATH=. python benchmarks/routing_overhead.py [--out=FILE.csv]
+  PYTHONPATH=. python benchmarks/routing_overhead.py --layers=2 --rows=1 --length=32 --repeats=1 \
+    --atoms=16 --kept=2 --ranks=8        # a minute, to see that it runs
+
+The decoder has SmolLM2-135M's shape (30 layers, or fewer with --layers) and random weights: a step
+takes as long whatever the weights are. Both sides of a ratio are measured in one process, one step
+of each in turn, and the median ratio of the pairs is printed beside the analytic one, which counts
+FLOPs. What is above it is work that is not in products: softmax, top-k, gathers, and memory.
+"""
+
+import argparse
+import csv
+import itertools
+import pathlib
+import statistics
+import time
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax import numpy as jnp
+
+from qlora_jax.adapters import config as adapter_config
+from qlora_jax.adapters import contraction
+from qlora_jax.models import decoder
+from qlora_jax.parallel import mesh as mesh_lib
+from qlora_jax.planning import flops
+from qlora_jax.training import language_shards, language_step
+from qlora_jax.training import optimizer as optimizer_lib
+
+ATOMS, KEPT, RANKS = (16, 64, 256, 1024, 4096), (2, 4, 8, 0), (8, 16, 64)
+
+
+def shape_of(layers: int) -> decoder.DecoderConfig:
+  """SmolLM2-135M with one router a layer."""
+  return decoder.DecoderConfig(
+    vocabulary=49_152, width=576, hidden=1536, layers=layers, heads=9, groups=3, head_dim=64,
+    tied=True, max_length=8192,
+  )  # fmt: skip
+
+
+class Step:
+  """A compiled training step with its state: the one that training runs."""
+
+  def __init__(self, shape, adapter, base, rows: int, length: int):
+    model = decoder.Decoder(shape, adapter)
+    optimizer = optimizer_lib.OptimizerConfig(batch_size=rows)
+    shards = language_shards.Shards(mesh_lib.make(mesh_lib.MeshConfig(), jax.devices()[:1]))
+    self.state, self.frozen = shards.draw(model, base, optimizer, 1e-4, 0)
+    self.update = language_shards.update(model, optimizer, shards)
+    self.batch = batch(shape, rows, length)
+
+  def seconds(self) -> float:
+    """Of one step."""
+    began = time.perf_counter()
+    self.state, values = self.update(self.state, self.frozen, self.batch)
+    jax.block_until_ready((self.state, values))
+    return time.perf_counter() - began
+
+
+def batch(shape: decoder.DecoderConfig, rows: int, length: int) -> language_step.LanguageBatch:
+  """Random tokens, one text a row, every place with a loss."""
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, shape.vocabulary, (rows, length), dtype=np.int32)
+  positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+  ones, count = np.ones_like(tokens), language_step.CHUNK
+  while count < rows * length:
+    count *= 2
+  places = np.zeros((1, count), np.int32)
+  weights = np.zeros((1, count), np.float32)
+  places[0, : rows * length], weights[0, : rows * length] = np.arange(rows * length), 1.0
+  targets = tokens.reshape(-1)[places]
+  made = language_step.LanguageBatch(
+    tokens, positions, ones, ones.astype(np.float32), None, places, targets, weights
+  )
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], made)
+
+
+def ratio(first: Step, second: Step, repeats: int) -> tuple[float, float]:
+  """(Median of second / first over pairs in turn, median seconds of the first)."""
+  pairs = []
+  for turn in range(repeats + 1):  # the first of each compiles
+    order = (first, second) if turn % 2 else (second, first)
+    times = {id(step): step.seconds() for step in order}
+    if turn:
+      pairs.append((times[id(first)], times[id(second)]))
+  return statistics.median(b / a for a, b in pairs), statistics.median(a for a, _ in pairs)
+
+
+def points(given) -> list[tuple[int, int, int]]:
+  return [
+    (rank, atoms, kept)
+    for rank, atoms, kept in itertools.product(given.ranks, given.atoms, given.kept)
+    if kept < atoms
+  ]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--layers", type=int, default=30)
+  parser.add_argument("--rows", type=int, default=4)
+  parser.add_argument("--length", type=int, default=128)
+  parser.add_argument("--repeats", type=int, default=5)
+  for name, values in (("atoms", ATOMS), ("kept", KEPT), ("ranks", RANKS)):
+    parser.add_argument(
+      f"--{name}", type=lambda text: [int(each) for each in text.split(",")], default=values
+    )
+  parser.add_argument("--out", type=pathlib.Path, help="CSV; points in it are not measured again")
+  given = parser.parse_args()
+  shape = shape_of(given.layers)
+  none = adapter_config.AdapterConfig(method="none")
+  drawn = decoder.Decoder(shape, none).init(
+    jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method="initialise"
+  )
+  base, tokens = nn.meta.unbox(drawn["base"]), given.rows * given.length
+  done = set()
+  if given.out and given.out.exists():
+    with given.out.open() as file:
+      done = {(int(r["rank"]), int(r["atoms"]), int(r["kept"])) for r in csv.DictReader(file)}
+  print(f"{jax.devices()[0].device_kind}: {given.layers} layers, {given.rows} x {given.length}")
+  print("  R     M    k  order     LoRA, s  measured  analytic")
+  plain: dict[int, Step] = {}
+  for rank, atoms, kept in points(given):
+    if (rank, atoms, kept) in done:
+      continue
+    if rank not in plain:
+      plain.clear()
+      own = adapter_config.AdapterConfig(method="lora", rank=rank)
+      plain[rank] = Step(shape, own, base, given.rows, given.length)
+    adapter = adapter_config.AdapterConfig(rank=rank, atoms=atoms, top_k=kept)
+    routed = Step(shape, adapter, base, given.rows, given.length)
+    measured, seconds = ratio(plain[rank], routed, given.repeats)
+    lora, own = (
+      flops.step(shape, each, given.rows, given.length, tokens).hardware
+      for each in (adapter_config.AdapterConfig(method="lora", rank=rank), adapter)
+    )
+    order = contraction.choose(adapter, len(shape.adapted))
+    print(
+      f"{rank:3d} {atoms:5d} {kept or 'M':>4}  {order:9s} {seconds:7.3f}"
+      f"  {measured:7.3f}x {own / lora:8.4f}x",
+      flush=True,
+    )
+    if given.out:
+      new = not given.out.exists()
+      with given.out.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+          writer.writerow(("rank", "atoms", "kept", "order", "lora_seconds", "ratio", "analytic"))
+        writer.writerow((rank, atoms, kept, order, seconds, measured, own / lora))
+
+
+if __name__ == "__main__":
+  main()
