@@ -38,6 +38,8 @@ MESHES = {
   "data": {"data": 8, "fsdp": 1},
   "fsdp": {"fsdp": 8},
   "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+  # The memory split over its atoms.
+  "atoms": {"fsdp": 4, "tensor": 2, "rules": (*mesh_lib.DEFAULT_RULES, ("atoms", "tensor"))},
 }
 ADAPTERS = {
   "lora": {"method": "lora", "rank": 4},
@@ -45,7 +47,7 @@ ADAPTERS = {
 }
 OPTIMIZER = optimizer_lib.OptimizerConfig(steps=4, batch_size=16, warmup=0.25)
 ROWS, LENGTH = 16, 10
-GENERATED = (("queryable", "one"), ("queryable", "mixed"))
+ONLY = {"generation": ("queryable/one", "queryable/mixed")}  # other kinds have all meshes
 COLLECTIVE = re.compile(
   r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
@@ -176,7 +178,9 @@ def main(arrays: pathlib.Path, facts: pathlib.Path, wanted: list[str]) -> None:
         key = f"{kind}/{adapter}/{name}"
         if wanted and key not in wanted:
           continue
-        if kind == "generation" and (adapter, name) not in GENERATED:
+        if f"{adapter}/{name}" not in ONLY.get(kind, (f"{adapter}/{name}",)):
+          continue
+        if name == "atoms" and (kind, adapter) != ("decoder", "queryable"):
           continue
         devices = jax.devices()[: 1 if name == "one" else 8]
         layout = mesh_lib.MeshConfig(**sizes)

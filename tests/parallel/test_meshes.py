@@ -7,6 +7,7 @@ steps may carry four times that error, relative to the entry's own gradient, tim
 """
 
 import collections
+import itertools
 import json
 import pathlib
 import subprocess
@@ -39,9 +40,13 @@ def of_case(arrays, case):
   return {path[len(case) :]: leaf for path, leaf in arrays.items() if path.startswith(case)}
 
 
-@pytest.mark.parametrize("mesh", SHARDED)
-@pytest.mark.parametrize("adapter", ["lora", "queryable"])
-@pytest.mark.parametrize("model", ["decoder", "mlp"])
+@pytest.mark.parametrize(
+  ("model", "adapter", "mesh"),
+  [
+    *itertools.product(("decoder", "mlp"), ("lora", "queryable"), SHARDED),
+    ("decoder", "queryable", "atoms"),
+  ],
+)
 def test_losses_gradients_and_updates_equal_those_of_one_device(model, adapter, mesh, cases):
   arrays, _, _ = cases
   expected = of_case(arrays, f"{model}/{adapter}/one")

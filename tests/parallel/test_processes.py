@@ -84,8 +84,8 @@ def test_several_processes_train_as_one_does(count, runs):
   one, several = adapter(runs / "1"), adapter(runs / str(count))
   assert one.keys() == several.keys()
   for name in one:
-    # Three steps of Adam at 1e-2, which divides by gradients that may be near 0: a three-hundredth of
-    # the way that a weight can go, and the most of them a thousandth of that.
+    # Three steps of Adam at 1e-2, which divides by gradients that may be near 0: at most a
+    # three-hundredth of the way that a weight can go, mostly a thousandth of that.
     off = np.abs(several[name] - one[name])
     assert off.max() < 1e-4 and np.median(off) < 3e-7, name
   expected, actual = result(runs / "1")["after"], result(runs / str(count))["after"]
