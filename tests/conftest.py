@@ -1,8 +1,19 @@
-"""What tests of several folders share: prepared data, and a tiny model with its tokenizer."""
+"""What tests share: compiled programs, prepared data, and a tiny model with its tokenizer."""
 
+import atexit
 import json
+import os
+import shutil
+import tempfile
 
 import pytest
+
+# The other workers and the processes that tests start inherit the variables: what one has compiled
+# they read. The folder is new in every test run, so that each program is compiled once in it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="qlora_jax_compiled_")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 TEMPLATE = (
   "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

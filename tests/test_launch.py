@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import in_process
 import pandas as pd
 import pytest
 
@@ -76,9 +77,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_bits(whole, tmp_path, shared_data, 
 
 
 def refused(*arguments):
-  done = subprocess.run(
-    [sys.executable, "launch.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-  )
+  done = in_process.run(["launch.py", *arguments])
   assert done.returncode == 2, done.stderr
   lines = done.stderr.strip().splitlines()
   assert len(lines) == 1
@@ -87,7 +86,12 @@ def refused(*arguments):
 
 def test_a_work_directory_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").write_text("kept")
-  line = refused(*TINY, f"--workdir={tmp_path}/file/run")
+  done = subprocess.run(  # the exit code that the shell sees; the other tests are in this process
+    [sys.executable, "launch.py", *TINY, f"--workdir={tmp_path}/file/run"], cwd=ROOT,
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 2, done.stderr
+  (line,) = done.stderr.strip().splitlines()
   assert line.startswith("error: --workdir:") and "cannot be written" in line
   assert (tmp_path / "file").read_text() == "kept"
 
@@ -106,7 +110,8 @@ def test_an_empty_list_of_learning_rates_is_named(tmp_path):
 
 def test_a_locked_directory_of_another_config_names_the_field(tmp_path, shared_data):
   workdir = tmp_path / "run"
-  finish(workdir, shared_data, "--config.optimizer.steps=2")
+  done = in_process.run(command(workdir, shared_data, "--config.optimizer.steps=2")[1:])
+  assert done.returncode == 0, done.stderr
   before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
   line = refused(*TINY, f"--workdir={workdir}", "--config.optimizer.steps=3")
   assert "optimizer.steps" in line

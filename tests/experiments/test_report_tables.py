@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import rich.console
 
-from experiments import report
 from experiments.report import headline, inputs, tables, terminal
 
 
@@ -210,11 +209,11 @@ def test_markdown_has_one_line_a_method_and_equal_columns(tmp_path, make_study):
 
 def test_the_terminal_shows_every_row_with_its_interval(tmp_path, make_study):
   make_study(tmp_path, seeds=4)
-  page = report.write_report(tmp_path)
-  console = rich.console.Console(file=io.StringIO(), width=100)
-  terminal.show(page, console)
-  lines = console.file.getvalue().splitlines()
   summary = tables.summarize(inputs.read(tmp_path))
+  summary.to_parquet(tmp_path / "summary.parquet")
+  console = rich.console.Console(file=io.StringIO(), width=100)
+  terminal.show(tmp_path / "report.html", console)
+  lines = console.file.getvalue().splitlines()
   for row in summary.to_dict("records"):
     interval = tables.with_interval(row["test_mse"], row["test_mse_low"], row["test_mse_high"])
     assert any(row["label"] in line and interval in line for line in lines), row["label"]

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import in_process
 import jax
 import numpy as np
 import pytest
@@ -238,9 +239,6 @@ def test_launch_fine_tunes_a_users_own_file(tiny_llama, tmp_path):
   assert f"adapter: {tmp_path}/run/adapter" in done.stdout
   (tmp_path / "run/adapter/adapter.json").read_text()
   assert "exact match" in (tmp_path / "run/report/report.html").read_text()
-  again = subprocess.run(
-    [*command, "--config.data.name=nowhere.jsonl"],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  again = in_process.run([*command[1:], "--config.data.name=nowhere.jsonl"])
   assert again.returncode == 2 and "Traceback" not in again.stderr
   assert [line for line in again.stderr.splitlines() if line.startswith("error:")]

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import in_process
 import jax
 import numpy as np
 import pandas as pd
@@ -171,10 +172,7 @@ def test_every_point_of_every_variant_resolves_within_two_percent(variant):
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
   workdir = tmp_path / "run"
-  done = subprocess.run(
-    [sys.executable, "launch.py", f"--workdir={workdir}", *arguments],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  done = in_process.run(["launch.py", f"--workdir={workdir}", *arguments])
   assert done.returncode == 2, done.stderr
   assert len(done.stderr.strip().splitlines()) == 1 and said in done.stderr
   assert not workdir.exists()
