@@ -10,13 +10,18 @@ import logging
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 from typing import IO, Any
-
-import tensorboardX
+from unittest import mock
 
 from qlora_jax import errors
+
+# tensorboardX loads torch where it is installed, to accept tensors that are never given here:
+# seconds at every start.
+with mock.patch.dict(sys.modules, {} if "torch" in sys.modules else {"torch": None}):
+  import tensorboardX
 
 FILE_NAME = "metrics.jsonl"
 
