@@ -19,6 +19,8 @@ import os
 import pathlib
 import re
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -73,7 +75,8 @@ class Checkpointer:
   ):  # fmt: skip
     self.directory, self.config, self._log = directory.absolute(), config, log
     self._pending: int | None = None  # the step that may still be on its way to the disk
-    with self._told("opened"):
+    _quieten()
+    with self._told("directory", "opened"):
       self.directory.mkdir(parents=True, exist_ok=True)
       if jax.process_index() == 0:
         self._survey()
@@ -160,7 +163,7 @@ class Checkpointer:
     if self._keep_best:
       known = metric is not None and math.isfinite(metric)
       metrics = {_METRIC: float(metric) if known else math.inf}
-    with self._told(f"of step {step} written"):
+    with self._told(f"checkpoint of step {step}", "written"):
       items = ocp.args.Composite(
         state=ocp.args.StandardSave(tree),
         extra=ocp.args.JsonSave({"config": self.config, **(extra or {})}),
@@ -169,7 +172,7 @@ class Checkpointer:
 
   def wait(self) -> None:
     """Returns when everything saved is on the disk; raises as `save` does."""
-    with self._told(f"of step {self._pending} written"):
+    with self._told(f"checkpoint of step {self._pending}", "written"):
       self._manager.wait_until_finished()
     self._pending = None
     self._empty_trash()
@@ -178,8 +181,13 @@ class Checkpointer:
     """Waits, and lets go of the directory."""
     try:
       self.wait()
-    finally:
-      self._manager.close()
+    except BaseException:
+      with contextlib.suppress(Exception):  # it tells of what failed once more
+        self._manager.close()
+      if jax.process_index() == 0:
+        self._remove_unfinished()
+      raise
+    self._manager.close()
 
   def _read(self, step: int, like: PyTree) -> Restored:
     items = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
@@ -234,7 +242,7 @@ class Checkpointer:
       shutil.rmtree(self.directory / _TRASH, ignore_errors=True)
 
   @contextlib.contextmanager
-  def _told(self, what: str) -> Iterator[None]:
+  def _told(self, what: str, done: str) -> Iterator[None]:
     """Turns a disk that is full or closed to us into one line."""
     try:
       yield
@@ -245,12 +253,23 @@ class Checkpointer:
       if reason is None:
         raise
       if jax.process_index() == 0:
-        for path in self.directory.glob(f"*{_TEMPORARY}*"):  # makes room, and is of no use
-          shutil.rmtree(path, ignore_errors=True)
+        self._remove_unfinished()
       raise errors.UserError(
-        f"--workdir: the checkpoint in {self.directory} cannot be {what} ({reason}); make room or"
-        " use another directory: the same command goes on from the checkpoint before"
+        f"--workdir: the {what} in {self.directory} cannot be {done} ({reason}); make room or use"
+        " another directory: the same command goes on from the checkpoint before"
       ) from error
+
+  def _remove_unfinished(self) -> None:
+    """Makes room: what is unfinished is of no use. Other writers of it may still be at work."""
+    absent = 0
+    for _ in range(100):
+      left = list(self.directory.glob(f"*{_TEMPORARY}*"))
+      absent = 0 if left else absent + 1
+      if absent == 5:
+        return
+      for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+      time.sleep(0.02)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -323,6 +342,24 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 def _wait_for_all(what: str) -> None:
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
+
+
+def _quieten() -> None:
+  """Keeps what a failed write goes on to print in other threads from the terminal.
+
+  Orbax raises the first failure and closes its event loop, which TensorStore then still tells of
+  the others: a traceback each, through `sys.unraisablehook`.
+  """
+  if getattr(sys.unraisablehook, "quiet", False):
+    return
+  before = sys.unraisablehook
+
+  def hook(raised):
+    if raised.exc_type is not RuntimeError or str(raised.exc_value) != "Event loop is closed":
+      before(raised)
+
+  hook.quiet = True
+  sys.unraisablehook = hook
 
 
 class _NotFromOrbax(logging.Filter):

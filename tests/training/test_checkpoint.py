@@ -254,14 +254,17 @@ def test_differences_shorten_what_is_long_and_many():
 
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(errors.UserError, match=r"--workdir: .*cannot be opened \(Not a directory\)"):
+  with pytest.raises(
+    errors.UserError, match=r"--workdir: the directory .*cannot be opened \(Not a directory\)"
+  ):
     checkpoint.Checkpointer(tmp_path / "file" / "run")
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, capfd):
   folder = tmp_path / "run"
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  big = {"w": jnp.asarray(np.random.default_rng(0).normal(size=50_000), jnp.float32)}
+  rng = np.random.default_rng(0)  # several arrays: several writes fail
+  big = {name: jnp.asarray(rng.normal(size=50_000), jnp.float32) for name in "abcdef"}
   saver = checkpoint.Checkpointer(folder)
   saver.save(1, tree(1))
   saver.wait()
@@ -272,7 +275,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, capf
       saver.save(2, big)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-  assert "of step 2 written (File too large)" in str(caught.value)
+  assert "the checkpoint of step 2 in" in str(caught.value)
+  assert "cannot be written (File too large)" in str(caught.value)
   assert "\n" not in str(caught.value) and "Traceback" not in capfd.readouterr().err
   assert sorted(path.name for path in folder.iterdir()) == ["1"]
   found, lines = opened(folder)
