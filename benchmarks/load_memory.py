@@ -21,17 +21,17 @@ import tempfile
 import time
 
 # Heavy modules are imported in the children: this process only samples.
-LAYERS, BUILT_IN = 10, "smollm2-135m-instruct"
+BUILT_IN = "smollm2-135m-instruct"
 SHAPE = {
   "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048,
-  "intermediate_size": 8192, "num_hidden_layers": LAYERS, "num_attention_heads": 32,
+  "intermediate_size": 8192, "num_hidden_layers": 10, "num_attention_heads": 32,
   "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False,
   "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu",
 }  # fmt: skip
 
 
-def write_folder(folder: str) -> None:
-  """A Hugging Face folder of SHAPE, a shard for every two layers."""
+def write_folder(folder: str, layers: int) -> None:
+  """A Hugging Face folder of SHAPE with `layers` layers, a shard for every two of them."""
   import ml_dtypes
   import numpy as np
   from safetensors import numpy as safetensors_numpy
@@ -49,7 +49,7 @@ def write_folder(folder: str) -> None:
     "model.embed_tokens.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width),
     "model.norm.weight": (width,),
   }]  # fmt: skip
-  for first in range(0, LAYERS, 2):
+  for first in range(0, layers, 2):
     shards.append({
       f"model.layers.{index}.{name}.weight": shape
       for index in (first, first + 1) for name, shape in layer.items()
@@ -65,7 +65,7 @@ def write_folder(folder: str) -> None:
     safetensors_numpy.save_file(tensors, pathlib.Path(folder, file))
   index = {"metadata": {"total_size": size}, "weight_map": where}
   pathlib.Path(folder, "model.safetensors.index.json").write_text(json.dumps(index))
-  pathlib.Path(folder, "config.json").write_text(json.dumps(SHAPE))
+  pathlib.Path(folder, "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers}))
 
 
 def load(weights: str, dtype: str) -> None:
@@ -81,7 +81,7 @@ def load(weights: str, dtype: str) -> None:
   layout = mesh.MeshConfig()
   devices = mesh.make(layout)
   source = sources.open_source(weights)
-  config = families.config_from_hf(source.config, layers_per_block=5, base_dtype=dtype, dtype=dtype)
+  config = families.config_from_hf(source.config, layers_per_block=2, base_dtype=dtype, dtype=dtype)
   placed = sharding.tree(devices, layout.rules, decoder.abstract(config)["base"])
   jax.block_until_ready(jax.device_put(np.ones(8), sharding.replicated(devices)) + 1)
   print("ready", flush=True)
@@ -137,7 +137,7 @@ def measure(weights: str, dtype: str, devices: int) -> dict:
   }  # fmt: skip
 
 
-def main(out: str | None) -> None:
+def main(options) -> None:
   print(
     "| weights | loaded as | devices | size, MiB | anonymous | of the size | resident"
     " | of the size | seconds |\n" + "| --- " * 9 + "|",
@@ -145,8 +145,10 @@ def main(out: str | None) -> None:
   )
   results = []
   with tempfile.TemporaryDirectory() as folder:
-    subprocess.run([sys.executable, __file__, f"--write={folder}"], check=True)
-    for label, weights in (("SmolLM2, GGUF", BUILT_IN), ("Llama, bfloat16 shards", folder)):
+    subprocess.run([sys.executable, __file__, f"--write={folder}",
+                    f"--layers={options.layers}"], check=True)  # fmt: skip
+    places = {"SmolLM2, GGUF": BUILT_IN, "Llama, bfloat16 shards": folder}
+    for label, weights in list(places.items())[options.folder_only :]:
       for dtype in ("float32", "bfloat16"):
         for devices in (1, 4):
           found = {"weights": label, **measure(weights, dtype, devices)}
@@ -158,21 +160,23 @@ def main(out: str | None) -> None:
             f" | {found['seconds']:.1f} |",
             flush=True,
           )
-  if out:
-    pathlib.Path(out).write_text(json.dumps(results, indent=1))
+  if options.out:
+    pathlib.Path(options.out).write_text(json.dumps(results, indent=1))
   assert all(each["anonymous"] < 1.3 * each["bytes"] for each in results), "above 1.3 x"
 
 
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--out", help="JSON file of all measurements")
+  parser.add_argument("--layers", type=int, default=10, help="of the folder's Llama, even")
+  parser.add_argument("--folder_only", action="store_true", help="leaves the GGUF file out")
   parser.add_argument("--write", help=argparse.SUPPRESS)
   parser.add_argument("--load", help=argparse.SUPPRESS)
   parser.add_argument("--dtype", help=argparse.SUPPRESS)
   given = parser.parse_args()
   if given.write:
-    write_folder(given.write)
+    write_folder(given.write, given.layers)
   elif given.load:
     load(given.load, given.dtype)
   else:
-    main(given.out)
+    main(given)
