@@ -1,0 +1,79 @@
+"""The scaling study's points: all of the grid, cheap sums equal to full estimates, and resuming."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+
+from experiments.scaling import __main__ as study
+from experiments.scaling import compiled, points
+from qlora_jax.models import decoder
+from qlora_jax.planning import compile as compile_lib
+from qlora_jax.planning import search
+
+TINY = decoder.DecoderConfig(
+  vocabulary=256, width=64, hidden=128, layers=8, heads=16, groups=16, head_dim=8,
+  base_dtype="bfloat16", dtype="bfloat16", remat="full",
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+  monkeypatch.setattr(points, "shape_of", lambda scale: TINY)
+  points.plain_hbm.cache_clear()
+  yield
+  points.plain_hbm.cache_clear()
+
+
+def test_the_grid_is_every_size_m_k_and_r():
+  found = points.grid()
+  assert len(set(found)) == 3 * 5 * 4 * 3 and points.TARGET in found
+  assert all(point in found for point in compiled.CHOSEN)
+
+
+@pytest.mark.parametrize("fields", [(64, 4, 16), (4096, 4, 8), (256, 0, 16)])
+def test_extra_memory_is_the_difference_of_two_full_estimates(tiny, fields):
+  point = points.Point("70B", *fields)
+  full = search.estimated(*points.job_of(point)).total
+  plain = search.estimated(*points.job_of(point.lora)).total
+  assert points.extra(point)["extra_hbm"] == pytest.approx(full - plain, rel=0.02)
+
+
+def test_a_study_goes_on_where_it_stopped_and_draws(tiny, monkeypatch, tmp_path, capsys):
+  asked = []
+
+  def run(job, topology, hlo=""):
+    asked.append(job)
+    collective = {
+      "kind": "all-reduce", "bytes": 1000 * len(asked), "group": 4, "times": 8, "across": False,
+      "source": "blocks/layer_0/o/branch/dot",
+    }  # fmt: skip
+    return {
+      "fits": True, "compile_seconds": 1.0, "memory": {"base": 10**9 + len(asked)},
+      "collectives": [collective],
+    }  # fmt: skip
+
+  monkeypatch.setattr(compile_lib, "run", run)
+  small = [dataclasses.replace(points.TARGET, atoms=atoms) for atoms in (16, 64)]
+  monkeypatch.setattr(points, "grid", lambda: small)
+  monkeypatch.setattr(compiled, "CHOSEN", (points.TARGET,))
+  study.main([f"--results={tmp_path}", "--compile", "--limit=1"])
+  assert len(asked) == 1 and asked[0].model.adapter.method == "lora"
+  study.main([f"--results={tmp_path}", "--compile"])
+  study.main([f"--results={tmp_path}", "--compile"])
+  assert len(asked) == 2 and asked[1].model.adapter.atoms == 64
+  kept = pd.read_csv(tmp_path / compiled.FILE)
+  assert list(kept["atoms"]) == [0, 64] and list(kept["routed_collectives"]) == [0, 0]
+  assert "| 70B | 64 | 4 | 16 |" in (tmp_path / "summary.md").read_text()
+  assert (tmp_path / "scaling.png").stat().st_size > 10_000
+  assert (tmp_path / "scaling.svg").exists() and "Compiled" in capsys.readouterr().out
+
+
+def test_a_collective_of_the_router_in_the_loop_is_told():
+  own = {"kind": "all-reduce", "bytes": 8, "group": 4, "across": False}
+  found = compiled.on_the_routed_path([
+    compiled.hlo.Collective(**own, times=8, source="while/body/blocks/router/dot"),
+    compiled.hlo.Collective(**own, times=8, source="while/body/blocks/layer_0/q/dot"),
+    compiled.hlo.Collective(**own, times=1, source="blocks/router/dot"),
+  ])  # fmt: skip
+  assert [each.source for each in found] == ["while/body/blocks/router/dot"]
