@@ -84,7 +84,10 @@ def answer_losses(
   """Negative log-likelihood [G, A / G] in nats of each answer token, from hidden [B, T, D]."""
   shards, width = len(batch.places), hidden.shape[-1]
   states = sharding.tokens(hidden.reshape(shards, -1, width))
-  chosen = sharding.tokens(jax.vmap(lambda own, places: own[places])(states, batch.places))
+  if shards == 1:  # a gather without a batch axis, whose gradient a CPU makes faster
+    chosen = states[0][batch.places[0]][None]
+  else:
+    chosen = sharding.tokens(jax.vmap(lambda own, places: own[places])(states, batch.places))
   # Gathered once, not again in each turn of the loop.
   table = model.apply(variables, hidden.dtype, method="output_table")
 

@@ -64,9 +64,11 @@ def result(directory):
 def runs(tiny_llama, tmp_path_factory):
   """One run of four devices, fsdp 2 x tensor 2: by one, two (through `launch.py`) and four."""
   folder = tmp_path_factory.mktemp("processes")
-  data, weights = folder / "data.jsonl", str(tiny_llama)
-  rows = ({"prompt": f"say {word}", "completion": "so " * (word % 5 + 1)} for word in range(40))
-  data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  data, weights = folder / "data", str(tiny_llama)
+  data.mkdir()
+  rows = [{"prompt": f"say {word}", "completion": "so " * (word % 5 + 1)} for word in range(40)]
+  for split, part in (("train", rows), ("test", rows[:3])):
+    (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
   for count in (1, 4):
     finish(start(
       ["tests/parallel/process_case.py", weights, str(data), str(folder / str(count))], count,
