@@ -194,7 +194,9 @@ def last_line(workdir: pathlib.Path, job: str) -> str:
 
 def _progress(workdir: pathlib.Path, record: records.Record) -> str:
   stage = "final runs" if record.groups else "search"
-  files = (workdir / "groups" / record.group).rglob("metrics.jsonl")
+  folder = workdir / "groups" / record.group
+  # Of the group, or of each of its runs; what a run removes meanwhile is not looked at.
+  files = [path for pattern in ("", "*/") for path in folder.glob(f"{pattern}metrics.jsonl")]
   step = max((_last_step(path) for path in files), default=0)
   return f"{stage}, step {step} of {record.steps}"
 

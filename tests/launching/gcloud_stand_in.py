@@ -38,7 +38,8 @@ def ssh(node, command):
       ["bash", "-c", command], cwd=home,
       env={
         # Fonts and the like are looked up once, not by every new worker.
-        "XDG_CACHE_HOME": str(pathlib.Path.home() / ".cache"), "HOME": str(home), "PATH": os.environ["PATH"], "STAND_IN": str(ROOT),
+        "XDG_CACHE_HOME": str(pathlib.Path.home() / ".cache"), "HOME": str(home),
+        "PATH": os.environ["PATH"], "STAND_IN": str(ROOT),
         "STAND_IN_WORKERS": str(COUNT), "QLORA_JAX_COORDINATOR": f"127.0.0.1:{port}",
         "QLORA_JAX_PROCESSES": str(COUNT), "QLORA_JAX_PROCESS": str(index),
       },
