@@ -11,7 +11,7 @@ from experiments.report import style
 _RANKS = {8: ("#56b4e9", "o"), 16: ("#0072b2", "s"), 64: ("#d55e00", "^")}
 _KEPT = {"k = 2": ":", "k = 4": "-", "k = 8": "--", "k = M": "-."}
 _PANELS = {
-  "extra_flops_percent": "extra FLOPs, %", "extra_hbm_percent": "extra HBM a chip, %",
+  "extra_flops_percent": "extra FLOPs", "extra_hbm_percent": "extra HBM a chip",
 }  # fmt: skip
 
 
@@ -52,12 +52,9 @@ def _panel(axis, table: pd.DataFrame, column: str) -> None:
       own = table[chosen].sort_values("atoms")
       axis.plot(own["atoms"], own[column], line, color=color, marker=marker, markersize=3)
   axis.axhline(1.0, color=style.INK, linewidth=0.8)
-  axis.annotate(
-    "1 %", (1, 1.0), xycoords=("axes fraction", "data"), xytext=(-2, 2),
-    textcoords="offset points", ha="right", fontsize=7,
-  )  # fmt: skip
   axis.set_xscale("log", base=4)
   axis.set_yscale("log")
+  axis.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
   axis.set_xticks(sorted(set(table["atoms"])), [str(m) for m in sorted(set(table["atoms"]))])
   axis.minorticks_off()
   axis.grid(axis="y")

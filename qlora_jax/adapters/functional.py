@@ -14,6 +14,8 @@ Every function works on any leading axes (`...`): [B] in regression, [B, T] in a
 as in `qlora_jax/typing.py`.
 """
 
+import functools
+
 import jax
 import numpy as np
 from jax import numpy as jnp
@@ -252,8 +254,21 @@ def gather_atoms(
 def gathered_operator(
   values: Float[Array, "*batch k"], chosen: Int[Array, "*batch k"], atoms: Float[Array, "M R R2"]
 ) -> Float[Array, "*batch R R2"]:
-  """Step (6) from the k atoms of `sparse_choice`: C = sum_m w_m U_m over them."""
-  return jnp.einsum("...k,...krs->...rs", values, atoms[chosen])
+  """Step (6) from the k atoms of `sparse_choice`: C = sum_m w_m U_m over them.
+
+  A few atoms are added one after another, and fetched again for the gradient: [*batch, k, R, R]
+  never exists.
+  """
+  if chosen.shape[-1] > 16:
+    return jnp.einsum("...k,...krs->...rs", values, atoms[chosen])
+
+  @jax.checkpoint
+  def one(value, index, atoms):
+    return value[..., None, None] * atoms[index]
+
+  places = range(chosen.shape[-1])
+  terms = (one(values[..., place], chosen[..., place], atoms) for place in places)
+  return functools.reduce(jnp.add, terms)
 
 
 @typed

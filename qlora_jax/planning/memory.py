@@ -156,7 +156,7 @@ def routing_bytes(shape, adapter, tokens: float) -> dict[str, float]:
   """
   if not adapter.routed:
     return {"kept": 0.0, "temporary": 0.0}
-  rank, atoms, kept_atoms = adapter.rank, adapter.atoms, adapter.kept_atoms
+  rank, atoms = adapter.rank, adapter.atoms
   state = tokens * rank * FLOAT32
   kept = history = 0.0
   if adapter.uses_query and adapter.summary == "attention":
@@ -168,5 +168,5 @@ def routing_bytes(shape, adapter, tokens: float) -> dict[str, float]:
   gather = contraction.choose(adapter, shape.layers_per_block * len(shape.adapted)) == "gather"
   scores = (2 if gather else 4) * tokens * padded(atoms) * FLOAT32  # and their gradients
   operator = 2 * tokens * rank * rank * FLOAT32
-  gathered = 2 * tokens * kept_atoms * rank * rank * FLOAT32 if gather else 0.0
+  gathered = 2 * tokens * rank * rank * FLOAT32 if gather else 0.0  # one atom a token at a time
   return {"kept": kept, "temporary": history + scores + operator + gathered}
