@@ -49,7 +49,7 @@ def answer(job, fits=True, **more):
   if fits:
     kinds |= {"activations": own.activations, "temporaries": own.temporaries}
   else:
-    more |= {"used": 2 * int(CHIPS.chip.hbm), "limit": int(CHIPS.chip.hbm)}
+    more |= {"used": 3 * int(CHIPS.chip.hbm) // 2, "limit": int(CHIPS.chip.hbm)}
   times = {"trace_seconds": 1.0, "compile_seconds": 2.0, "host_peak_bytes": 3}
   return {"fits": fits, "memory": kinds, "collectives": [], **times, **more}
 
@@ -93,7 +93,7 @@ def test_a_step_that_does_not_fit_gets_a_compiled_suggestion(monkeypatch):
   assert not found["fits"] and found["suggestion"]["verified"]
   assert len(asked) == 2 and asked[1] != asked[0]
   told = plan.verdict(found)
-  assert "16.0 GiB more than there is of 16.0 GiB a chip; fits with --" in told
+  assert "8.0 GiB more than there is of 16.0 GiB a chip; fits with --" in told
 
 
 def test_the_nearest_change_comes_first_and_fits_by_the_estimate():
@@ -157,7 +157,7 @@ def llama_405b(monkeypatch):
 
 def test_a_step_that_does_not_fit_is_stored_and_ends_in_one_line(planned, monkeypatch, tmp_path):
   monkeypatch.setattr(compile, "run", lambda job, topology, hlo="": answer(job, fits=False))
-  with pytest.raises(errors.UserError, match=r"needs 16\.0 GiB more") as caught:
+  with pytest.raises(errors.UserError, match=r"needs 8\.0 GiB more") as caught:
     command.run(planned, "v5e:2x2", 1, str(tmp_path / "p.json"), None, "")
   assert "\n" not in str(caught.value) and "does not fit either" in str(caught.value)
   assert json.loads((tmp_path / "p.json").read_text())["fits"] is False
