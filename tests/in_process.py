@@ -55,5 +55,9 @@ def _call(name: str, rest: list[str]) -> int:
   except SystemExit as end:
     return end.code or 0
   finally:
-    flagsaver.restore_flag_values(saved, values)
+    now = flagsaver.save_flag_values(values)
+    # Of the flags that are new, those of modules that were imported late stay: only the config's
+    # own are of this one command.
+    late = {key: flag for key, flag in now.items() if not key.startswith("config.")}
+    flagsaver.restore_flag_values(late | saved, values)
   return 0
