@@ -58,24 +58,23 @@ class Task:
 
   def _train(self) -> str:
     from qlora_jax.parallel import processes
-    from qlora_jax.training import language_loop, progress, study
+    from qlora_jax.training import progress, study
 
-    language = study.is_language(self.config)
+    told = "done"
     if self.rates is None:
-      row, told = study.single(self.config, self.workdir)
-      if language and processes.is_first():
-        told += f"; adapter: {language_loop.publish(self.workdir, row)}"
-      return told
-    setting = (self.config, self.rates)
-    runs = len(self.rates) * len(self.config.protocol.search_seeds)
-    with progress.Display(
-      total_points=runs + len(self.config.protocol.final_seeds),
-      unit="tokens" if language else "examples",
-    ) as display:
-      study.train_setting(study.make_loop(display, self.workdir, language), setting)
+      _, told = study.single(self.config, self.workdir)
+    else:
+      language = study.is_language(self.config)
+      runs = len(self.rates) * len(self.config.protocol.search_seeds)
+      with progress.Display(
+        total_points=runs + len(self.config.protocol.final_seeds),
+        unit="tokens" if language else "examples", stream=processes.terminal(),
+      ) as display:  # fmt: skip
+        trainer = study.make_loop(display, self.workdir, language)
+        study.train_setting(trainer, (self.config, self.rates))
     if processes.is_first():
       gather(self.workdir, self.report)
-    return "done"
+    return told
 
 
 def gather(workdir: pathlib.Path, report: Callable[[pathlib.Path], Any] | None) -> None:

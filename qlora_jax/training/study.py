@@ -198,7 +198,10 @@ def single(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[di
   ):
     trainer = make_loop(display, workdir, language)
     result, _ = _once(trainer, keeper, spec)
-  write_tables(workdir, [result], 0.0)
+    # Before the run is called done: whoever waits for it finds all of it.
+    write_tables(workdir, [result], 0.0)
+    if language and processes.is_first():
+      language_loop.publish(workdir, result["rows"][0])
   return result["rows"][0], trainer.summary(result["rows"])
 
 

@@ -89,14 +89,19 @@ def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed
   assert "stopped by SIGUSR2 after saving" in log.read_text()
   assert f"job {lora} requeued: it goes on from its checkpoint" in log.read_text()
 
-  rows = until(lambda rows: states(rows) == ["failed", "done", "done"], workdir)
+  page = workdir / "report/report.html"  # the last job writes it
+  rows = until(
+    lambda rows: (
+      states(rows) == ["failed", "done", "done"] and page.exists() and page.stat().st_size > 10_000
+    ),
+    workdir,
+  )
   assert rows[1].job == lora  # the same job
   record = records.read(workdir, rows[1].setting)
   search = workdir / "groups" / record.groups[0]
   lines = (search / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == list(range(2, 121, 2))  # each one once
   assert "lora/search: 1 point, 120 steps, from step " in log.read_text()
-  assert (workdir / "report/report.html").stat().st_size > 10_000  # the last job's doing
 
   local = tmp_path / "local"
   study.prepare(local, config, "test")
@@ -132,8 +137,8 @@ def test_two_tasks_of_a_job_find_each_other_and_train_one_model(slurm, tmp_path,
   rows = until(lambda rows: rows[0].state in ("done", "failed"), workdir)
   assert rows[0].state == "done", rows[0].reason
   assert (workdir / "adapter").is_dir()
-  logs = [(workdir / f"slurm/{rows[0].job}_{rank}_log.out").read_text() for rank in (0, 1)]
-  assert all("completed successfully" in log for log in logs)
+  logs = [workdir / f"slurm/{rows[0].job}_{rank}_log.out" for rank in (0, 1)]
+  until(lambda _: all("completed successfully" in log.read_text() for log in logs), workdir)
   done = subprocess.run(
     [sys.executable, "launch.py", "--status", f"--workdir={workdir}"],
     cwd=ROOT, capture_output=True, text=True, check=True,
