@@ -55,7 +55,7 @@ def test_the_best_step_is_the_one_with_the_least_validation_loss(killed):
   same = all(np.array_equal(last[name], kept[name]) for name in last)
   assert same == (best["step"] == 20)
   told = json.loads((folder / "whole/adapter_best/adapter.json").read_text())
-  assert told["training"]["steps"] == best["step"]
+  assert told["metadata"]["training"]["steps"] == best["step"]
 
 
 def test_twenty_kills_landed_where_they_were_meant_to(killed):
@@ -95,9 +95,7 @@ def test_a_killed_run_comes_to_the_same_losses_and_adapter(chain, killed):
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(killed):
   _, told, done = killed
   (line,) = [each for each in done.stdout.splitlines() if each.startswith("error:")]
-  assert (
-    "--workdir: the checkpoint" in line and "(File too large); make room" in line
-  )
+  assert "--workdir: the checkpoint" in line and "(File too large); make room" in line
   (full,) = [each for each in told["kills"] if each["code"] == 2]
   assert full["left"] and not any("tmp" in name for name in full["left"])
   assert "Traceback" not in done.stderr
@@ -116,4 +114,4 @@ def test_a_run_goes_on_with_other_devices_and_processes(killed):
   assert lines.keys() == expected.keys()
   for step, loss in expected.items():
     # Sums over devices are added in another order: float32 rounding that training carries on.
-    np.testing.assert_allclose(lines[step], loss, rtol=1e-3, err_msg=str(step))
+    np.testing.assert_allclose(lines[step], loss, rtol=1e-5, err_msg=str(step))
