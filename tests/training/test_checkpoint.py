@@ -9,6 +9,7 @@ import sys
 import threading
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from jax import numpy as jnp
@@ -286,6 +287,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, capf
 ELSEWHERE = """
 import pathlib, sys
 import jax
+import ml_collections
 jax.config.update("jax_num_cpu_devices", 4)
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -324,3 +326,21 @@ def test_one_device_four_devices_on_any_mesh_and_back(tmp_path):
   for name, value in first.items():
     assert last[name].sharding == value.sharding
     np.testing.assert_array_equal(last[name], 8 * value)  # powers of two: no rounding
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "says"),
+  [
+    ("seconds", -1.0, "checkpoint.seconds: -1.0"), ("seconds", float("nan"), "checkpoint.seconds"),
+    ("keep", 0, "checkpoint.keep: 0 is not at least 1"), ("keep_best", -1, "checkpoint.keep_best"),
+    ("validate_every", 7, "checkpoint.validate_every: 7 is not a multiple of eval.every = 5"),
+  ],
+)  # fmt: skip
+def test_a_mistake_in_the_config_is_named(field, value, says):
+  fields = {"seconds": 1.0, "keep": 1, "keep_best": 0, "validate_every": 0}
+  good = {"checkpoint": fields, "eval": {"every": 5}}
+  checkpoint.check_config(ml_collections.ConfigDict(good))
+  bad = {"checkpoint": {**fields, field: value}, "eval": {"every": 5}}
+  with pytest.raises(errors.UserError) as caught:
+    checkpoint.check_config(ml_collections.ConfigDict(bad))
+  assert says in str(caught.value)
