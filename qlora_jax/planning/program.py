@@ -1,6 +1,7 @@
 """The step that training runs, with shapes for values, on a mesh of devices that need not exist."""
 
 import dataclasses
+import math
 
 import jax
 from flax import linen as nn
@@ -89,9 +90,10 @@ def batch(job: Job, mesh: jax.sharding.Mesh) -> language_step.LanguageBatch:
 
 def lower(job: Job, shards: language_shards.Shards, platform: str) -> jax.stages.Lowered:
   """Traces and lowers the very function that training calls each step."""
+  step = language_shards.jitted(job.model, job.optimizer, shards)
+  given = arguments(job, shards)
   with shards.use():
-    traced = language_shards.jitted(job.model, job.optimizer, shards).trace(*arguments(job, shards))
-    return traced.lower(lowering_platforms=(platform,))
+    return step.trace(*given).lower(lowering_platforms=(platform,))
 
 
 def bytes_a_chip(tree: PyTree) -> int:
