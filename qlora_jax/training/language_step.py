@@ -84,10 +84,6 @@ def answer_losses(
   """Negative log-likelihood [G, A / G] in nats of each answer token, from hidden [B, T, D]."""
   shards, width = len(batch.places), hidden.shape[-1]
   states = sharding.tokens(hidden.reshape(shards, -1, width))
-  if shards == 1:  # a gather without a batch axis, whose gradient a CPU makes faster
-    chosen = states[0][batch.places[0]][None]
-  else:
-    chosen = sharding.tokens(jax.vmap(lambda own, places: own[places])(states, batch.places))
   # Gathered once, not again in each turn of the loop.
   table = model.apply(variables, hidden.dtype, method="output_table")
 
@@ -97,9 +93,15 @@ def answer_losses(
     logits = model.apply(variables, states, table, method="logits")
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
+  if shards == 1:  # products and their gradients without an axis of one are faster on a CPU
+    chosen = states[0][batch.places[0]].reshape(-1, CHUNK, width)
+    each = jax.lax.map(chunk, (chosen, batch.targets.reshape(-1, CHUNK)))
+    return each.reshape(1, -1)
+
   def chunks(leaf):  # [G, A / G, ..] to [chunks, G, CHUNK, ..]
     return jnp.moveaxis(leaf.reshape(shards, -1, CHUNK, *leaf.shape[2:]), 1, 0)
 
+  chosen = sharding.tokens(jax.vmap(lambda own, places: own[places])(states, batch.places))
   each = jax.lax.map(chunk, (chunks(chosen), chunks(batch.targets)))
   return jnp.moveaxis(each, 0, 1).reshape(shards, -1)
 
