@@ -63,7 +63,7 @@ def _row(point: points.Point, found: dict[str, Any]) -> dict[str, Any]:
     "hbm": found.get("used") or sum(memory.values()),
     "collectives": sum(each.times for each in collectives),
     "collective_bytes": sum(each.wire * each.times for each in collectives),
-    "routed_collectives": len(on_the_routed_path(collectives)),
+    "routed_collectives": len(estimate.of_routing(collectives)),
     "compile_seconds": found["compile_seconds"],
   }  # fmt: skip
   row |= {f"hbm_{kind}": size for kind, size in memory.items()}
@@ -71,11 +71,3 @@ def _row(point: points.Point, found: dict[str, Any]) -> dict[str, Any]:
     f"count_{kind}": each["count"] for kind, each in estimate.by_kind(collectives).items()
   }  # fmt: skip
   return row
-
-
-def on_the_routed_path(collectives: list[hlo.Collective]) -> list[hlo.Collective]:
-  """Collectives inside the blocks' loop whose source is the router or the shared memory."""
-  return [
-    each for each in collectives
-    if each.times > 1 and any(part in each.source for part in ("/router/", "/memory/", "/gate/"))
-  ]  # fmt: skip

@@ -134,6 +134,7 @@ def describe(
       "activations_are_estimated": not compiled["fits"] or "estimated" in compiled,
     },
     "collectives": estimate.by_kind(collectives),
+    "collectives_of_routing": len(estimate.of_routing(collectives)),
     "flops": {
       **dataclasses.asdict(work), "model": work.model, "hardware": work.hardware,
     },

@@ -9,7 +9,7 @@ from experiments.scaling import __main__ as study
 from experiments.scaling import compiled, points
 from qlora_jax.models import decoder
 from qlora_jax.planning import compile as compile_lib
-from qlora_jax.planning import search
+from qlora_jax.planning import estimate, hlo, search
 
 TINY = decoder.DecoderConfig(
   vocabulary=256, width=64, hidden=128, layers=8, heads=16, groups=16, head_dim=8,
@@ -71,9 +71,9 @@ def test_a_study_goes_on_where_it_stopped_and_draws(tiny, monkeypatch, tmp_path,
 
 def test_a_collective_of_the_router_in_the_loop_is_told():
   own = {"kind": "all-reduce", "bytes": 8, "group": 4, "across": False}
-  found = compiled.on_the_routed_path([
-    compiled.hlo.Collective(**own, times=8, source="while/body/blocks/router/dot"),
-    compiled.hlo.Collective(**own, times=8, source="while/body/blocks/layer_0/q/dot"),
-    compiled.hlo.Collective(**own, times=1, source="blocks/router/dot"),
+  found = estimate.of_routing([
+    hlo.Collective(**own, times=8, source="while/body/blocks/router/dot"),
+    hlo.Collective(**own, times=8, source="while/body/blocks/layer_0/q/dot"),
+    hlo.Collective(**own, times=1, source="blocks/router/dot"),
   ])  # fmt: skip
   assert [each.source for each in found] == ["while/body/blocks/router/dot"]

@@ -42,9 +42,9 @@ def tiny_job(**mesh):
   )
 
 
-def answer(job, fits=True, **more):
+def answer(job, topology=CHIPS, fits=True, **more):
   """What a worker would say."""
-  own = search.estimated(job, CHIPS)
+  own = search.estimated(job, topology)
   kinds = {name: getattr(own, name) for name in ("base", "adapter", "optimizer", "batch")}
   if fits:
     kinds |= {"activations": own.activations, "temporaries": own.temporaries}
@@ -86,7 +86,7 @@ def test_a_step_that_does_not_fit_gets_a_compiled_suggestion(monkeypatch):
 
   def run(job, topology, hlo=""):
     asked.append(job)
-    return answer(job, fits=len(asked) > 1)
+    return answer(job, topology, fits=len(asked) > 1)
 
   monkeypatch.setattr(compile, "run", run)
   found = plan.make(tiny_job(fsdp=4), CHIPS)
@@ -121,7 +121,7 @@ def planned(monkeypatch):
 
 
 def test_the_command_shows_and_stores_the_plan(planned, monkeypatch, tmp_path, capsys):
-  monkeypatch.setattr(compile, "run", lambda job, topology, hlo="": answer(job))
+  monkeypatch.setattr(compile, "run", lambda job, topology, hlo="": answer(job, topology))
   command.run(planned, "v5e:2x2", 1, None, str(tmp_path / "w"), "python launch.py --plan")
   stored = json.loads((tmp_path / "w" / command.FILE).read_text())
   shown = capsys.readouterr().out
@@ -156,7 +156,7 @@ def llama_405b(monkeypatch):
 
 
 def test_a_step_that_does_not_fit_is_stored_and_ends_in_one_line(planned, monkeypatch, tmp_path):
-  monkeypatch.setattr(compile, "run", lambda job, topology, hlo="": answer(job, fits=False))
+  monkeypatch.setattr(compile, "run", lambda job, topology, hlo="": answer(job, topology, False))
   with pytest.raises(errors.UserError, match=r"needs 8\.0 GiB more") as caught:
     command.run(planned, "v5e:2x2", 1, str(tmp_path / "p.json"), None, "")
   assert "\n" not in str(caught.value) and "does not fit either" in str(caught.value)
@@ -208,3 +208,4 @@ def test_the_tpu_compiler_takes_the_training_step():
   states = 4 // 2 * 256 * TINY.width * 2 * TINY.blocks  # the inputs of the blocks, bfloat16
   assert states <= kinds["activations"] < 3 * states
   assert found["collectives"]["all-gather"]["count"] >= TINY.blocks  # weights, a layer at a time
+  assert found["collectives_of_routing"] == 0
