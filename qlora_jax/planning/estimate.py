@@ -97,7 +97,7 @@ def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, dict[str, float]
 
 
 def of_routing(collectives: Sequence[hlo.Collective]) -> list[hlo.Collective]:
-  """Collectives inside the loop over blocks that the router, the memory or the summary asked for."""
+  """Collectives in the loop over blocks that the router, the memory or the summary asked for."""
   return [
     each for each in collectives
     if each.times > 1 and any(part in each.source for part in ("/router/", "/memory/", "/gate/"))
