@@ -20,9 +20,13 @@ def inputs(length=130):
   starts = np.array([[np.argmax(row == one) for one in row] for row in segments])
   positions = (np.arange(length) - starts).astype(np.int32) * (segments > 0)
   mask = attention.MaskInfo(positions, positions, segments, segments)
-  return query, key, value, mask, rng.normal(size=shapes[0]).astype("f") * (
-    segments > 0
-  )[..., None, None]
+  return (
+    query,
+    key,
+    value,
+    mask,
+    rng.normal(size=shapes[0]).astype("f") * (segments > 0)[..., None, None],
+  )
 
 
 def both(function, query, key, value, weight):
