@@ -38,8 +38,9 @@ REMAT = {
 class RoutingRecord(NamedTuple):
   """What every block routed: weights and logits [N, G, *batch, M], or None without a router.
 
-  G counts the routers of a block: 1 for Queryable LoRA, one a map for Lily and CoMoL. `log_prior`
-  [*batch, M] is the language prior that all blocks share, or None.
+  G counts the routers of a block: 1 for Queryable LoRA (with `operator='map'` one a name of map),
+  one a map for Lily and CoMoL. `log_prior` [*batch, M] is the language prior that all blocks share,
+  or None.
   """
 
   weights: Array | None
@@ -54,21 +55,30 @@ class Block(nn.Module):
     config: the adapter.
     make_layer: builds one layer, given the number of adapted maps in the block and a name.
     layers: S.
-    maps: adapted maps in the block.
+    map_names: the adapted maps of a layer.
   """
 
   config: config_lib.AdapterConfig
   make_layer: Callable[..., nn.Module]
   layers: int
-  maps: int
+  map_names: tuple[str, ...]
+
+  @property
+  def sharing(self) -> int:
+    """How many maps of the block share one routed operator."""
+    return self.layers * (1 if self.config.operator == "map" else len(self.map_names))
 
   def setup(self):
     self.stack = [
-      self.make_layer(maps=self.maps, name=f"layer_{index}") for index in range(self.layers)
+      self.make_layer(maps=self.sharing, name=f"layer_{index}") for index in range(self.layers)
     ]
-    if self.config.routed:
-      self.router = router.BlockRouter(self.config, self.maps)
-      self.gate = router.SummaryGate(self.config)
+    if not self.config.routed:
+      return
+    if self.config.operator == "map":
+      self.router = {name: router.BlockRouter(self.config, self.sharing) for name in self.map_names}
+    else:
+      self.router = router.BlockRouter(self.config, self.sharing)
+    self.gate = router.SummaryGate(self.config)
 
   def __call__(self, carry, shared, instruction, log_prior, context):
     """One step of the scan; carry = (hidden [*batch, D], summary's carry, cache, block index)."""
@@ -76,10 +86,11 @@ class Block(nn.Module):
     hidden = sharding.tokens(hidden)
     cfg, routing, own = self.config, None, []
     if cfg.routed:
-      block_router = self.router
-      routing = router.BlockRouting(
-        lambda state: block_router(state, running, index, shared, instruction, log_prior)
-      )
+      routers = self.router if cfg.operator == "map" else {router.WHOLE_BLOCK: self.router}
+      given = (running, index, shared, instruction, log_prior)
+      routing = router.BlockRouting({
+        name: lambda state, each=each: each(state, *given) for name, each in routers.items()
+      })  # fmt: skip
     for slot, layer in enumerate(self.stack):
       if context is None:
         hidden, routings = layer(hidden, routing, shared)
@@ -87,12 +98,12 @@ class Block(nn.Module):
         hidden, cache, routings = layer(hidden, routing, shared, context, cache, (index, slot))
       own.extend(routings)
     if cfg.routed:
-      own.insert(0, routing.routing)
+      own = [*routing.routings.values(), *own]
     if cfg.routed and cfg.summary != "none" and cfg.routing == "query":
       if cfg.history == "routed":
-        made = routing.routing
+        made = routing.first
         left = contraction.contract(
-          cfg, self.maps, routing.state, made.weights, made.operator, shared["atoms"]
+          cfg, self.sharing, routing.state, made.weights, made.operator, shared["atoms"]
         )
       else:
         left = self.stack[0].anchor_state(hidden)
@@ -122,7 +133,6 @@ class BlockStack(nn.Module):
   make_layer: Callable[..., nn.Module]
   blocks: int
   layers: int
-  maps_per_layer: int
   map_outputs: tuple[tuple[str, int, str], ...]
   unroll: bool = False
   scan_unroll: int = 1
@@ -149,7 +159,8 @@ class BlockStack(nn.Module):
     dtype = hidden.dtype if kind == "attention" else jnp.float32
     running = summary.initial(kind, hidden.shape[:-1], self.blocks, cfg.rank, dtype)
     carry = (hidden, running, cache, jnp.zeros((), jnp.int32))
-    arguments = (cfg, self.make_layer, self.layers, self.layers * self.maps_per_layer)
+    names = tuple(name for name, *_ in self.map_outputs)
+    arguments = (cfg, self.make_layer, self.layers, names)
     inputs = (shared, instruction, log_prior, context)
     applied = not self.is_mutable_collection("params")
     looped = self.unroll and applied

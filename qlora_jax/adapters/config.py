@@ -26,6 +26,7 @@ CHOICES = {
   "scaling": ("rank", "sqrt_rank"),
   "routing": ("query", "static"),
   "weights": ("softmax", "equal"),
+  "operator": ("block", "map"),
   "summary": ("attention", "recurrent", "none"),
   "history": ("routed", "output"),
   "atom_init": ("identity", "orthogonal", "gaussian"),
@@ -48,6 +49,8 @@ class AdapterConfig:
     query_dim: Q, width of query and keys.
     routing: 'query', or 'static': one learned mixture a block, no query.
     weights: 'softmax', or 'equal': 1/k on the top k, gradient straight through.
+    operator: which maps share one routed operator: all of a 'block', or those of one name, 'map',
+      each name with a router and an anchor of its own.
     summary: the running summary, see `summary.py`.
     history: what a block leaves behind: its 'routed' state z C, or the state of its 'output'.
     query_state: whether z enters the query.
@@ -77,6 +80,7 @@ class AdapterConfig:
   query_dim: int = 8
   routing: str = "query"
   weights: str = "softmax"
+  operator: str = "block"
   summary: str = "attention"
   history: str = "routed"
   query_state: bool = True

@@ -63,7 +63,7 @@ class AdaptedDense(nn.Module):
     y = jnp.einsum("...d,df->...f", x, kernel.astype(x.dtype))
     own = None
     if self.branch is not None:
-      block = None if routing is None else routing.at(lambda: self.low_rank_state(x))
+      block = None if routing is None else routing.at(self.map_name, lambda: self.low_rank_state(x))
       y, own = self.branch(x, y, kernel, block, shared)
     if self.use_bias:
       y = y + self.bias.value

@@ -1,6 +1,6 @@
 """The router of a block: steps (2)-(5) of Queryable LoRA. Letters as in `qlora_jax/typing.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -9,6 +9,8 @@ from jax import numpy as jnp
 from qlora_jax.adapters import config as config_lib
 from qlora_jax.adapters import contraction, functional, memory, summary
 from qlora_jax.typing import Array
+
+WHOLE_BLOCK = "block"  # the name of the router that all maps share
 
 
 class Routing(NamedTuple):
@@ -20,27 +22,34 @@ class Routing(NamedTuple):
 
 
 class BlockRouting:
-  """The routing of one block, made once, by the first adapted map that is reached.
+  """The routings of one block, each made once, by the first adapted map that asks for it.
 
-  That map is the block's anchor: its low-rank state is the z of step (1). The object lives inside
-  one trace of one block.
+  That map is the anchor: its low-rank state is the z of step (1). With `operator='block'` there is
+  one routing, with 'map' one a name of map. The object lives inside one trace of one block.
 
   Attributes:
-    state: z [*batch, R], or None before the anchor map is reached.
-    routing: the `Routing` of the block, or None before.
+    state: z [*batch, R] of the block's first anchor, or None before it is reached.
+    routings: the `Routing` of each router, in the order in which they were made.
   """
 
-  def __init__(self, route: Callable[[Array], Routing]):
-    self._route = route
+  def __init__(self, routers: Mapping[str, Callable[[Array], Routing]]):
+    self._routers = routers
     self.state: Array | None = None
-    self.routing: Routing | None = None
+    self.routings: dict[str, Routing] = {}
 
-  def at(self, low_rank_state: Callable[[], Array]) -> Routing:
-    """The block's routing; the first call evaluates `low_rank_state` and routes it."""
-    if self.routing is None:
-      self.state = low_rank_state()
-      self.routing = self._route(self.state)
-    return self.routing
+  def at(self, map_name: str, low_rank_state: Callable[[], Array]) -> Routing:
+    """The routing of a map; the first call evaluates `low_rank_state` and routes it."""
+    name = map_name if map_name in self._routers else WHOLE_BLOCK
+    if name not in self.routings:
+      state = low_rank_state()
+      self.state = state if self.state is None else self.state
+      self.routings[name] = self._routers[name](state)
+    return self.routings[name]
+
+  @property
+  def first(self) -> Routing:
+    """The routing of the block's first anchor."""
+    return next(iter(self.routings.values()))
 
 
 class BlockRouter(nn.Module):

@@ -41,7 +41,10 @@ def count(adapter: config_lib.AdapterConfig, network: Network) -> int:
   if adapter.method == "lily":  # experts B [M, R, D_out] a map name, shared over the layers
     total += sum(adapter.atoms * adapter.rank * outputs for _, _, outputs in network.maps)
   if adapter.routed:
-    total += _count_memory(adapter) + network.blocks * _count_router(adapter)
+    routers = len(network.maps) if adapter.operator == "map" else 1
+    total += _count_memory(adapter) + network.blocks * routers * _count_router(adapter)
+    if routers > 1 and adapter.uses_query and adapter.summary == "recurrent":
+      total -= network.blocks * (routers - 1) * adapter.rank  # one gate a block
   if adapter.instruction_in_input:
     total += adapter.instruction_dim * network.width
   return total

@@ -1,5 +1,7 @@
 """How a router behaves, and how large its updates are. Letters as in `qlora_jax/typing.py`."""
 
+from collections.abc import Sequence
+
 import jax
 from jax import numpy as jnp
 
@@ -35,7 +37,10 @@ def routing_statistics(weights: Array, mask: Array | None = None) -> dict[str, A
 
 
 def update_norms(
-  config: config_lib.AdapterConfig, params: PyTree, weights: Array | None
+  config: config_lib.AdapterConfig,
+  params: PyTree,
+  weights: Array | None,
+  map_names: Sequence[str] = (),
 ) -> dict[str, Array] | None:
   """The certified bound on ||dW(x)||_2 next to the norms that occur.
 
@@ -45,7 +50,8 @@ def update_norms(
   Args:
     config: the adapter.
     params: its parameter tree, as the model's blocks lay it out.
-    weights: [N, 1, *batch, M] of Queryable LoRA, or None for plain low-rank methods.
+    weights: [N, G, *batch, M] of Queryable LoRA, or None for plain low-rank methods.
+    map_names: the maps of a layer in the order in which they run, for `operator='map'`.
 
   Returns:
     `certified` and `measured`, each the largest over maps, blocks (and tokens), and `slack`, the
@@ -59,8 +65,8 @@ def update_norms(
   operators = None
   if atoms is not None:
     # One small decomposition a token, block and map adds up: the first tokens stand for all.
-    flat = weights[:, 0].reshape(weights.shape[0], -1, weights.shape[-1])[:, :NORM_TOKENS]
-    operators = jnp.einsum("ntm,mrs->ntrs", flat, atoms)
+    flat = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])[:, :, :NORM_TOKENS]
+    operators = jnp.einsum("ngtm,mrs->gntrs", flat, atoms)
     largest_atom = jnp.max(jnp.linalg.norm(atoms, ord=2, axis=(-2, -1)))
   for layer in sorted(name for name in blocks if name.startswith("layer_")):
     for name, leaves in blocks[layer].items():
@@ -74,7 +80,8 @@ def update_norms(
         norm = scaling * _spectral(jnp.einsum("nqr,nsr->nqs", right_a, right_b))
       else:
         bound = bound * largest_atom
-        product = jnp.einsum("nqr,ntrs,nps->ntqp", right_a, operators, right_b)
+        own = operators[map_names.index(name) if config.operator == "map" else 0]
+        product = jnp.einsum("nqr,ntrs,nps->ntqp", right_a, own, right_b)
         norm = jnp.max(scaling * _spectral(product), axis=-1)
       certified.append(jnp.max(bound))
       measured.append(jnp.max(norm))

@@ -292,7 +292,6 @@ class Decoder(nn.Module):
       functools.partial(Layer, cfg, self.adapter),
       cfg.blocks,
       cfg.layers_per_block,
-      len(cfg.adapted_maps),
       tuple((name, cfg.map_shapes[name][1], _AXES[name][1]) for name in cfg.adapted_maps),
       cfg.unroll,
       1,
@@ -372,9 +371,7 @@ class Decoder(nn.Module):
       "...d,vd->...v" if cfg.tied else "...d,dv->...v", hidden, table,
       preferred_element_type=jnp.float32,
     )  # fmt: skip
-    scores = sharding.constrain(
-      scores, "batch", *[None] * (scores.ndim - 2), "vocabulary"
-    )
+    scores = sharding.constrain(scores, "batch", *[None] * (scores.ndim - 2), "vocabulary")
     if cfg.logit_soft_cap:
       scores = cfg.logit_soft_cap * jnp.tanh(scores / cfg.logit_soft_cap)
     return scores

@@ -130,7 +130,6 @@ class MLP(nn.Module):
       functools.partial(Layer, cfg, self.adapter),
       cfg.blocks,
       cfg.layers_per_block,
-      len(MAPS),
       tuple((name, cfg.map_shapes[name][1], _AXES[name][1]) for name in MAPS),
       cfg.unroll,
       _SCAN_UNROLL,

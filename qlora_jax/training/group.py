@@ -117,7 +117,9 @@ class Program:
       def one(params):
         variables = step_lib.variables(self.model, params, frozen)
         routing = self.model.apply(variables, batch.features, batch.instruction).routing
-        result = {"norms": statistics.update_norms(self.model.adapter, params, routing.weights)}
+        result = {
+          "norms": statistics.update_norms(self.model.adapter, params, routing.weights, mlp.MAPS)
+        }
         if routing.weights is not None:
           result["routing"] = statistics.routing_statistics(routing.weights)
           result["shares"] = statistics.share_by_group(routing.weights, group, num_groups)

@@ -84,6 +84,8 @@ def parameter_groups(params: PyTree) -> PyTree:
 
   def label(path, _):
     names = {getattr(key, "key", None) for key in path}
-    return next((group for group in ("memory", "router") if group in names), "other")
+    if "memory" in names:
+      return "memory"
+    return "router" if any(str(name).startswith("router") for name in names) else "other"
 
   return jax.tree_util.tree_map_with_path(label, params)

@@ -20,8 +20,13 @@ BATCH = step.Batch(
 )
 
 
+NAMES = (*factory.PRESETS, "an operator a map")
+
+
 def build(name, shape=SHAPE, **fields):
   fields = {"rank": 4, "atoms": 5, **fields}
+  if name == NAMES[-1]:
+    name, fields = "queryable_prior_query", {**fields, "operator": "map"}
   adapter = factory.make(name, fields, settings.shapes(shape), budget=0, instruction_dim=3)
   base = settings.random_base(shape, 1)
   model = mlp.MLP(shape, adapter)
@@ -42,7 +47,7 @@ def predict(model, params, frozen):
   return model.apply(step.variables(model, params, frozen), BATCH.features, BATCH.instruction)
 
 
-@pytest.mark.parametrize("name", factory.PRESETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_output_equals_the_frozen_base_at_initialisation(name):
   expected = predict(*build("none")).values
   actual = predict(*build(name)).values
@@ -50,7 +55,7 @@ def test_output_equals_the_frozen_base_at_initialisation(name):
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", factory.PRESETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_parameter_count_equals_the_closed_formula(name):
   model, params, _ = build(name)
   counted = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -96,13 +101,15 @@ def test_a_step_changes_the_adapter_and_leaves_the_base():
   assert "base" not in after.params
 
 
-@pytest.mark.parametrize("name", ["lora", "rslora", "queryable", "queryable_topk", "static"])
+@pytest.mark.parametrize(
+  "name", ["lora", "rslora", "queryable", "queryable_topk", "an operator a map", "static"]
+)
 def test_the_measured_norm_never_exceeds_the_certified_bound(name):
   model, params, frozen = build(name)
   for seed in range(5):
     drawn = randomise(params, seed)
     weights = predict(model, drawn, frozen).routing.weights
-    norms = statistics.update_norms(model.adapter, drawn, weights)
+    norms = statistics.update_norms(model.adapter, drawn, weights, mlp.MAPS)
     assert norms["slack"] >= -1e-4 * norms["certified"]
     assert norms["measured"] > 0
 

@@ -26,6 +26,7 @@ ADAPTERS = {
   "queryable, output history": {"history": "output"},
   "queryable, top-k": {"top_k": 2},
   "queryable, recurrent": {"summary": "recurrent"},
+  "queryable, an operator a map": {"operator": "map"},
   "queryable, instruction": {
     "instruction_dim": E, "instruction_in_query": True, "prior_weight": 1.0,
     "instruction_in_input": True,
