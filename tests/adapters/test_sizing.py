@@ -21,7 +21,8 @@ SIZED = [name for name, preset in factory.PRESETS.items()
 @pytest.mark.parametrize(
   ("field", "value"),
   [
-    ("method", "lorra"), ("scaling", "log"), ("routing", "hash"), ("weights", "hard"), ("operator", "layer"),
+    ("method", "lorra"), ("scaling", "log"), ("routing", "hash"), ("weights", "hard"),
+    ("operator", "layer"),
     ("summary", "mean"), ("history", "all"), ("atom_init", "zeros"), ("contraction", "fast"),
     ("rank", 0), ("rank", -3), ("atoms", 0), ("query_dim", 0), ("top_k", 17), ("top_k", -1),
     ("prior_temperature", 0.0), ("prior_temperature", float("inf")), ("alpha", -1.0),
