@@ -30,7 +30,7 @@ SIDES = {
   "LoRA": "qlora_jax, LoRA r8", "Queryable": "qlora_jax, Queryable", "PEFT": "PEFT, LoRA r8",
   "PEFT answers": "PEFT, answers",
 }  # fmt: skip
-RANK, SEED, WARM = 8, 0, 1
+RANK, SEED, WARM = 8, 0, 2
 
 
 def config_of(options, adapter: str):
@@ -105,8 +105,13 @@ class Ours:
     uses = self.model.adapter.uses_instruction
     self.batch = language_step.from_text(text, table.astype(np.float32) if uses else None)
     tx = optimizer.make(settings.optimizer)
-    self.state = step.TrainState(
-      jnp.zeros((), jnp.int32), params, tx.init(params), jnp.float32(1e-4)
+    # Put where the step leaves it: else the second step is compiled anew.
+    self.state, self.batch = jax.device_put(
+      (
+        step.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.float32(1e-4)),
+        self.batch,
+      ),
+      jax.devices()[0],
     )
     self._update = jax.jit(
       lambda state, frozen, batch: step.train_step(
