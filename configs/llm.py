@@ -7,7 +7,9 @@
 `model.weights` is a built-in name, a Hugging Face folder or hub id, or a .gguf file; `data.name`
 is a built-in data set or a .jsonl file. `induction` compares six ways to use the instruction on
 six tasks of instruction-induction; `pair` is the two of them that decide, on the word tasks, which
-need no download.
+need no download; `reasons` changes one thing at a time in the Queryable LoRA of the deciding pair.
+
+  python launch.py --config=configs/llm.py:reasons --workdir=runs/llm-reasons --sweep
 """
 
 import ml_collections
@@ -18,7 +20,7 @@ from qlora_jax import sweeps
 from qlora_jax.launching import options
 from qlora_jax.parallel import mesh
 
-VARIANTS = ("", "demo", "pair", "induction")
+VARIANTS = ("", "demo", "pair", "induction", "reasons")
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 DEMO_TASKS = (
   "first_letter", "last_letter", "plural", "uppercase", "number_to_words", "next_number",
@@ -27,6 +29,25 @@ INDUCTION_TASKS = (
   "antonyms", "singular_to_plural", "first_word_letter", "num_to_verbal", "translation_en-fr",
   "letters_list",
 )  # fmt: skip
+
+# One change each to the deciding Queryable LoRA, of the same number of parameters. The last four
+# change how strongly and how early the router parts the tasks.
+REASONS = {
+  "lora": {"adapter.name": "lora"},
+  "queryable_prior": {},
+  "a layer a block": {"model.layers_per_block": 1},
+  "one block of all layers": {"model.layers_per_block": 30},
+  "rank 7, 3,500 atoms, top 4": {
+    "adapter.rank": 7, "adapter.atoms": 3500, "adapter.top_k": 4,
+  },
+  "an operator a map": {"adapter.operator": "map"},
+  "prior weight 4": {"adapter.prior_weight": 4.0},
+  "prior temperature 0.25": {"adapter.prior_temperature": 0.25},
+  "Gaussian atoms": {"adapter.atom_init": "gaussian"},
+  "memory and router at 10 x the rate": {
+    "optimizer.memory_multiplier": 10.0, "optimizer.router_multiplier": 10.0,
+  },
+}  # fmt: skip
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -37,6 +58,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.kind = "language"
   config.variant = arg
   config.seed = 0
+  config.label = config_dict.placeholder(str)  # a setting's name in tables; its adapter's if none
   config.model = dict(
     weights="smollm2-135m-instruct", layers_per_block=5, base_dtype="float32", dtype="float32",
     remat="none", attention="auto",
@@ -76,7 +98,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg == "pair":
     config.optimizer.steps = 60
     config.eval.examples = 30
-  if arg == "induction":
+  if arg in ("induction", "reasons"):
     config.data.name = "instruction_induction"
     config.data.tasks = INDUCTION_TASKS
     config.data.train_rows = 200
@@ -85,6 +107,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optimizer.batch_size = 4
     config.optimizer.steps = 50
     config.eval.update(every=5, validation=40, examples=100, max_tokens=16, batch_size=50)
+  if arg == "reasons":  # at the rate that the search of `induction` chose, on one of its seeds
+    config.instruction.in_prompt = True
+    config.adapter.name = "queryable_prior"
+    config.optimizer.learning_rate = 3e-3
+    config.protocol.final_seeds = (100,)
+    config.eval.examples = 10
   return config
 
 
@@ -93,6 +121,8 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
 
   The pair that decides comes first and has all final seeds; the other ways have one.
   """
+  if arg == "reasons":
+    return [{"label": label, **changes} for label, changes in REASONS.items()]
   rates = hyper.sweep("optimizer.learning_rate", LEARNING_RATES)
   deciding = (("lora", True, False), ("queryable_prior", True, False))
   others = (

@@ -65,7 +65,7 @@ class Task:
       _, told = study.single(self.config, self.workdir)
     else:
       language = study.is_language(self.config)
-      runs = len(self.rates) * len(self.config.protocol.search_seeds)
+      runs = len(study.search_runs(self.config, self.rates))
       with progress.Display(
         total_points=runs + len(self.config.protocol.final_seeds),
         unit="tokens" if language else "examples", stream=processes.terminal(),

@@ -69,7 +69,7 @@ def describe(config: ml_collections.ConfigDict, points: list[dict]) -> list[reco
   return [
     records.Setting(
       records.key(own, rates), name,
-      len(rates if own.adapter.name != "none" else rates[:1]) * len(own.protocol.search_seeds)
+      len(search_runs(own, rates))
       + len(own.protocol.final_seeds),
     )
     for (own, rates), name in zip(expand(config, points), records.names(points), strict=True)
@@ -135,10 +135,7 @@ def run(
     resolve(own)
   if processes.is_first():
     records.write_list(workdir, describe(config, points))
-  total = sum(
-    len(rates) * len(own.protocol.search_seeds) + len(own.protocol.final_seeds)
-    for own, rates in pairs
-  )
+  total = sum(len(search_runs(own, rates)) + len(own.protocol.final_seeds) for own, rates in pairs)
   results: list[list[dict]] = [[] for _ in pairs]
   with progress.Display(
     total_points=total, unit="tokens" if is_language(config) else "examples"
@@ -165,22 +162,33 @@ def train_setting(trainer, setting: tuple) -> tuple[list[dict], bool]:
   """One (config, learning rates): the search, the choice, the final runs.
 
   Returns:
-    Both results, and whether anything was trained.
+    The results of both stages, and whether anything was trained.
   """
   own, rates = setting
-  search, final = own.protocol.search_seeds, own.protocol.final_seeds
-  runs = tuple((seed, rate) for seed in search for rate in rates)
-  if own.adapter.name == "none":  # nothing is trained: no rate to search
-    runs = tuple((seed, rates[0]) for seed in search)
+  runs, best, results, searched = search_runs(own, rates), rates[0], [], False
   with _kept(trainer.workdir, records.key(own, rates)) as keeper:
-    found, searched = _once(trainer, keeper, loop.GroupSpec(own, "search", runs))
-    best = choose(found["rows"], trainer.objective)
-    spec = loop.GroupSpec(own, "final", tuple((seed, best) for seed in final))
+    if runs:
+      found, searched = _once(trainer, keeper, loop.GroupSpec(own, "search", runs))
+      best = choose(found["rows"], trainer.objective)
+      results.append(found)
+    spec = loop.GroupSpec(own, "final", tuple((seed, best) for seed in own.protocol.final_seeds))
     last, trained = _once(trainer, keeper, spec)
   if trained:
     told = trainer.summary(last["rows"])
     trainer.display.log(f"{loop.data_name(own)}/{own.adapter.name}: lr {best:g}, {told}")
-  return [found, last], searched or trained
+  return [*results, last], searched or trained
+
+
+def search_runs(
+  config: ml_collections.ConfigDict, rates: list[float]
+) -> tuple[tuple[int, float], ...]:
+  """(seed, learning rate) of a setting's search; a single rate leaves nothing to choose."""
+  seeds = config.protocol.search_seeds
+  if config.adapter.name == "none":  # nothing is trained: its error is all there is to know
+    return tuple((seed, rates[0]) for seed in seeds)
+  if len(rates) == 1:
+    return ()
+  return tuple((seed, rate) for seed in seeds for rate in rates)
 
 
 def single(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[dict, str]:
