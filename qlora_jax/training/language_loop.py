@@ -81,7 +81,8 @@ class Loop:
     adapter, config, after = run.model.adapter, run.config, found["after"]
     row = {
       "run_id": run_id, "stage": spec.stage, "task": config.data.name,
-      "method": config.label or config.adapter.name, "adapter": adapter.method, "seed": found["seed"],
+      "method": config.label or config.adapter.name, "adapter": adapter.method,
+      "seed": found["seed"],
       "learning_rate": found["learning_rate"], "rank": adapter.rank, "atoms": adapter.atoms,
       "top_k": adapter.top_k, "in_prompt": config.instruction.in_prompt,
       "shuffled": config.instruction.shuffled, "trainable_params": found["trainable_params"],

@@ -24,7 +24,8 @@ class Settings:
   """What a config stands for, all of it checked.
 
   Attributes:
-    source: the opened weights, None where only shapes were asked for; model: decoder with its sized adapter; optimizer: of the run.
+    source: the opened weights, None where only shapes were asked for.
+    model: decoder with its sized adapter; optimizer: of the run.
     trainable_params: count of the trained tree; micro_batches: parts of a batch, one at a time.
   """
 
