@@ -238,7 +238,7 @@ def test_launch_fine_tunes_a_users_own_file(tiny_llama, tmp_path):
   assert done.returncode == 0, done.stderr
   assert f"adapter: {tmp_path}/run/adapter" in done.stdout
   (tmp_path / "run/adapter/adapter.json").read_text()
-  assert "exact match" in (tmp_path / "run/report/report.html").read_text()
+  assert "negative log-likelihood" in (tmp_path / "run/report/report.html").read_text()
   again = in_process.run([*command[1:], "--config.data.name=nowhere.jsonl"])
   assert again.returncode == 2 and "Traceback" not in again.stderr
   assert [line for line in again.stderr.splitlines() if line.startswith("error:")]
