@@ -41,8 +41,9 @@ def commands():
 
 
 def execute(arguments, tmp_path, told=None):
-  own = arguments[0] == sys.executable and "py_compile" not in arguments
-  if own and "--plan" not in arguments:  # a plan sets up JAX for TPUs before anything else
+  # What sets up JAX or signals for machines elsewhere, or waits for words, has its own process.
+  apart = ("--plan", "--cluster", "py_compile", "qlora_jax.generate")
+  if arguments[0] == sys.executable and not any(each.startswith(apart) for each in arguments):
     done = in_process.run(arguments[1:], told or "")
   else:
     done = subprocess.run(
@@ -88,7 +89,8 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data, reques
     assert files and all((ROOT / name).is_file() for name in files)
     assert {"--no-deps", "--require-hashes"} <= set(arguments)
   elif arguments[0] == "launch.py":
-    if "--sweep" in arguments or "--dry_run" in arguments:  # hours: all is resolved and printed
+    # Hours, or minutes of compiling: all is resolved and printed.
+    if {"--sweep", "--dry_run", "--plan"}.intersection(arguments):
       done = execute([sys.executable, *arguments, "--dry_run"], tmp_path)
       assert done.stdout.strip()
       return
