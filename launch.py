@@ -117,7 +117,8 @@ def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
   # A language model keeps all cores busy on its own.
   count = _WORKERS.value or (1 if study.is_language(config) else _default_workers())
   study.run(config, points, workdir, count)
-  _report(workdir, show=True)
+  if processes.is_first():
+    _report(workdir, show=True)
 
 
 def _submit(config, points: list[dict] | None, options_of_slurm) -> None:

@@ -176,9 +176,11 @@ def in_turn() -> Iterator[None]:
   several = jax.distributed.is_initialized()
   if several and not is_first():
     multihost_utils.sync_global_devices("turn")
-  yield
-  if several and is_first():
-    multihost_utils.sync_global_devices("turn")
+  try:
+    yield
+  finally:  # also after a mistake, which the others then find too
+    if several and is_first():
+      multihost_utils.sync_global_devices("turn")
 
 
 def terminal() -> TextIO:
