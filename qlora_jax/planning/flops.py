@@ -106,7 +106,8 @@ def _low_rank(shape, adapter, name: str) -> float:
 def routing_forward(shape: decoder.DecoderConfig, adapter: adapter_config.AdapterConfig) -> float:
   """FLOPs a token of all blocks' routing, forward: steps (2) to (6) of `docs/method.md`."""
   rank, atoms, query = adapter.rank, adapter.atoms, adapter.query_dim
-  maps = shape.layers_per_block * len(shape.adapted)
+  routers = len(shape.adapted) if adapter.operator == "map" else 1
+  maps = shape.layers_per_block * len(shape.adapted) // routers  # that share one router
   block = VECTOR_SOFTMAX * min(atoms, adapter.kept_atoms) + 4.0 * rank  # w, RMSNorm of z
   if adapter.kept_atoms < atoms:
     block += _selection(atoms, adapter.kept_atoms)
@@ -118,8 +119,11 @@ def routing_forward(shape: decoder.DecoderConfig, adapter: adapter_config.Adapte
       block += (6.0 * rank + VECTOR_SOFTMAX) * shape.blocks
     elif adapter.summary == "recurrent":
       block += 3.0 * rank
-  applied = maps + (adapter.uses_query and adapter.summary != "none")  # the state left behind
-  block += _contraction(adapter, applied, contraction.choose(adapter, maps))
+  block += _contraction(adapter, maps, contraction.choose(adapter, maps))
+  block *= routers
+  if adapter.uses_query and adapter.summary != "none":  # the state left behind
+    kind = contraction.choose(adapter, maps)
+    block += _contraction(adapter, maps + 1, kind) - _contraction(adapter, maps, kind)
   prior = 0.0
   if adapter.uses_prior:
     width = adapter.prior_dim or adapter.instruction_dim
