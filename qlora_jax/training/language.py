@@ -104,9 +104,7 @@ class Run:
     fast_attention.check(self.model.config.attention, jax.default_backend())
     layout = mesh_lib.from_config(config.mesh)
     self.shards = language_shards.Shards(mesh_lib.make(layout), layout.rules)
-    mesh_lib.check_batch(
-      self.shards.mesh, config.optimizer.batch_size, self.settings.micro_batches
-    )
+    mesh_lib.check_batch(self.shards.mesh, config.optimizer.batch_size, self.settings.micro_batches)
     self.tokenizer = self.settings.source.tokenizer()
     self.tokenizer.check_vocab(self.model.config.vocabulary)
     data = config.data
