@@ -8,12 +8,18 @@ import tempfile
 
 import pytest
 
-# The other workers and the processes that tests start inherit the variables: what one has compiled
-# they read. The folder is new in every test run, so that each program is compiled once in it.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="qlora_jax_compiled_")
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# The processes that tests start inherit these variables: what one has compiled the others read. The
+# folder is new in every test run, so that each program is compiled once in it. JAX is loaded here
+# before they are set: a process that has loaded torch as well, as this one may, was seen to abort
+# while it wrote a program.
+_FOLDER = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+import jax  # noqa: E402, F401
+
+if _FOLDER is None:
+  _FOLDER = tempfile.mkdtemp(prefix="qlora_jax_compiled_")
+  atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _FOLDER
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 TEMPLATE = (
   "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -98,7 +98,9 @@ def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, dict[str, float]
 
 def of_routing(collectives: Sequence[hlo.Collective]) -> list[hlo.Collective]:
   """Collectives in the loop over blocks that the router, the memory or the summary asked for."""
-  return [
-    each for each in collectives
-    if each.times > 1 and any(part in each.source for part in ("/router/", "/memory/", "/gate/"))
-  ]  # fmt: skip
+
+  def asked(source: str) -> bool:
+    source = source.replace("/mlp/gate/", "/")  # a map; the summary has a gate too
+    return any(part in source for part in ("/router/", "/memory/", "/gate/"))
+
+  return [each for each in collectives if each.times > 1 and asked(each.source)]
