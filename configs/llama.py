@@ -1,7 +1,8 @@
 """Fine-tuning large decoders on TPU pods, and planning it on a machine without TPUs.
 
   python launch.py --plan --config=configs/llama.py:size=70b --topology=v5p:4x4x4
-  python launch.py --plan --config=configs/llama.py:size=405b,rows=128 --topology=v5p:8x8x8 --slices=2
+  python launch.py --plan --config=configs/llama.py:size=405b,rows=128 --topology=v5p:8x8x8 \\
+    --slices=2
   python launch.py --plan --config=configs/llama.py:size=gemma3-27b,length=8192 --topology=v6e:8x8
 
 To train, give the weights and the data of the same config:
