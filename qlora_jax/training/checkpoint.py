@@ -369,4 +369,13 @@ class _NotFromOrbax(logging.Filter):
     return record.levelno >= logging.CRITICAL or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
+class _NotOrphaned(logging.Filter):
+  """asyncio prints the traceback of every write of a failed checkpoint beside the first, raised."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    error = record.exc_info and record.exc_info[1]
+    return not (isinstance(error, Exception) and write_failure(error))
+
+
 logging.getLogger("absl").addFilter(_NotFromOrbax())
+logging.getLogger("asyncio").addFilter(_NotOrphaned())
