@@ -9,12 +9,12 @@ import tempfile
 import pytest
 
 # The processes that tests start inherit these variables: what one has compiled the others read. The
-# folder is new in every test run, so that each program is compiled once in it. JAX is loaded here
-# before they are set: a process that has loaded torch as well, as this one may, was seen to abort
-# while it wrote a program.
+# folder is new in every test run, so that each program is compiled once in it. This process itself
+# keeps no programs: one that has loaded torch as well, as it may, was seen to abort in a write.
 _FOLDER = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-import jax  # noqa: E402, F401
+import jax  # noqa: E402
 
+jax.config.update("jax_enable_compilation_cache", False)
 if _FOLDER is None:
   _FOLDER = tempfile.mkdtemp(prefix="qlora_jax_compiled_")
   atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)

@@ -108,8 +108,8 @@ class Block(nn.Module):
       else:
         left = self.stack[0].anchor_state(hidden)
       running = self.gate(running, left, index)
-      if cfg.summary == "attention":
-        running = sharding.constrain(running, *summary.axes(running.ndim - 2))
+      if cfg.summary == "attention":  # [N, *batch, R]
+        running = sharding.constrain(running, None, "batch", *[None] * (running.ndim - 2))
     record = RoutingRecord(None, None)
     if own:
       record = RoutingRecord(

@@ -1,6 +1,6 @@
 """The scan over blocks with a gradient that keeps the depth history once, not once a block.
 
-The attention summary carries the states of all blocks, [N, ..]. Differentiated as written, a
+The attention summary carries the states of all blocks, [N, *batch, R]. Differentiated as written, a
 scan keeps its carry at every block, so that N such histories are kept: N^2 states a token. But a
 block only adds its own state, and reads only those before it: the last history holds what each
 block read. So the gradient here keeps the inputs of the blocks and one history, and makes each
@@ -37,8 +37,7 @@ def scan(
     own: trained parameters, stacked [N, ..].
     fixed: frozen parameters, stacked [N, ..]; they have no gradient.
     hidden: [*batch, D].
-    history: [N, ..], zeros, as `summary.initial` lays states out, in the dtype in which they are
-      kept.
+    history: [N, *batch, R], zeros, in the dtype in which states are kept.
     shared: what all blocks share and the gradient reaches: floating point.
     context: what all blocks share and no gradient reaches.
   """

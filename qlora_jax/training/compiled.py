@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 import jax
 
@@ -17,8 +18,11 @@ def default_dir() -> pathlib.Path:
 def enable(directory: pathlib.Path | None = None) -> None:
   """Turns JAX's persistent compilation cache on, unless the user has set one of their own.
 
-  A directory that cannot be written is JAX's to warn of: the run goes on and compiles.
+  A directory that cannot be written is JAX's to warn of: the run goes on and compiles. A process
+  that has loaded torch, a notebook say, does without: it was seen to abort in a write.
   """
+  if "torch" in sys.modules:
+    return
   if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(directory or default_dir()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
