@@ -9,8 +9,12 @@ the report compares, paired by seed.
   python launch.py --config=configs/regression.py:demo --workdir=runs/demo --sweep
   python launch.py --config=configs/regression.py:headline --workdir=runs/headline --sweep
   python launch.py --config=configs/regression.py --workdir=runs/regression --sweep
+  python launch.py --config=configs/regression.py:stability --workdir=runs/stability --sweep
+  python launch.py --config=configs/regression.py:small --workdir=runs/small/regression --sweep
 
-`headline` is the protocol in full on the two tasks whose claims the README makes.
+`headline` is the protocol in full on the two tasks whose claims the README makes. `stability` is
+LoRA and Queryable LoRA alone on every task, with a loss recorded every ten steps, to count spikes.
+`small` has the protocol's rates and seeds on two tasks, in few steps, and is made in minutes.
 """
 
 import dataclasses
@@ -23,7 +27,7 @@ from qlora_jax.adapters import config as adapter_config
 from qlora_jax.adapters import factory
 from qlora_jax.launching import options
 
-VARIANTS = ("", "runlocal", "demo", "headline")
+VARIANTS = ("", "runlocal", "demo", "headline", "stability", "small")
 LEARNING_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 OTHER_NOISE_LEVELS = (0.0, 0.25, 1.0)  # beside the study's 0.5, for error against noise
 SYNTHETIC = ("regimes", "multi_target", "friedman1", "friedman2", "friedman3", "sines")
@@ -61,6 +65,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optimizer.steps = 600
     config.pretrain.steps = 1500
     config.protocol = dict(search_seeds=(0,), final_seeds=(100, 101, 102, 103))
+  if arg == "stability":
+    config.eval.every = 10
+  if arg == "small":
+    config.optimizer.steps = 300
+    config.pretrain.steps = 1500
+    config.protocol.search_seeds = (0,)
+    config.eval.every = 100
   return config
 
 
@@ -90,12 +101,24 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
     first = ("none", "lora", "queryable", "full", "static", "queryable_no_summary")
     second = ("lora", "lora_input", "queryable_prior", "queryable", "full_input")
     return hyper.chainit(
-      hyper.product(_task("regimes"), hyper.sweep("adapter.name", first[:3]), rates),
-      hyper.product(_task("multi_target"), hyper.sweep("adapter.name", second[:3]), rates),
-      hyper.product(_task("regimes"), hyper.sweep("adapter.name", first[3:]), rates),
-      hyper.product(_task("multi_target"), hyper.sweep("adapter.name", second[3:]), rates),
+      _methods(hyper, "regimes", first[:3], rates),
+      _methods(hyper, "multi_target", second[:3], rates),
+      _methods(hyper, "regimes", first[3:], rates),
+      _methods(hyper, "multi_target", second[3:], rates),
     )
   rates = hyper.sweep("optimizer.learning_rate", LEARNING_RATES)
+  if arg == "stability":
+    others = [name for name in (*SYNTHETIC, *TABLES) if name != "multi_target"]
+    return hyper.chainit(
+      _methods(hyper, "multi_target", ("lora_input", "queryable_prior"), rates),
+      *(_methods(hyper, name, ("lora", "queryable"), rates) for name in others),
+    )
+  if arg == "small":
+    first = ("none", "lora", "queryable", "static")
+    second = ("lora_input", "queryable_prior", "queryable")
+    return hyper.chainit(
+      _methods(hyper, "regimes", first, rates), _methods(hyper, "multi_target", second, rates)
+    )
   methods = hyper.product(
     hyper.chainit(*(_task(name) for name in (*SYNTHETIC, *TABLES))),
     hyper.sweep("adapter.name", tuple(factory.PRESETS)),
@@ -106,6 +129,10 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
     hyper.sweep("adapter.name", ("lora", "queryable", "full", "static")),
   )
   return hyper.product(hyper.chainit(methods, noise), rates)
+
+
+def _methods(hyper, task: str, names: tuple[str, ...], rates: list[dict]) -> list[dict]:
+  return hyper.product(_task(task), hyper.sweep("adapter.name", names), rates)
 
 
 def _task(name: str) -> list[dict]:
