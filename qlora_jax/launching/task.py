@@ -52,8 +52,11 @@ class Task:
         print(requeue(self.requeues), file=sys.stderr)
       sys.stderr.flush()
       sys.exit(stop.exit_code(stopped))
-    except errors.UserError as error:
-      print(f"error: {error}", file=sys.stderr)  # its line, not its traceback
+    except (errors.UserError, OSError) as error:
+      told = errors.unwritable(error, self.workdir) if isinstance(error, OSError) else str(error)
+      if told is None:
+        raise
+      print(f"error: {told}", file=sys.stderr)  # its line, not its traceback
       sys.exit(2)
 
   def _train(self) -> str:

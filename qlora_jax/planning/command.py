@@ -43,7 +43,12 @@ def run(
       if not progress.is_terminal:
         progress.print(text, highlight=False, soft_wrap=True)
 
-    found = plan.guess(job, chips) if dry_run else plan.make(job, chips, log)
+    try:
+      found = plan.guess(job, chips) if dry_run else plan.make(job, chips, log)
+    except compile_lib.CompilerError as error:
+      raise errors.UserError(
+        f"--plan: {error}; try another --topology or mesh, or --dry_run for an estimate"
+      ) from error
   found["config"] = json.loads(config.to_json_best_effort())
   found["command"] = command
   report.show(found, screen)

@@ -30,6 +30,10 @@ _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORE
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
+class CompilerError(RuntimeError):
+  """The TPU compiler stopped for another reason than memory; the message is one line."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
   """What a worker compiles: `result` is where it writes JSON, `hlo` where the text, if anywhere."""
@@ -59,7 +63,7 @@ def run(job: program.Job, topology: hardware.Topology, hlo: str = "") -> dict[st
 
   Raises:
     UserError: libtpu is not installed.
-    RuntimeError: the compiler failed for another reason than memory; with its last words.
+    CompilerError: the compiler failed for another reason than memory; with its last words.
   """
   check()
   with tempfile.TemporaryDirectory() as scratch:
@@ -78,10 +82,8 @@ def run(job: program.Job, topology: hardware.Topology, hlo: str = "") -> dict[st
       worker.kill()  # where this process was interrupted
       worker.wait()
     if not result.exists():
-      lines = said.decode(errors="replace").strip().splitlines()
-      raise RuntimeError(
-        f"the TPU compiler stopped ({worker.returncode}): " + "\n".join(lines[-15:])
-      )
+      lines = said.decode(errors="replace").strip().splitlines() or ["without a word"]
+      raise CompilerError(f"the TPU compiler stopped ({worker.returncode}): {lines[-1].strip()}")
     return json.loads(result.read_text())
 
 

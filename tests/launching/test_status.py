@@ -1,6 +1,8 @@
 """What a work directory says of its settings: from files, from Slurm's answers, for local runs."""
 
+import errno
 import io
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import rich.console
 
 from qlora_jax import errors
 from qlora_jax.launching import status, task
-from qlora_jax.training import records, stop
+from qlora_jax.training import records, stop, study
 
 ROOT = pathlib.Path(__file__).parents[2]
 SETTING = records.Setting("k1", "adapter.name=lora", 3)
@@ -185,6 +187,21 @@ def test_a_job_requeues_itself_only_while_it_runs_and_not_for_ever(
   assert asked.exists() == (state == "RUNNING" and int(restarts) < limit)
   if asked.exists():
     assert asked.read_text() == "requeue 7_0\n"
+
+
+def test_a_full_disk_ends_a_job_with_its_line(tmp_path, monkeypatch, capsys):
+  def full(config, workdir):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(workdir / "results.csv"))
+
+  monkeypatch.setattr(study, "single", full)
+  monkeypatch.setattr(stop, "install", lambda **options: None)
+  with pytest.raises(SystemExit) as end:
+    task.Task(tmp_path, None, None, 0)()
+  assert end.value.code == 2
+  assert capsys.readouterr().err == (
+    f"error: --workdir: {tmp_path}/results.csv cannot be written (No space left on device); make"
+    " room: the same command goes on from the last checkpoint\n"
+  )
 
 
 def test_settings_are_named_by_what_differs_between_them():
