@@ -87,9 +87,11 @@ class Block(nn.Module):
     cfg, routing, own = self.config, None, []
     if cfg.routed:
       routers = self.router if cfg.operator == "map" else {router.WHOLE_BLOCK: self.router}
-      given = (running, index, shared, instruction, log_prior)
+      given = (instruction, log_prior)
       routing = router.BlockRouting({
-        name: lambda state, each=each: each(state, *given) for name, each in routers.items()
+        name: lambda state, each=each, name=name: each(
+          state, running, index, memory.of_map(cfg, shared, name), *given
+        ) for name, each in routers.items()
       })  # fmt: skip
     for slot, layer in enumerate(self.stack):
       if context is None:
@@ -101,9 +103,10 @@ class Block(nn.Module):
       own = [*routing.routings.values(), *own]
     if cfg.routed and cfg.summary != "none" and cfg.routing == "query":
       if cfg.history == "routed":
-        made = routing.first
+        name, made = next(iter(routing.routings.items()))  # of the block's first anchor
+        atoms = memory.of_map(cfg, shared, name)["atoms"]
         left = contraction.contract(
-          cfg, self.sharing, routing.state, made.weights, made.operator, shared["atoms"]
+          cfg, self.sharing, routing.state, made.weights, made.operator, atoms
         )
       else:
         left = self.stack[0].anchor_state(hidden)

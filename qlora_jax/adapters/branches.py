@@ -77,7 +77,8 @@ class LoRA(Branch):
     low_rank = sharding.tokens(functional.project(x, self.lora_a))
     if routing is not None:
       low_rank = sharding.tokens(contraction.contract(
-        self.config, self.maps, low_rank, routing.weights, routing.operator, shared["atoms"]
+        self.config, self.maps, low_rank, routing.weights, routing.operator,
+        memory.of_map(self.config, shared, self.name_of_map)["atoms"],
       ))  # fmt: skip
     return base + functional.low_rank_output(low_rank, self.lora_b, self.scaling), None
 

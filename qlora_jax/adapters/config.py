@@ -27,6 +27,7 @@ CHOICES = {
   "routing": ("query", "static"),
   "weights": ("softmax", "equal"),
   "operator": ("block", "map"),
+  "memory": ("network", "map"),
   "summary": ("attention", "recurrent", "none"),
   "history": ("routed", "output"),
   "atom_init": ("identity", "orthogonal", "gaussian"),
@@ -51,6 +52,9 @@ class AdapterConfig:
     weights: 'softmax', or 'equal': 1/k on the top k, gradient straight through.
     operator: which maps share one routed operator: all of a 'block', or those of one name, 'map',
       each name with a router and an anchor of its own.
+    memory: which maps share one memory of atoms and keys: all of the 'network', or those of one
+      name, 'map' (needs `operator='map'`; descriptors of the prior stay common).
+    temperature: of the softmax over atoms: the logits of step (4) are divided by it (ours).
     summary: the running summary, see `summary.py`.
     history: what a block leaves behind: its 'routed' state z C, or the state of its 'output'.
     query_state: whether z enters the query.
@@ -81,6 +85,8 @@ class AdapterConfig:
   routing: str = "query"
   weights: str = "softmax"
   operator: str = "block"
+  memory: str = "network"
+  temperature: float = 1.0
   summary: str = "attention"
   history: str = "routed"
   query_state: bool = True
@@ -110,8 +116,11 @@ class AdapterConfig:
         _fail(f"map_ranks[{name}]", rank, "an integer of at least 1")
     if not 0 <= self.top_k <= self.atoms:
       _fail("top_k", self.top_k, f"0 (dense) or 1 to atoms = {self.atoms}")
-    if not 0 < self.prior_temperature < math.inf:
-      _fail("prior_temperature", self.prior_temperature, "a finite number above 0")
+    for field in ("temperature", "prior_temperature"):
+      if not 0 < getattr(self, field) < math.inf:
+        _fail(field, getattr(self, field), "a finite number above 0")
+    if self.memory == "map" and self.operator != "map":
+      _fail("memory", self.memory, "'network' unless adapter.operator is 'map'")
     for field in (
       "alpha", "atom_noise", "kl_weight", "load_balance_weight", "z_loss_weight",
       "prior_weight", "prior_dim", "instruction_dim",

@@ -1,7 +1,8 @@
 """The factory: chooses the adapter once, by name, from presets of `AdapterConfig`.
 
 A preset is a method or one of its controls; every field can still be overridden. A rank that is
-not given is sized to the parameter budget (`sizing.py`).
+not given is sized to the parameter budget, and so are zero atoms at a rank that is given
+(`sizing.py`).
 """
 
 import dataclasses
@@ -77,7 +78,8 @@ def make(
 
   Args:
     name: a key of `PRESETS`.
-    overrides: fields of `AdapterConfig`; None keeps the preset's value.
+    overrides: fields of `AdapterConfig`; None keeps the preset's value. `atoms` = 0 beside a
+      `rank` asks for as many atoms as the budget has room for.
     network: the shapes that are adapted.
     budget: trainable parameters to match within 2 % where `rank` is not given.
     instruction_dim: E.
@@ -87,10 +89,15 @@ def make(
   """
   check_name(name)
   given = {field: value for field, value in overrides.items() if value is not None}
+  to_fill = given.get("atoms") == 0 and "rank" in given
+  if to_fill:
+    given["atoms"] = max(given.get("top_k", 0), config_lib.AdapterConfig.atoms)
   settings = {**PRESETS[name], **given}
   adapter = config_lib.AdapterConfig(**settings, instruction_dim=instruction_dim)
   if not adapter.uses_instruction:
     adapter = dataclasses.replace(adapter, instruction_dim=0)
+  if to_fill:
+    return sizing.fill(adapter, network, budget)
   if "rank" in given or adapter.method in ("none", "full"):
     return adapter
   return sizing.fit(adapter, network, budget, fixed_atoms="atoms" in given)

@@ -14,6 +14,7 @@ from qlora_jax.adapters import functional
 from qlora_jax.typing import Array
 
 Shared = dict  # 'atoms' [M, R, R], 'atom_keys' [M, Q], 'descriptors' [M, P], 'lily_b_*' [M, R, D]
+# With `memory='map'` each name of map has its own: 'atoms_NAME' and 'atom_keys_NAME'.
 
 
 def atom_initializer(kind: str, noise: float):
@@ -52,20 +53,21 @@ class SharedParameters(nn.Module):
   @nn.compact
   def __call__(self) -> Shared:
     cfg, shared = self.config, {}
-    if cfg.routed:
-      shared["atoms"] = self.param(
-        "atoms",
+    own = [f"_{name}" for name, *_ in self.map_outputs] if cfg.memory == "map" else [""]
+    for suffix in own if cfg.routed else ():
+      shared[f"atoms{suffix}"] = self.param(
+        f"atoms{suffix}",
         nn.with_logical_partitioning(
           atom_initializer(cfg.atom_init, cfg.atom_noise), ("atoms", "rank", "rank_out")
         ),
         (cfg.atoms, cfg.rank, cfg.rank),
       )
-    if cfg.uses_query:
-      shared["atom_keys"] = self.param(
-        "atom_keys",
-        nn.with_logical_partitioning(nn.initializers.normal(1.0), ("atoms", "query")),
-        (cfg.atoms, cfg.query_dim),
-      )
+      if cfg.uses_query:
+        shared[f"atom_keys{suffix}"] = self.param(
+          f"atom_keys{suffix}",
+          nn.with_logical_partitioning(nn.initializers.normal(1.0), ("atoms", "query")),
+          (cfg.atoms, cfg.query_dim),
+        )
     if cfg.uses_prior:
       width = cfg.prior_dim or cfg.instruction_dim
       shared["descriptors"] = self.param(
@@ -87,6 +89,14 @@ class SharedParameters(nn.Module):
           (cfg.atoms, cfg.rank, width),
         )
     return shared
+
+
+def of_map(config: config_lib.AdapterConfig, shared: Shared, map_name: str) -> Shared:
+  """What the maps of one name see: with `memory='map'` their own 'atoms' and 'atom_keys'."""
+  if config.memory != "map":
+    return shared
+  own = {key: shared.get(f"{key}_{map_name}") for key in ("atoms", "atom_keys")}
+  return shared | {key: value for key, value in own.items() if value is not None}
 
 
 def log_prior(

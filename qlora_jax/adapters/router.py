@@ -46,11 +46,6 @@ class BlockRouting:
       self.routings[name] = self._routers[name](state)
     return self.routings[name]
 
-  @property
-  def first(self) -> Routing:
-    """The routing of the block's first anchor."""
-    return next(iter(self.routings.values()))
-
 
 class BlockRouter(nn.Module):
   """Forms the query of one block and retrieves a convex combination of atoms.
@@ -85,6 +80,8 @@ class BlockRouter(nn.Module):
     else:
       query = self._query(state, carry, index, instruction)
       logits = functional.router_logits(query, shared["atom_keys"], log_prior, cfg.prior_weight)
+    if cfg.temperature != 1.0:
+      logits = logits / cfg.temperature
     kind, equal, operator = contraction.choose(cfg, self.maps), cfg.weights == "equal", None
     if kind == "gather" and cfg.kept_atoms < cfg.atoms:
       chosen = functional.sparse_choice(logits, cfg.kept_atoms, equal)

@@ -42,7 +42,8 @@ def count(adapter: config_lib.AdapterConfig, network: Network) -> int:
     total += sum(adapter.atoms * adapter.rank * outputs for _, _, outputs in network.maps)
   if adapter.routed:
     routers = len(network.maps) if adapter.operator == "map" else 1
-    total += _count_memory(adapter) + network.blocks * routers * _count_router(adapter)
+    memories = len(network.maps) if adapter.memory == "map" else 1
+    total += _count_memory(adapter, memories) + network.blocks * routers * _count_router(adapter)
     if routers > 1 and adapter.uses_query and adapter.summary == "recurrent":
       total -= network.blocks * (routers - 1) * adapter.rank  # one gate a block
   if adapter.instruction_in_input:
@@ -67,11 +68,11 @@ def _count_map(adapter, name, inputs, outputs) -> int:
   return low_rank
 
 
-def _count_memory(adapter) -> int:
-  per_atom = adapter.rank**2
+def _count_memory(adapter, memories: int) -> int:
+  per_atom = memories * adapter.rank**2
   projection = 0
   if adapter.uses_query:
-    per_atom += adapter.query_dim
+    per_atom += memories * adapter.query_dim
   if adapter.uses_prior:
     per_atom += adapter.prior_dim or adapter.instruction_dim
     projection = adapter.instruction_dim * adapter.prior_dim
@@ -117,6 +118,31 @@ def fit(
       f" {tolerance:.0%}{close}; set adapter.rank, or another adapter.budget"
     )
   return min(within, key=lambda each: each[:2])[2]
+
+
+def fill(
+  adapter: config_lib.AdapterConfig, network: Network, budget: int
+) -> config_lib.AdapterConfig:
+  """`adapter` at its own rank, with the number of atoms that comes nearest to `budget`.
+
+  Raises:
+    errors.UserError: when that is further from the budget than the tolerance.
+  """
+  least = max(adapter.top_k, 1)
+  first, second = (
+    count(dataclasses.replace(adapter, atoms=atoms), network) for atoms in (least, least + 1)
+  )
+  if first == second:
+    raise errors.UserError(f"adapter.atoms: {adapter.method} has no atoms; give a number above 0")
+  filled = dataclasses.replace(
+    adapter, atoms=max(least, least + round((budget - first) / (second - first)))
+  )
+  if abs(count(filled, network) - budget) > TOLERANCE * budget:
+    raise errors.UserError(
+      f"adapter.atoms: no number of atoms gives rank {adapter.rank} {budget} trainable parameters"
+      f" within {TOLERANCE:.0%}; the nearest has {count(filled, network)}"
+    )
+  return filled
 
 
 def _atom_distance(candidate, adapter) -> float:

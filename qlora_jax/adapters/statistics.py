@@ -6,7 +6,7 @@ import jax
 from jax import numpy as jnp
 
 from qlora_jax.adapters import config as config_lib
-from qlora_jax.adapters import losses
+from qlora_jax.adapters import losses, memory
 from qlora_jax.typing import Array, PyTree
 
 NORM_TOKENS = 64  # tokens over which the largest measured norm is taken
@@ -60,14 +60,10 @@ def update_norms(
   if config.method not in ("lora", "rslora", "queryable"):
     return None
   blocks = params["stack"]["blocks"]
-  atoms = params["stack"].get("memory", {}).get("atoms")
   certified, measured, slack = [], [], []
-  operators = None
-  if atoms is not None:
+  if config.routed:
     # One small decomposition a token, block and map adds up: the first tokens stand for all.
     flat = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])[:, :, :NORM_TOKENS]
-    operators = jnp.einsum("ngtm,mrs->gntrs", flat, atoms)
-    largest_atom = jnp.max(jnp.linalg.norm(atoms, ord=2, axis=(-2, -1)))
   for layer in sorted(name for name in blocks if name.startswith("layer_")):
     for name, leaves in blocks[layer].items():
       lora_a, lora_b = leaves["branch"]["lora_a"], leaves["branch"]["lora_b"]  # [N, D, R], ...
@@ -76,11 +72,13 @@ def update_norms(
       # ||A C B|| = ||R_A C R_B^T|| for the triangular factors of A and B^T: [R, R] work only.
       right_a = jnp.linalg.qr(lora_a, mode="r")
       right_b = jnp.linalg.qr(jnp.swapaxes(lora_b, -1, -2), mode="r")
-      if operators is None:
+      if not config.routed:
         norm = scaling * _spectral(jnp.einsum("nqr,nsr->nqs", right_a, right_b))
       else:
-        bound = bound * largest_atom
-        own = operators[map_names.index(name) if config.operator == "map" else 0]
+        atoms = memory.of_map(config, params["stack"]["memory"], name)["atoms"]
+        bound = bound * jnp.max(jnp.linalg.norm(atoms, ord=2, axis=(-2, -1)))
+        router = map_names.index(name) if config.operator == "map" else 0
+        own = jnp.einsum("ntm,mrs->ntrs", flat[:, router], atoms)
         product = jnp.einsum("nqr,ntrs,nps->ntqp", right_a, own, right_b)
         norm = jnp.max(scaling * _spectral(product), axis=-1)
       certified.append(jnp.max(bound))

@@ -20,13 +20,16 @@ BATCH = step.Batch(
 )
 
 
-NAMES = (*factory.PRESETS, "an operator a map")
+VARIED = {
+  "an operator a map": {"operator": "map"}, "a memory a map": {"operator": "map", "memory": "map"},
+}  # fmt: skip
+NAMES = (*factory.PRESETS, *VARIED)
 
 
 def build(name, shape=SHAPE, **fields):
   fields = {"rank": 4, "atoms": 5, **fields}
-  if name == NAMES[-1]:
-    name, fields = "queryable_prior_query", {**fields, "operator": "map"}
+  if name in VARIED:
+    name, fields = "queryable_prior_query", {**fields, **VARIED[name]}
   adapter = factory.make(name, fields, settings.shapes(shape), budget=0, instruction_dim=3)
   base = settings.random_base(shape, 1)
   model = mlp.MLP(shape, adapter)
@@ -217,3 +220,31 @@ def test_edge_shapes_work(layers, per_block, atoms, top_k):
 def test_a_mistake_names_its_field(fields, named):
   with pytest.raises(errors.UserError, match=named):
     config.AdapterConfig(**fields)
+
+
+@pytest.mark.parametrize(("silent", "other"), [("up", "down"), ("down", "up")])
+def test_a_memory_a_map_gives_each_map_atoms_of_its_own(silent, other):
+  model, params, frozen = build("a memory a map")
+  params = randomise(params)
+  layer = params["stack"]["blocks"]["layer_0"]
+  layer[silent] = jax.tree.map(np.zeros_like, layer[silent])
+  memory = params["stack"]["memory"]
+
+  def with_more(name):
+    more = {**memory, f"atoms_{name}": memory[f"atoms_{name}"] + 1.0}
+    stack = {**params["stack"], "memory": more}
+    return predict(model, {**params, "stack": stack}, frozen).values
+
+  before = predict(model, params, frozen).values
+  np.testing.assert_array_equal(with_more(silent), before)
+  assert np.abs(with_more(other) - before).max() > 1e-3
+
+
+def test_the_temperature_divides_the_logits():
+  model, params, frozen = build("queryable_prior_query")
+  warm = mlp.MLP(SHAPE, mlp.dataclasses.replace(model.adapter, temperature=4.0))
+  params = randomise(params)
+  cold = predict(model, params, frozen).routing.logits[0]  # later blocks see another state
+  np.testing.assert_allclose(
+    predict(warm, params, frozen).routing.logits[0], cold / 4, rtol=1e-5, atol=1e-6
+  )

@@ -26,6 +26,7 @@ SIZED = [name for name, preset in factory.PRESETS.items()
     ("summary", "mean"), ("history", "all"), ("atom_init", "zeros"), ("contraction", "fast"),
     ("rank", 0), ("rank", -3), ("atoms", 0), ("query_dim", 0), ("top_k", 17), ("top_k", -1),
     ("prior_temperature", 0.0), ("prior_temperature", float("inf")), ("alpha", -1.0),
+    ("temperature", 0.0), ("memory", "layer"),
     ("kl_weight", float("nan")), ("load_balance_weight", -0.1), ("prior_weight", -1.0),
   ],
 )  # fmt: skip
@@ -44,6 +45,7 @@ def test_an_invalid_field_is_one_line_that_names_it(field, value):
     ({"map_ranks": (("up", 4),)}, "map_ranks"),
     ({"method": "lora", "map_ranks": (("up", 0),)}, "map_ranks[up]"),
     ({"query_state": False, "query_bias": False, "summary": "none"}, "query_state"),
+    ({"memory": "map"}, "memory"),
   ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields, named):
@@ -87,6 +89,26 @@ def test_a_given_rank_is_kept_and_a_given_number_of_atoms_too():
   assert kept.rank == 5 and kept.atoms == config.AdapterConfig().atoms
   kept = factory.make("queryable", {"atoms": 12}, NETWORK, budget=8400, instruction_dim=0)
   assert kept.atoms == 12
+
+
+@pytest.mark.parametrize(("name", "rank"), [("queryable", 6), ("static", 7), ("comol", 5)])
+def test_zero_atoms_beside_a_rank_fill_the_budget(name, rank):
+  fields = {"rank": rank, "atoms": 0}
+  filled = factory.make(name, fields, NETWORK, budget=8192, instruction_dim=0)
+  assert filled.rank == rank
+  off = [
+    abs(sizing.count(dataclasses.replace(filled, atoms=filled.atoms + more), NETWORK) - 8192)
+    for more in (0, -1, 1)
+  ]
+  assert off[0] == min(off) and off[0] <= sizing.TOLERANCE * 8192
+
+
+@pytest.mark.parametrize(
+  ("name", "rank", "said"), [("queryable", 16, "the nearest has"), ("lora", 8, "has no atoms")]
+)
+def test_atoms_that_cannot_fill_the_budget_are_refused(name, rank, said):
+  with pytest.raises(errors.UserError, match=rf"adapter\.atoms: .*{said}"):
+    factory.make(name, {"rank": rank, "atoms": 0}, NETWORK, budget=8192, instruction_dim=0)
 
 
 def test_the_instruction_is_dropped_where_nothing_reads_it():
