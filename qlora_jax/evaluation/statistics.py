@@ -111,6 +111,43 @@ def paired_bootstrap_relative(
   )
 
 
+def paired_contrast(
+  values: ArrayLike,
+  weights: ArrayLike,
+  *,
+  num_resamples: int = 10_000,
+  confidence: float = 0.95,
+  seed: int = 0,
+) -> Interval:
+  """Percentile bootstrap interval of a linear contrast over conditions, seeds resampled together.
+
+  The contrast of a seed s is sum_c weights[c] values[c, s]. With weights that sum to zero:
+  (1, -1) is a difference, (1, -1, -1, 1) over (11, 01, 10, 00) the difference of differences, that
+  is the interaction, and (1/2, 1/2, -1/2, -1/2) over (11, 10, 01, 00) a main effect.
+
+  Args:
+    values: [conditions, seeds], at least two seeds, finite.
+    weights: [conditions], finite, not all zero, of sum zero.
+
+  Raises:
+    ValueError: shapes that do not fit, or weights of another sum.
+  """
+  values, weights = np.asarray(values, np.float64), _vector("weights", weights)
+  if values.ndim != 2 or len(values) != len(weights):
+    raise ValueError(f"values must be [{len(weights)}, seeds], got shape {values.shape}")
+  if not weights.any() or abs(weights.sum()) > _ROUNDING * np.abs(weights).sum():
+    raise ValueError("weights must sum to zero and not all be zero")
+  contrast = _vector("values", weights @ values, minimum=2)
+  return _interval(
+    lambda x, axis: np.mean(x, axis=axis),
+    (contrast,),
+    _is_constant(contrast, *values),
+    num_resamples,
+    confidence,
+    seed,
+  )
+
+
 def paired_p_value(
   a: ArrayLike, b: ArrayLike, *, num_resamples: int = 10_000, seed: int = 0
 ) -> float:

@@ -275,3 +275,28 @@ def test_bad_pairs_are_refused(function, a, b):
 def test_bad_arguments_are_refused(call):
   with pytest.raises(ValueError):
     call()
+
+
+def test_a_contrast_is_a_difference_of_differences():
+  rng = np.random.default_rng(0)
+  cells = rng.normal(size=(4, 10)) + 3 * rng.normal(size=10)  # seeds differ more than cells do
+  interaction = statistics.paired_contrast(cells, (1, -1, -1, 1))
+  differences = cells[0] - cells[1], cells[2] - cells[3]
+  assert interaction == pytest.approx(statistics.paired_bootstrap(*differences))
+  main = statistics.paired_contrast(cells, (0.5, 0.5, -0.5, -0.5))
+  assert main == pytest.approx(statistics.bootstrap_mean((cells[:2] - cells[2:]).mean(axis=0)))
+
+
+@pytest.mark.parametrize(
+  ("values", "weights", "said"),
+  [
+    (np.zeros((3, 5)), (1, -1), "must be"),
+    (np.zeros((2, 5)), (1, 1), "sum to zero"),
+    (np.zeros((2, 5)), (0, 0), "not all be zero"),
+    (np.zeros((2, 1)), (1, -1), "at least 2"),
+    (np.full((2, 5), np.nan), (1, -1), "finite"),
+  ],
+)
+def test_a_contrast_refuses_what_has_no_meaning(values, weights, said):
+  with pytest.raises(ValueError, match=said):
+    statistics.paired_contrast(values, weights)
