@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
       adapter = resolved.model.adapter if study.is_language(own) else resolved.adapter
       for rate in rates:
         print(
-          f"{loop.data_name(own)}/{own.adapter.name} lr {rate:g}: "
+          f"{loop.data_name(own)}/{loop.method_name(own)} lr {rate:g}: "
           f"{resolved.trainable_params} trainable parameters, rank {adapter.rank}"
         )
     return

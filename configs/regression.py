@@ -40,6 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   sweeps.check_variant(arg, VARIANTS)
   config = ml_collections.ConfigDict()
   config.variant = arg
+  config.label = config_dict.placeholder(str)  # a setting's name in tables; its adapter's if none
   config.seed = 0
   config.model = dict(inputs=24, width=64, hidden=64, layers=4, layers_per_block=1)
   config.adapter = _adapter_fields()
@@ -52,8 +53,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data.noise_kind = config_dict.placeholder(str)
   config.data.train_rows = config_dict.placeholder(int)
   config.data.data_dir = "data"
-  config.instruction = dict(encoder="minilm", dim=16)
+  config.instruction = dict(encoder="minilm", dim=16, shuffled=False)
   config.protocol = dict(search_seeds=(0, 1, 2), final_seeds=tuple(range(100, 110)))
+  # Groups of fewer runs are filled up with copies: search and final runs then share one program.
+  config.protocol.least_runs = 1
   config.eval = dict(every=200)
   config.checkpoint = dict(seconds=15.0, keep=2)  # least time between two; newest ones kept
   config.mesh = dict(runs=1)
@@ -64,7 +67,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg == "demo":
     config.optimizer.steps = 600
     config.pretrain.steps = 1500
-    config.protocol = dict(search_seeds=(0,), final_seeds=(100, 101, 102, 103))
+    config.protocol.update(search_seeds=(0,), final_seeds=(100, 101, 102, 103))
   if arg == "stability":
     config.eval.every = 10
   if arg == "small":

@@ -8,6 +8,7 @@ source target's variance, for training and test rows alike.
 
 import dataclasses
 import pathlib
+import zlib
 
 import numpy as np
 
@@ -212,6 +213,30 @@ def target_arrays(
     split: _arrays(columns[split], statistics, feature_dim, kind, noise_level)
     for split in ("train", "validation", "test")
   }
+
+
+def known_wordings(task: Task, arrays: Arrays) -> Arrays:
+  """The same rows with instructions in wordings that training has seen, each of a row's own target.
+
+  The eight seen wordings take turns down the rows, so that the choice is the same everywhere.
+  """
+  turn = np.arange(len(arrays)) % task.seen_paraphrases.shape[1]
+  return dataclasses.replace(arrays, paraphrase_id=task.seen_paraphrases[arrays.target_id, turn])
+
+
+def shuffled_wordings(splits: dict[str, Arrays], seed: int) -> dict[str, Arrays]:
+  """The control of the instruction: within each split the rows' wordings change places at random.
+
+  The wordings and how often each occurs stay the same; that a row's wording is of its own target
+  is left to chance, so that the instruction says nothing about the row. Test rows are shuffled
+  alike for every seed.
+  """
+
+  def shuffled(split, arrays):
+    rng = np.random.default_rng([zlib.crc32(split.encode()), 0 if split == "test" else seed])
+    return dataclasses.replace(arrays, paraphrase_id=rng.permutation(arrays.paraphrase_id))
+
+  return {split: shuffled(split, arrays) for split, arrays in splits.items()}
 
 
 def fit_statistics(source_train: storage.Columns) -> Statistics:

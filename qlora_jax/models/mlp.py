@@ -15,7 +15,7 @@ from jax import numpy as jnp
 from qlora_jax import errors
 from qlora_jax.adapters import block, dense
 from qlora_jax.adapters import config as adapter_config
-from qlora_jax.typing import Array
+from qlora_jax.typing import Array, PyTree
 
 MAPS = ("up", "down")
 _AXES = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
@@ -102,6 +102,21 @@ class Layer(nn.Module):
     inner, first = self.up(self.norm(hidden), routing, shared)
     update, second = self.down(nn.gelu(inner), routing, shared)
     return hidden + update, tuple(own for own in (first, second) if own is not None)
+
+
+def in_blocks(base: PyTree, layers_per_block: int) -> PyTree:
+  """A base of blocks of one layer as one of blocks of S layers; the same function.
+
+  Leaves [L, ..] of the one layer become leaves [L / S, ..] of `layer_0` to `layer_{S-1}`.
+  """
+  if layers_per_block == 1:
+    return base
+  layer = base["stack"]["blocks"]["layer_0"]
+  blocks = {
+    f"layer_{slot}": jax.tree.map(lambda leaf, slot=slot: leaf[slot::layers_per_block], layer)
+    for slot in range(layers_per_block)
+  }
+  return {**base, "stack": {**base["stack"], "blocks": blocks}}
 
 
 class MLP(nn.Module):

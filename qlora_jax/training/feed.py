@@ -47,6 +47,10 @@ class Feed:
     """A whole split [n, ...]."""
     return self._batch(self.splits[seed][split], slice(None))
 
+  def rows(self, arrays: pipeline.Arrays) -> step_lib.Batch:
+    """Rows of any split, with the instructions that they name [n, ...]."""
+    return self._batch(arrays, slice(None))
+
   def _batch(self, arrays: pipeline.Arrays, rows) -> step_lib.Batch:
     return step_lib.Batch(
       arrays.features[rows], arrays.targets[rows], self.instructions[arrays.paraphrase_id[rows]]

@@ -21,6 +21,8 @@ from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.training import step as step_lib
 from qlora_jax.typing import Array, PyTree
 
+# What runs once a group is compiled in a third of the time without the backend's optimisations.
+_ONCE = {"xla_backend_optimization_level": 0}
 EVAL_ROWS = 1024  # rows a compiled evaluation sees at once; splits are padded to a multiple
 
 
@@ -80,7 +82,7 @@ class Program:
       # Factors are functions of the base alone: one copy serves every run.
       return states, jax.tree.map(lambda leaf: leaf[0], factors)
 
-    return jax.jit(all_runs)
+    return jax.jit(all_runs, compiler_options=_ONCE)
 
   @functools.cached_property
   def train(self):
@@ -127,7 +129,7 @@ class Program:
 
       return jax.vmap(lambda state: one(state.params))(states)
 
-    return jax.jit(route, static_argnames="num_groups")
+    return jax.jit(route, static_argnames="num_groups", compiler_options=_ONCE)
 
 
 @functools.lru_cache(maxsize=64)

@@ -46,7 +46,22 @@ class GroupSpec:
 
   @property
   def label(self) -> str:
-    return f"{data_name(self.config)}/{self.config.adapter.name}/{self.stage}"
+    return f"{data_name(self.config)}/{method_name(self.config)}/{self.stage}"
+
+  @property
+  def layout(self) -> tuple[tuple[int, ...], tuple[tuple[int, float], ...], np.ndarray]:
+    """Data seeds, runs, and the place [runs] of each run's seed among the seeds, as they train.
+
+    With fewer than `protocol.least_runs` runs the last one is repeated, and so is its seed, until
+    both have that length; what copies give is dropped.
+    """
+    least, runs = self.config.protocol.least_runs, self.runs
+    seeds = tuple(sorted({seed for seed, _ in runs}))
+    runs += runs[-1:] * (least - len(runs))
+    row = np.array([seeds.index(seed) for seed, _ in runs], np.int32)
+    if least > 1:
+      seeds += seeds[-1:] * (len(runs) - len(seeds))
+    return seeds, runs, row
 
   @property
   def identity(self) -> str:
@@ -62,6 +77,11 @@ class GroupSpec:
 def data_name(config: ml_collections.ConfigDict) -> str:
   """The regression task, or the text data set."""
   return config.data.task if "task" in config.data else config.data.name
+
+
+def method_name(config: ml_collections.ConfigDict) -> str:
+  """What tables call a setting's method: the config's label, or its adapter's name without one."""
+  return config.label or config.adapter.name
 
 
 class Loop:
@@ -115,18 +135,17 @@ class Loop:
   def base(self, config: ml_collections.ConfigDict):
     """The base network of a task, trained on its source once a work directory."""
     task = pipeline.describe_task(config.data.task)
-    described = json.dumps(
-      [task.source_key, config.model.to_dict(), config.pretrain.to_dict()], sort_keys=True
-    )
+    # Trained in blocks of one layer, whatever the adapter's blocks are: they share one base.
+    shape = config.model.to_dict() | {"layers_per_block": 1}
+    model = mlp.MLPConfig(**shape)
+    described = json.dumps([task.source_key, shape, config.pretrain.to_dict()], sort_keys=True)
     key = f"{task.source_key}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
-    if key in self._bases:
-      return self._bases[key]
-    model = mlp.MLPConfig(**config.model)
-    base = settings.random_base(model, 0)
-    directory = self.workdir / "bases" / key
-    with checkpoint.lock(directory):  # of several workers one trains it, the others find it
-      self._bases[key] = self._trained_base(config, task, model, base, directory)
-    return self._bases[key]
+    if key not in self._bases:
+      base = settings.random_base(model, 0)
+      directory = self.workdir / "bases" / key
+      with checkpoint.lock(directory):  # of several workers one trains it, the others find it
+        self._bases[key] = self._trained_base(config, task, model, base, directory)
+    return mlp.in_blocks(self._bases[key], config.model.layers_per_block)
 
   def _trained_base(self, config, task, model, base, directory):
     restored = checkpoint.restore(directory, base, self.display.log)
@@ -163,7 +182,8 @@ class Loop:
   def _feed(self, spec: GroupSpec, resolved: settings.Settings) -> feed.Feed:
     cfg, splits = spec.config, {}
     for seed in sorted({seed for seed, _ in spec.runs}):
-      key = (json.dumps(cfg.data.to_dict(), sort_keys=True), resolved.model.inputs, seed)
+      shuffled = bool(cfg.instruction.shuffled)
+      key = (json.dumps(cfg.data.to_dict(), sort_keys=True), resolved.model.inputs, seed, shuffled)
       if key not in self._arrays:
         self._arrays[key] = pipeline.target_arrays(
           cfg.data.task,
@@ -174,6 +194,8 @@ class Loop:
           noise_level=cfg.data.noise_level,
           train_rows=cfg.data.train_rows,
         )
+        if shuffled:
+          self._arrays[key] = pipeline.shuffled_wordings(self._arrays[key], seed)
       splits[seed] = self._arrays[key]
     task = pipeline.describe_task(cfg.data.task)
     if resolved.adapter.uses_instruction:
@@ -186,10 +208,9 @@ class Loop:
     return feed.Feed(splits, table, resolved.optimizer.batch_size, resolved.optimizer.steps)
 
   def _fit(self, spec, program, base, data, directory):
-    seeds = tuple(sorted({seed for seed, _ in spec.runs}))
-    row = np.array([seeds.index(seed) for seed, _ in spec.runs], np.int32)
+    seeds, runs, row = spec.layout
     states, frozen = program.init(
-      base, np.array([s for s, _ in spec.runs]), np.array([rate for _, rate in spec.runs])
+      base, np.array([seed for seed, _ in runs]), np.array([rate for _, rate in runs])
     )
     steps = program.optimizer.steps if jax.tree.leaves(states.params) else 0
     validation = step_lib.Batch(
@@ -252,8 +273,7 @@ class Loop:
 
   def _evaluate(self, spec, resolved, program, states, frozen, data) -> dict:
     cfg, task = spec.config, pipeline.describe_task(spec.config.data.task)
-    seeds = tuple(sorted({seed for seed, _ in spec.runs}))
-    row = np.array([seeds.index(seed) for seed, _ in spec.runs], np.int32)
+    seeds, runs, row = spec.layout
     validation = np.stack([data.splits[s]["validation"].targets for s in seeds])[row]
     whole = step_lib.Batch(
       *(np.stack(leaves) for leaves in zip(*(data.whole(s, "validation") for s in seeds),
@@ -261,10 +281,16 @@ class Loop:
     )  # fmt: skip
     on_validation = group_lib.predict_all(program, states, frozen, whole, row)
     test, test_batch = data.splits[seeds[0]]["test"], data.whole(seeds[0], "test")
-    zero = np.zeros(len(spec.runs), np.int32)
+    zero = np.zeros(len(runs), np.int32)
     on_test = group_lib.predict_all(
       program, states, frozen, step_lib.Batch(*(leaf[None] for leaf in test_batch)), zero
     )
+    on_known = on_test
+    if resolved.adapter.uses_instruction and not cfg.instruction.shuffled:
+      known = data.rows(pipeline.known_wordings(task, test))
+      on_known = group_lib.predict_all(
+        program, states, frozen, step_lib.Batch(*(leaf[None] for leaf in known)), zero
+      )
     base_error = self._unadapted_error(resolved, spec, test, test_batch, frozen)
     rows = []
     for index, (seed, rate) in enumerate(spec.runs):
@@ -274,12 +300,14 @@ class Loop:
       rows.append({
         "run_id": self._run_id(spec, seed, rate), "stage": spec.stage, "task": task.name,
         "noise_kind": (cfg.data.noise_kind or task.default_noise) if task.has_clean else "own",
-        "noise_level": cfg.data.noise_level, "method": cfg.adapter.name,
+        "noise_level": cfg.data.noise_level, "method": method_name(cfg),
         "adapter": resolved.adapter.method, "seed": seed, "learning_rate": rate,
         "rank": resolved.adapter.rank, "atoms": resolved.adapter.atoms,
         "top_k": resolved.adapter.top_k, "trainable_params": resolved.trainable_params,
         "steps": resolved.optimizer.steps, "validation_mse": validation_mse,
         "test_mse": clean if task.has_clean else float("nan"), "test_noisy_mse": noisy,
+        # The same inputs, with wordings of their instruction that training has seen.
+        "test_known_mse": float(np.mean(np.square(on_known[index] - test.clean))),
         "base_mse": base_error,
         "diverged": not np.isfinite(validation_mse)
         or (clean if task.has_clean else noisy) > base_error,

@@ -175,7 +175,7 @@ def train_setting(trainer, setting: tuple) -> tuple[list[dict], bool]:
     last, trained = _once(trainer, keeper, spec)
   if trained:
     told = trainer.summary(last["rows"])
-    trainer.display.log(f"{loop.data_name(own)}/{own.adapter.name}: lr {best:g}, {told}")
+    trainer.display.log(f"{loop.data_name(own)}/{loop.method_name(own)}: lr {best:g}, {told}")
   return [*results, last], searched or trained
 
 

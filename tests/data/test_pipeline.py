@@ -144,3 +144,25 @@ def test_unknown_task_lists_the_known_and_narrow_padding_is_refused(data_dir):
     pipeline.describe_task("boston")
   with pytest.raises(errors.UserError, match="feature_dim is 9, but 'regimes' has 10 features"):
     pipeline.source_arrays("regimes", data_dir=data_dir, feature_dim=9)
+
+
+def test_known_wordings_are_seen_ones_of_a_rows_own_target(data_dir):
+  task, test = pipeline.describe_task("multi_target"), _target("multi_target", data_dir)["test"]
+  known = pipeline.known_wordings(task, test)
+  allowed = task.seen_paraphrases[test.target_id]
+  assert (known.paraphrase_id[:, None] == allowed).any(axis=1).all()
+  assert set(known.paraphrase_id) == set(task.seen_paraphrases[:6].ravel())
+  assert known.features is test.features and known.targets is test.targets
+
+
+def test_shuffled_wordings_keep_their_counts_and_say_nothing_of_the_target(data_dir):
+  plain = _target("multi_target", data_dir)
+  first, again, second = (pipeline.shuffled_wordings(plain, seed) for seed in (0, 0, 1))
+  for split, arrays in plain.items():
+    np.testing.assert_array_equal(
+      np.sort(first[split].paraphrase_id), np.sort(arrays.paraphrase_id)
+    )
+    np.testing.assert_array_equal(first[split].paraphrase_id, again[split].paraphrase_id)
+    own = first[split].paraphrase_id // 12 == arrays.target_id
+    assert abs(own.mean() - 1 / 6) < 0.03  # by chance alone, among six targets
+    assert (first[split].paraphrase_id == second[split].paraphrase_id).all() == (split == "test")

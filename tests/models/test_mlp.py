@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from qlora_jax import errors
 from qlora_jax.adapters import config
@@ -106,3 +107,19 @@ def test_a_shape_that_cannot_be_is_refused_by_field(field, value, said):
   with pytest.raises(errors.UserError, match=said) as refused:
     mlp.MLPConfig(**{"layers": 4, "layers_per_block": 2} | {field: value})
   assert str(refused.value).startswith(f"model.{field}:")
+
+
+@pytest.mark.parametrize("per_block", [1, 2, 4])
+def test_a_base_in_larger_blocks_is_the_same_function(per_block):
+  x = np.random.default_rng(0).normal(size=(3, 5)).astype("f")
+  none = config.AdapterConfig(method="none")
+
+  def network(layers_per_block):
+    return mlp.MLP(mlp.dataclasses.replace(SHAPE, layers_per_block=layers_per_block), none)
+
+  base = nn.meta.unbox(network(1).init(jax.random.key(0), x, None))["base"]
+  regrouped = {"base": mlp.in_blocks(base, per_block)}
+  np.testing.assert_allclose(
+    network(per_block).apply(regrouped, x, None).values,
+    network(1).apply({"base": base}, x, None).values, rtol=1e-5, atol=1e-6,
+  )  # fmt: skip

@@ -59,6 +59,34 @@ def test_a_run_in_a_group_equals_the_run_alone(tiny, tmp_path, name):
   )
 
 
+def test_a_group_filled_up_with_copies_gives_the_same_rows(tiny, tmp_path):
+  config = tiny.copy_and_resolve_references()
+  rows = []
+  for least in (1, 5):
+    config.protocol.least_runs = least
+    spec = loop.GroupSpec(config, "final", ((100, 1e-2), (101, 1e-2)))
+    seeds, runs, row = spec.layout
+    assert (len(seeds), len(runs)) == ((2, 2) if least == 1 else (5, 5))
+    assert list(row) == [0, 1, 1, 1, 1][: len(runs)]
+    rows.append([each["test_mse"] for each in train(tmp_path / str(least), spec)["rows"]])
+  np.testing.assert_allclose(*rows, rtol=1e-3)
+
+
+def test_the_instruction_told_wrongly_is_another_run_and_a_label_names_it(tiny, tmp_path):
+  config = tiny.copy_and_resolve_references()
+  config.data.task, config.adapter.name = "multi_target", "lora_input"
+  found = []
+  for shuffled in (False, True):
+    config.instruction.shuffled, config.label = shuffled, f"told {not shuffled}"
+    spec = loop.GroupSpec(config, "search", ((0, 1e-2),))
+    found.append(train(tmp_path, spec)["rows"][0])
+  true, shuffled = found
+  assert (true["method"], shuffled["method"]) == ("told True", "told False")
+  assert true["validation_mse"] < shuffled["validation_mse"]
+  assert true["test_known_mse"] != true["test_mse"]  # other wordings of the same instructions
+  assert shuffled["test_known_mse"] == shuffled["test_mse"]  # nothing is known of these
+
+
 class Killed(Exception):
   pass
 
