@@ -7,9 +7,11 @@
 `model.weights` is a built-in name, a Hugging Face folder or hub id, or a .gguf file; `data.name`
 is a built-in data set or a .jsonl file. `induction` compares six ways to use the instruction on
 six tasks of instruction-induction; `pair` is the two of them that decide, on the word tasks, which
-need no download; `reasons` changes one thing at a time in the Queryable LoRA of the deciding pair.
+need no download; `reasons` changes one thing at a time in the Queryable LoRA of the deciding pair,
+and `combined` makes at once the changes that helped there, with the pair's search and seeds.
 
   python launch.py --config=configs/llm.py:reasons --workdir=runs/llm-reasons --sweep
+  python launch.py --config=configs/llm.py:combined --workdir=runs/llm-combined --sweep
 """
 
 import ml_collections
@@ -20,7 +22,7 @@ from qlora_jax import sweeps
 from qlora_jax.launching import options
 from qlora_jax.parallel import mesh
 
-VARIANTS = ("", "demo", "pair", "induction", "reasons")
+VARIANTS = ("", "demo", "pair", "induction", "reasons", "combined")
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 DEMO_TASKS = (
   "first_letter", "last_letter", "plural", "uppercase", "number_to_words", "next_number",
@@ -48,6 +50,7 @@ REASONS = {
     "optimizer.memory_multiplier": 10.0, "optimizer.router_multiplier": 10.0,
   },
 }  # fmt: skip
+COMBINED = ("a layer a block", "prior weight 4", "memory and router at 10 x the rate")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -98,7 +101,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg == "pair":
     config.optimizer.steps = 60
     config.eval.examples = 30
-  if arg in ("induction", "reasons"):
+  if arg in ("induction", "reasons", "combined"):
     config.data.name = "instruction_induction"
     config.data.tasks = INDUCTION_TASKS
     config.data.train_rows = 200
@@ -107,9 +110,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optimizer.batch_size = 4
     config.optimizer.steps = 50
     config.eval.update(every=5, validation=40, examples=100, max_tokens=16, batch_size=50)
-  if arg == "reasons":  # at the rate that the search of `induction` chose, on one of its seeds
+  if arg in ("reasons", "combined"):
     config.instruction.in_prompt = True
     config.adapter.name = "queryable_prior"
+  if arg == "reasons":  # at the rate that the search of `induction` chose, on one of its seeds
     config.optimizer.learning_rate = 3e-3
     config.protocol.final_seeds = (100,)
     config.eval.examples = 10
@@ -124,6 +128,9 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
   if arg == "reasons":
     return [{"label": label, **changes} for label, changes in REASONS.items()]
   rates = hyper.sweep("optimizer.learning_rate", LEARNING_RATES)
+  if arg == "combined":
+    changes = {key: value for label in COMBINED for key, value in REASONS[label].items()}
+    return hyper.product([{"label": "combined", **changes}], rates)
   deciding = (("lora", True, False), ("queryable_prior", True, False))
   others = (
     ("lora", False, False), ("queryable", False, False), ("queryable_prior", False, False),

@@ -56,12 +56,15 @@ class Block(nn.Module):
     make_layer: builds one layer, given the number of adapted maps in the block and a name.
     layers: S.
     map_names: the adapted maps of a layer.
+    writes: whether the summary's carry comes back with the block's state in it; else that state
+      comes back in its place.
   """
 
   config: config_lib.AdapterConfig
   make_layer: Callable[..., nn.Module]
   layers: int
   map_names: tuple[str, ...]
+  writes: bool = True
 
   @property
   def sharing(self) -> int:
@@ -110,9 +113,7 @@ class Block(nn.Module):
         )
       else:
         left = self.stack[0].anchor_state(hidden)
-      running = self.gate(running, left, index)
-      if cfg.summary == "attention":  # [N, *batch, R]
-        running = sharding.constrain(running, None, "batch", *[None] * (running.ndim - 2))
+      running = self.gate(running, left, index) if self.writes else left
     record = RoutingRecord(None, None)
     if own:
       record = RoutingRecord(
@@ -185,8 +186,8 @@ class BlockStack(nn.Module):
     elif history and applied:
       own = {name: tree["blocks"] for name, tree in self.variables.items() if "blocks" in tree}
       last, record = depth_scan.scan(
-        functools.partial(_step, Block(*arguments, parent=None)), own.pop("params"), own, hidden,
-        running, (shared, instruction, log_prior), context,
+        functools.partial(_step, Block(*arguments, writes=False, parent=None)), own.pop("params"),
+        own, hidden, running, (shared, instruction, log_prior), context,
       )  # fmt: skip
       carry = (last, None, None, None)
     else:
@@ -207,5 +208,5 @@ class BlockStack(nn.Module):
 def _step(module: Block, own, fixed, hidden, history, index, shared, context):
   """A block as `depth_scan.scan` runs it."""
   carry = (hidden, history, None, index)
-  (hidden, history, _, _), record = module.apply({"params": own, **fixed}, carry, *shared, context)
-  return hidden, history, record
+  (hidden, state, _, _), record = module.apply({"params": own, **fixed}, carry, *shared, context)
+  return hidden, state, record

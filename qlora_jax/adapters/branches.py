@@ -1,8 +1,9 @@
 """The trained branch of one adapted map, one module a family; the slot is in `dense.py`.
 
-A branch gets the input x, the frozen kernel and its product, and returns the product corrected,
-with the routing weights it computed itself (Lily, CoMoL) or None. Letters as in
-`qlora_jax/typing.py`; E stands for Lily's experts where it is an axis of a weight.
+A branch gets the input x, the frozen kernel and its product, the routing of its block if there is
+one, and returns the product corrected, with the routing weights it computed itself (Lily, CoMoL) or
+None. Letters as in `qlora_jax/typing.py`; E stands for Lily's experts where it is an axis of a
+weight.
 """
 
 import jax
@@ -59,23 +60,30 @@ class LoRA(Branch):
   def setup(self):
     self.lora_a, self.lora_b = self.factors()
 
+  def low_rank(self, x: Array) -> Array:
+    """x A [*batch, R]."""
+    # Where the map's input is split over `tensor`, x A is summed over it here, R numbers a token,
+    # with or without routing; all that follows is the token's own.
+    return sharding.tokens(functional.project(x, self.lora_a))
+
   def low_rank_state(self, x: Array) -> Array:
-    """z [*batch, R] of this map, step (1); asked of the block's anchor map only."""
-    return functional.rms_norm(sharding.tokens(functional.project(x, self.lora_a)))
+    """z [*batch, R] of this map, step (1), at an input that it does not map."""
+    return functional.rms_norm(self.low_rank(x))
 
   def __call__(
     self,
     x: Array,
     base: Array,
     kernel: Array,
-    routing: router.Routing | None,
+    block: router.BlockRouting | None,
     shared: memory.Shared,
+    low_rank: Array | None = None,
   ):
     del kernel
-    # Where the map's input is split over `tensor`, x A is summed over it here, R numbers a token,
-    # with or without routing; all that follows is the token's own.
-    low_rank = sharding.tokens(functional.project(x, self.lora_a))
-    if routing is not None:
+    low_rank = product = self.low_rank(x) if low_rank is None else low_rank
+    if block is not None:
+      # The anchor's state is of the same product: one gradient of x, not two.
+      routing = block.at(self.name_of_map, lambda: functional.rms_norm(product))
       low_rank = sharding.tokens(contraction.contract(
         self.config, self.maps, low_rank, routing.weights, routing.operator,
         memory.of_map(self.config, shared, self.name_of_map)["atoms"],

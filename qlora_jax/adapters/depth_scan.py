@@ -13,9 +13,10 @@ from collections.abc import Callable
 import jax
 from jax import numpy as jnp
 
+from qlora_jax.adapters import summary
 from qlora_jax.typing import Array, PyTree
 
-# step(own, fixed, hidden, history, index, shared, context) -> (hidden, history, record)
+# step(own, fixed, hidden, history, index, shared, context) -> (hidden, state, record)
 Step = Callable[..., tuple[Array, Array, PyTree]]
 
 
@@ -32,8 +33,8 @@ def scan(
   """Runs N blocks; returns the last hidden state, and the records stacked [N, ..].
 
   Args:
-    step: one block, which reads of the history only what blocks before `index` left, and writes
-      its own state at `index`.
+    step: one block, which reads of the history only what blocks before `index` left, and gives its
+      own state [*batch, R], to be kept at `index`.
     own: trained parameters, stacked [N, ..].
     fixed: frozen parameters, stacked [N, ..]; they have no gradient.
     hidden: [*batch, D].
@@ -48,8 +49,8 @@ def scan(
 def _forward(step, own, fixed, hidden, history, shared, context):
   def body(carry, inputs):
     (hidden, history), (own, fixed, index) = carry, inputs
-    after, history, record = step(own, fixed, hidden, history, index, shared, context)
-    return (after, history), (hidden, record)
+    after, state, record = step(own, fixed, hidden, history, index, shared, context)
+    return (after, summary.write("attention", history, state, index, None)), (hidden, record)
 
   indices = jnp.arange(len(history), dtype=jnp.int32)
   return jax.lax.scan(body, (hidden, history), (own, fixed, indices))
@@ -77,14 +78,13 @@ def _scan_backward(step, kept, grads):
     own, fixed, hidden, grad_record, index = inputs
 
     def block(own, hidden, history, shared):
-      after, history, record = step(own, fixed, hidden, history, index, shared, context)
-      left = jax.lax.dynamic_index_in_dim(history, index, 0, keepdims=False)
-      return (after, left, record) if routed else (after, left)
+      after, state, record = step(own, fixed, hidden, history, index, shared, context)
+      return (after, state, record) if routed else (after, state)
 
-    _, pull = jax.vjp(block, own, hidden, history, shared)
-    grad_left = jax.lax.dynamic_index_in_dim(grad_history, index, 0, keepdims=False)
-    grad_left = grad_left.astype(history.dtype)
-    grads = (grad_hidden, grad_left, grad_record) if routed else (grad_hidden, grad_left)
+    (_, state, *_), pull = jax.vjp(block, own, hidden, history, shared)
+    grad_state = jax.lax.dynamic_index_in_dim(grad_history, index, 0, keepdims=False)
+    grad_state = grad_state.astype(state.dtype)
+    grads = (grad_hidden, grad_state, grad_record) if routed else (grad_hidden, grad_state)
     grad_own, grad_hidden, read, used = pull(grads)
     # Slots from `index` on get nothing from `read`: the block did not see them.
     grad_history = grad_history + read.astype(grad_history.dtype)

@@ -10,6 +10,7 @@ import jax
 from jax import numpy as jnp
 
 from qlora_jax.adapters import functional
+from qlora_jax.parallel import sharding
 from qlora_jax.typing import Array, Float, Int, typed
 
 KINDS = ("attention", "recurrent", "none")
@@ -63,5 +64,6 @@ def read(kind: str, carry: Array, index: Array | int, pseudo_query: Array | None
 def write(kind: str, carry: Array, state: Array, index: Array | int, gate: Array | None) -> Array:
   """The carry after block `index` left `state` [*batch, R] behind."""
   if kind == "attention":
-    return jax.lax.dynamic_update_index_in_dim(carry, state.astype(carry.dtype), index, 0)
+    carry = jax.lax.dynamic_update_index_in_dim(carry, state.astype(carry.dtype), index, 0)
+    return sharding.constrain(carry, None, "batch", *[None] * (carry.ndim - 2))
   return gated_update(carry, state, gate) if kind == "recurrent" else carry

@@ -230,9 +230,10 @@ class Layer(nn.Module):
     cfg = self.config
     index = place[0] * cfg.layers_per_block + place[1]
     x, own = self.attention_norm(hidden), []
+    low_rank = dense.project(x, (self.q, self.k, self.v))
 
     def heads(module):
-      y, routed = module(x, routing, shared)
+      y, routed = module(x, routing, shared, low_rank.get(module.map_name))
       own.append(routed)
       y = y.reshape(*y.shape[:2], -1, cfg.head_dim)
       return sharding.constrain(y, "batch", None, module.axes[1], None)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
+from qlora_jax.adapters import dense
 from qlora_jax.parallel import sharding
 from qlora_jax.typing import Array
 
@@ -38,8 +39,9 @@ class FeedForward(nn.Module):
     """Maps x [*batch, D] to ([*batch, D], the maps' own routings)."""
     act, own = ACTIVATIONS[self.activation], []
     if self.gated:
-      gate, routed = self.gate(x, routing, shared)
-      inner, second = self.up(x, routing, shared)
+      low_rank = dense.project(x, (self.gate, self.up))
+      gate, routed = self.gate(x, routing, shared, low_rank.get("gate"))
+      inner, second = self.up(x, routing, shared, low_rank.get("up"))
       inner, own = act(gate) * inner, [routed, second]
     else:
       inner, routed = self.up(x, routing, shared)
