@@ -53,6 +53,10 @@ class Arrays:
   def __len__(self) -> int:
     return len(self.targets)
 
+  def take(self, rows: np.ndarray) -> "Arrays":
+    """The given rows: their positions, or a mask [n]."""
+    return Arrays(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:

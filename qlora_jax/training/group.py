@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from qlora_jax.adapters import statistics
 from qlora_jax.models import mlp
+from qlora_jax.training import feed
 from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.training import step as step_lib
 from qlora_jax.typing import Array, PyTree
@@ -84,6 +85,22 @@ class Program:
 
     return jax.jit(all_runs, compiler_options=_ONCE)
 
+  def start(self, params: PyTree, learning_rates: np.ndarray) -> step_lib.TrainState:
+    """The state before the first step of R runs whose weights [R, ..] are given, not drawn.
+
+    A run that goes on to another task starts so: its own weights, the optimiser and the schedule
+    from their beginning. The weights are copied: `train` gives up its state's.
+    """
+    rates = jnp.asarray(learning_rates, jnp.float32)
+    return self.put(self._start(params, rates))
+
+  @functools.cached_property
+  def _start(self):
+    def one(params, rate):
+      return step_lib.TrainState(jnp.zeros((), jnp.int32), params, self._tx.init(params), rate)
+
+    return jax.jit(jax.vmap(one))
+
   @functools.cached_property
   def train(self):
     """(states [R], frozen, batches [seeds, K, B, ..], run -> seed row [R]) -> (states, metrics)."""
@@ -136,6 +153,21 @@ class Program:
 def program(model: mlp.MLP, optimizer: optimizer_lib.OptimizerConfig, devices: int = 1) -> Program:
   """The program of a shape, compiled once a process."""
   return Program(model, optimizer, devices)
+
+
+def train_all(
+  prog: Program, states: step_lib.TrainState, frozen: step_lib.Frozen, data: feed.Feed,
+  seeds: tuple[int, ...], seed_row: Array, piece: int = 100,
+) -> step_lib.TrainState:  # fmt: skip
+  """Trains from the first step to the last, `piece` steps a call, without evaluating between.
+
+  Args:
+    seeds: the data seeds of `data`, in the order that `seed_row` [R] counts them.
+  """
+  for start in range(0, prog.optimizer.steps, piece):
+    count = min(piece, prog.optimizer.steps - start)
+    states, _ = prog.train(states, frozen, data.chunk(seeds, start, count), seed_row)
+  return states
 
 
 def predict_all(

@@ -197,15 +197,20 @@ class Loop:
         if shuffled:
           self._arrays[key] = pipeline.shuffled_wordings(self._arrays[key], seed)
       splits[seed] = self._arrays[key]
-    task = pipeline.describe_task(cfg.data.task)
-    if resolved.adapter.uses_instruction:
-      texts = cache.embed(task.paraphrases, cfg.instruction.encoder, self.workdir / "embeddings")
-      seen = task.seen_paraphrases[: len(task.target_names)].ravel()
-      fitted = projection.fit(texts[seen], cfg.instruction.dim)
-      table = projection.apply(fitted, texts)
-    else:
-      table = np.zeros((len(task.paraphrases), 1), np.float32)
+    table = self.instructions(cfg, resolved.adapter)
     return feed.Feed(splits, table, resolved.optimizer.batch_size, resolved.optimizer.steps)
+
+  def instructions(
+    self, config: ml_collections.ConfigDict, adapter: adapter_config.AdapterConfig
+  ) -> np.ndarray:
+    """The projected embedding [texts, E] of every paraphrase of a task; zeros for an adapter that
+    reads none."""
+    task = pipeline.describe_task(config.data.task)
+    if not adapter.uses_instruction:
+      return np.zeros((len(task.paraphrases), 1), np.float32)
+    texts = cache.embed(task.paraphrases, config.instruction.encoder, self.workdir / "embeddings")
+    seen = task.seen_paraphrases[: len(task.target_names)].ravel()
+    return projection.apply(projection.fit(texts[seen], config.instruction.dim), texts)
 
   def _fit(self, spec, program, base, data, directory):
     seeds, runs, row = spec.layout

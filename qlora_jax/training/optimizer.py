@@ -5,12 +5,16 @@ runs that differ in it alone share one compiled step.
 """
 
 import dataclasses
+import functools
+from collections.abc import Collection
 
 import jax
 import optax
 
 from qlora_jax import errors
 from qlora_jax.typing import PyTree
+
+GROUPS = ("atoms", "memory", "router", "other")  # what `OptimizerConfig.frozen` can name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,9 @@ class OptimizerConfig:
     clip: largest global norm of the gradient; 0 switches clipping off.
     memory_multiplier: factor on the learning rate of the shared memory.
     router_multiplier: factor on the learning rate of the routers.
+    frozen: groups that stay as they are: 'atoms' (U alone), 'memory' (the atoms with their keys and
+      descriptors), 'router' and 'other' (all that is neither: the low-rank factors). They have no
+      moments, and their gradient does not count towards `clip`.
   """
 
   steps: int = 1000
@@ -37,6 +44,7 @@ class OptimizerConfig:
   clip: float = 1.0
   memory_multiplier: float = 1.0
   router_multiplier: float = 1.0
+  frozen: tuple[str, ...] = ()
 
   def __post_init__(self):
     for name in ("steps", "batch_size"):
@@ -51,6 +59,11 @@ class OptimizerConfig:
       if not 0 <= getattr(self, name) < float("inf"):
         raise errors.UserError(
           f"optimizer.{name}: {getattr(self, name)} is not a finite number of at least 0"
+        )
+    for name in self.frozen:
+      if name not in GROUPS:
+        raise errors.UserError(
+          f"optimizer.frozen: {name!r} is unknown; use any of {', '.join(GROUPS)}"
         )
 
 
@@ -76,7 +89,12 @@ def make(config: OptimizerConfig) -> optax.GradientTransformation:
       optax.multi_transform({k: optax.scale(f) for k, f in factors.items()}, parameter_groups)
     )
   parts.append(optax.scale_by_schedule(lambda count: -schedule(config)(count)))
-  return optax.chain(*parts)
+  if not config.frozen:
+    return optax.chain(*parts)
+  return optax.multi_transform(
+    {"trained": optax.chain(*parts), "frozen": optax.set_to_zero()},
+    functools.partial(trained_or_frozen, frozen=config.frozen),
+  )
 
 
 def parameter_groups(params: PyTree) -> PyTree:
@@ -89,3 +107,46 @@ def parameter_groups(params: PyTree) -> PyTree:
     return "router" if any(str(name).startswith("router") for name in names) else "other"
 
   return jax.tree_util.tree_map_with_path(label, params)
+
+
+def transplant(params: PyTree, source: PyTree, groups: Collection[str]) -> PyTree:
+  """`params` with the leaves of some groups, names of `GROUPS`, from `source`, another run's tree.
+
+  Raises:
+    errors.UserError: an array of these groups is missing there, or has another shape.
+  """
+  given = dict(jax.tree_util.tree_flatten_with_path(source)[0])
+
+  def choose(path, leaf, group):
+    if not _is_in(path, group, groups):
+      return leaf
+    other = given.get(path)
+    if other is None or other.shape != leaf.shape:
+      found = "is missing" if other is None else f"has shape {other.shape}, not {leaf.shape}"
+      raise errors.UserError(
+        f"{jax.tree_util.keystr(path)} of the run to take weights from {found}"
+      )
+    return other
+
+  return jax.tree_util.tree_map_with_path(choose, params, parameter_groups(params))
+
+
+def _is_in(path, group: str, groups: Collection[str]) -> bool:
+  is_atoms = group == "memory" and getattr(path[-1], "key", None) == "atoms"
+  return group in groups or (is_atoms and "atoms" in groups)
+
+
+def trained_or_frozen(params: PyTree, frozen: Collection[str]) -> PyTree:
+  """Labels each leaf 'frozen' if its group is among `frozen`, names of `GROUPS`, else 'trained'."""
+
+  def label(path, group):
+    return "frozen" if _is_in(path, group, frozen) else "trained"
+
+  return jax.tree_util.tree_map_with_path(label, parameter_groups(params))
+
+
+def count_trained(params: PyTree, frozen: Collection[str] = ()) -> int:
+  """Entries of the leaves whose group is not among `frozen`."""
+  labels = trained_or_frozen(params, frozen)
+  leaves = zip(jax.tree.leaves(params), jax.tree.leaves(labels), strict=True)
+  return sum(leaf.size for leaf, label in leaves if label == "trained")
