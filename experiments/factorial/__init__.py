@@ -1,0 +1,1 @@
+"""Instruction x routing x truth on `multi_target`: `python -m experiments.factorial`."""

@@ -1,0 +1,96 @@
+"""The figure of the factorial: the error of every cell, and the effects and interactions."""
+
+import pathlib
+
+import numpy as np
+import pandas as pd
+from matplotlib import figure
+from matplotlib import lines as mlines
+
+from experiments.report import style
+
+# Colour and marker tell the routing; a filled, hollow or faint marker tells the truth.
+_ROUTING = {
+  "on": ("#d55e00", "o", "routing on"), "static": ("#cc79a7", "s", "static mixture"),
+  "uniform": ("#0072b2", "^", "uniform on the top 4"), "lora": (style.INK, "D", "LoRA"),
+}  # fmt: skip
+_PLACES = {
+  "none": "none", "input": "in the\ninput", "query": "in the\nquery",
+  "prior": "prior in\nthe logits", "kl": "KL\npenalty", "prior+query": "prior\n+ query",
+}  # fmt: skip
+_TRUTHS = {
+  "true": "wordings seen in training", "unseen": "unseen wordings",
+  "shuffled": "other rows' wordings",
+}  # fmt: skip
+
+
+def draw(cells: pd.DataFrame, effects: pd.DataFrame, target: pathlib.Path) -> None:
+  """Writes `target`.svg and .png: all cells, and the effects at unseen wordings."""
+  with style.context():
+    made = figure.Figure(figsize=(9.6, 4.6), layout="constrained")
+    left, right = made.subplots(1, 2, width_ratios=(1.45, 1))
+    _cells(left, cells)
+    _effects(right, effects)
+    made.legend(handles=_handles(cells), loc="outside lower center", ncols=4)
+    made.savefig(target.with_suffix(".svg"))
+    made.savefig(target.with_suffix(".png"), dpi=200)
+
+
+def _cells(axis, cells: pd.DataFrame) -> None:
+  slots = [(routing, truth) for routing in _ROUTING for truth in _TRUTHS]
+  for row in cells.itertuples():
+    truth = "unseen" if row.truth == "absent" else row.truth
+    place = list(_PLACES).index(row.instruction)
+    offset = (slots.index((row.routing, truth)) + 0.5) / len(slots) - 0.5
+    color, marker, _ = _ROUTING[row.routing]
+    axis.errorbar(
+      place + 0.84 * offset, row.mse,
+      yerr=[[row.mse - row.mse_low], [row.mse_high - row.mse]], color=color, marker=marker,
+      markersize=4.5, elinewidth=1, linestyle="none", markeredgewidth=1,
+      markerfacecolor={"true": style.PAPER, "unseen": color, "shuffled": style.FAINT}[truth],
+    )  # fmt: skip
+  for place in range(1, len(_PLACES)):
+    axis.axvline(place - 0.5, color=style.FAINT, linewidth=0.6)
+  axis.set_xticks(range(len(_PLACES)), _PLACES.values())
+  axis.set_xlim(-0.5, len(_PLACES) - 0.5)
+  axis.set_ylim(bottom=0)
+  axis.set_ylabel("test MSE (source variance = 1)")
+  axis.set_title("Error by the instruction's place and routing")
+  axis.grid(axis="y")
+
+
+def _effects(axis, effects: pd.DataFrame) -> None:
+  families = ("instruction", "routing", "interaction")
+  chosen = effects[(effects["truth"] == "unseen") & effects["family"].isin(families)]
+  chosen = chosen.iloc[np.argsort(chosen["family"].map(families.index), kind="stable")]
+  height, ticks, before = 0.0, {}, None
+  for row in chosen.itertuples():
+    height -= 1.6 if before not in (None, row.family) else 1.0
+    before = row.family
+    ticks[height] = row.effect
+    color = style.INK if row.p_holm < 0.05 else style.MUTED
+    marker = {"instruction": "o", "routing": "s", "interaction": "D"}[row.family]
+    axis.plot([row.percent_low, row.percent_high], [height] * 2, color=color, linewidth=1.4)
+    axis.plot(
+      row.percent, height, marker, color=color, markersize=4.5,
+      markerfacecolor=color if row.p_holm < 0.05 else style.PAPER,
+    )  # fmt: skip
+  axis.axvline(0, color=style.INK, linewidth=0.6)
+  axis.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
+  axis.set_xlabel("change of test MSE, %; of its ratio for ×")
+  axis.set_title("Effects, unseen wordings", loc="left")
+  axis.grid(axis="x")
+
+
+def _handles(cells: pd.DataFrame) -> list[mlines.Line2D]:
+  found = [
+    mlines.Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
+    for key, (color, marker, label) in _ROUTING.items() if key in set(cells["routing"])
+  ]  # fmt: skip
+  faces = {"true": style.PAPER, "unseen": style.INK, "shuffled": style.FAINT}
+  return found + [
+    mlines.Line2D(
+      [], [], color=style.INK, marker="o", linestyle="none", label=label,
+      markerfacecolor=faces[truth],
+    ) for truth, label in _TRUTHS.items()
+  ]  # fmt: skip

@@ -1,0 +1,70 @@
+"""Studies kept under `experiments/results`: what stays of a work directory, and reading it back."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import pandas as pd
+
+from qlora_jax import errors
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def keep(workdir: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies `results.parquet` and `study.json` of a study, without paths of the machine it ran on.
+
+  Raises:
+    errors.UserError: there is no such study, or it has no final run yet.
+  """
+  path = workdir / "results.parquet"
+  if not path.is_file():
+    raise errors.UserError(f"--from: {workdir} has no results.parquet; run the sweep first")
+  rows = pd.read_parquet(path)
+  if not (rows["stage"] == "final").any():
+    raise errors.UserError(f"--from: {workdir} has no final run yet; let the sweep go on")
+  target.mkdir(parents=True, exist_ok=True)
+  rows.to_parquet(target / "results.parquet", index=False, compression="zstd")
+  study = json.loads((workdir / "study.json").read_text())
+  study["command"] = re.sub(r"=/\S*/(?=[^/\s]+)", "=runs/", study["command"])
+  study["config"]["data"]["data_dir"] = "data"
+  (target / "study.json").write_text(json.dumps(study, indent=1) + "\n")
+
+
+def read(folder: pathlib.Path) -> pd.DataFrame:
+  """The rows of a kept study.
+
+  Raises:
+    errors.UserError: there is none.
+  """
+  path = folder / "results.parquet"
+  if not path.is_file():
+    raise errors.UserError(f"--results: {folder} has no results.parquet; see --from")
+  return pd.read_parquet(path)
+
+
+def scores(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+  """Final errors [seeds, methods] of one task; a method whose runs have not all ended is left out.
+
+  A run that diverged has a NaN or a large error here: it is averaged nowhere without being seen.
+  """
+  final = rows[rows["stage"] == "final"]
+  table = final.pivot(index="seed", columns="method", values=column)
+  return table.dropna(axis="columns", how="any")
+
+
+def chosen(rows: pd.DataFrame) -> pd.DataFrame:
+  """By method: the learning rate chosen, whether it ends the grid, and what the adapter is."""
+  final = rows[rows["stage"] == "final"].groupby("method", sort=False)
+  search = rows[rows["stage"] == "search"].groupby("method")["learning_rate"].agg(["min", "max"])
+  table = final[["learning_rate", "rank", "atoms", "trainable_params"]].first()
+  table["rate_at_edge"] = search.reindex(table.index).eq(table["learning_rate"], axis=0).any(axis=1)
+  table["diverged"] = final["diverged"].sum()
+  table["effective_support"] = final["router/effective_support"].mean()
+  return table
+
+
+def percent(log_ratio) -> np.ndarray:
+  """A difference of logarithms as per cent more."""
+  return 100 * np.expm1(log_ratio)
