@@ -21,11 +21,11 @@ RANK = 6
 # Where the instruction enters. A penalty reaches training alone: no prediction reads it.
 INSTRUCTION = {
   "none": {},
-  "input": {"adapter.instruction_in_input": True},
-  "query": {"adapter.instruction_in_query": True},
   "prior": {"adapter.prior_weight": 1.0},
-  "kl": {"adapter.kl_weight": 0.01},
+  "query": {"adapter.instruction_in_query": True},
   "prior+query": {"adapter.prior_weight": 1.0, "adapter.instruction_in_query": True},
+  "input": {"adapter.instruction_in_input": True},
+  "kl": {"adapter.kl_weight": 0.01},
 }
 ROUTING = {
   "on": {"adapter.name": "queryable"},
@@ -60,7 +60,7 @@ def cells() -> list[tuple[str, str, str]]:
 
 
 def get_hyper(hyper, arg: str | None = None) -> list[dict]:
-  """All cells, then LoRA alone and with the instruction in its input; times the rates."""
+  """All cells, and LoRA alone and with the instruction in its input; times the rates."""
   points = []
   for instruction, routing, truth in cells():
     points.append({
@@ -73,5 +73,6 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
       "label": f"{instruction}/lora/{truth}", "adapter.name": name,
       "instruction.shuffled": truth == "shuffled",
     })  # fmt: skip
+  points.sort(key=lambda point: point["instruction.shuffled"])  # the control comes last
   rates = (3e-3, 1e-2) if arg else regression.LEARNING_RATES
   return hyper.product(points, hyper.sweep("optimizer.learning_rate", rates))
