@@ -132,7 +132,8 @@ def transplant(params: PyTree, source: PyTree, groups: Collection[str]) -> PyTre
 
 
 def _is_in(path, group: str, groups: Collection[str]) -> bool:
-  is_atoms = group == "memory" and getattr(path[-1], "key", None) == "atoms"
+  # 'atoms', or with a memory a map 'atoms_NAME'.
+  is_atoms = group == "memory" and str(getattr(path[-1], "key", "")).startswith("atoms")
   return group in groups or (is_atoms and "atoms" in groups)
 
 
