@@ -31,6 +31,7 @@ def against_lora(rows: pd.DataFrame) -> pd.DataFrame:
       "scale": row.scale, "atoms": row.atoms, "kept": row.kept or row.atoms, "rank": row.rank,
       "hbm": row.hbm, "lora_hbm": plain["hbm"], "extra_hbm": row.hbm - plain["hbm"],
       "extra_hbm_percent": 100 * (row.hbm / plain["hbm"] - 1),
+      "extra_peak_percent": 100 * (row.peak - plain["peak"]) / plain["hbm"],
       "analytic_extra_hbm_percent": guess["extra_hbm_percent"],
       "analytic_lora_hbm": guess["lora_hbm"],
       "extra_collectives": row.collectives - plain["collectives"],
@@ -61,14 +62,15 @@ def summary(table: pd.DataFrame, checked: pd.DataFrame) -> str:
   if len(checked):
     lines += [
       "", "Compiled:", "",
-      "| model | M | k | R | LoRA's HBM | extra HBM | analytic | collectives more | their bytes |"
-      " on the routed path |",
-      "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+      "| model | M | k | R | LoRA's HBM | extra HBM | alive at once | analytic | collectives more |"
+      " their bytes | on the routed path |",
+      "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for row in checked.itertuples():
       lines.append(
         f"| {row.scale} | {row.atoms} | {row.kept} | {row.rank} | {row.lora_hbm / 2**30:.2f} GiB |"
-        f" {row.extra_hbm_percent:.2f} % | {row.analytic_extra_hbm_percent:.2f} % |"
+        f" {row.extra_hbm_percent:.2f} % | {row.extra_peak_percent:.2f} % |"
+        f" {row.analytic_extra_hbm_percent:.2f} % |"
         f" {row.extra_collectives:+.0f} | {row.extra_collective_percent:+.3f} % |"
         f" {row.routed_collectives:.0f} |"
       )

@@ -60,7 +60,7 @@ def _row(point: points.Point, found: dict[str, Any]) -> dict[str, Any]:
   collectives = [hlo.Collective(**each) for each in found.get("collectives", ())]
   row = {
     "scale": point.scale, "atoms": point.atoms, "kept": point.kept, "rank": point.rank,
-    "hbm": found.get("used") or sum(memory.values()),
+    "hbm": found.get("used") or sum(memory.values()), "peak": found.get("peak"),
     "collectives": sum(each.times for each in collectives),
     "collective_bytes": sum(each.wire * each.times for each in collectives),
     "routed_collectives": len(estimate.of_routing(collectives)),

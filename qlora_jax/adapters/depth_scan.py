@@ -90,8 +90,8 @@ def _scan_backward(step, kept, grads):
     grad_history = grad_history + read.astype(grad_history.dtype)
     return (grad_hidden, grad_history, jax.tree.map(jnp.add, grad_shared, used)), grad_own
 
-  # Summed over many blocks: in float32 whatever a state is kept in.
-  grad_history = jnp.zeros(history.shape, jnp.float32)
+  # Summed over the blocks in the dtype of the states, as the hidden state's gradient is in its own.
+  grad_history = jnp.zeros_like(history)
   start = (_instantiated(grad_hidden), grad_history, jax.tree.map(jnp.zeros_like, shared))
   indices = jnp.arange(len(history), dtype=jnp.int32)
   (grad_hidden, _, grad_shared), grad_own = jax.lax.scan(

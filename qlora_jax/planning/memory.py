@@ -162,7 +162,7 @@ def routing_bytes(shape, adapter, tokens: float) -> dict[str, float]:
   if adapter.uses_query and adapter.summary == "attention":
     history = shape.blocks * tokens * rank * np.dtype(shape.dtype).itemsize
     kept = history if shape.remat == "full" else history * shape.blocks
-    history += shape.blocks * state  # its gradient is summed in float32
+    history *= 2  # and its gradient
   elif adapter.uses_query and adapter.summary == "recurrent":
     kept = shape.blocks * state
   gather = contraction.choose(adapter, shape.layers_per_block * len(shape.adapted)) == "gather"

@@ -74,6 +74,8 @@ def measure(request: compile_lib.Request) -> dict[str, Any]:
   slice_size = topology.chips_a_slice if topology.slices > 1 else 0
   return {
     "fits": True, "memory": sizes, "program": memory.generated_code_size_in_bytes,
+    # What is alive at the fullest moment; the rest is lost to how the compiler packs it.
+    "peak": memory.peak_memory_in_bytes,
     "collectives": [vars(each) for each in hlo.collectives(text, slice_size)],
     **_times(began, traced),
   }  # fmt: skip

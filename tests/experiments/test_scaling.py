@@ -50,6 +50,7 @@ def test_a_study_goes_on_where_it_stopped_and_draws(tiny, monkeypatch, tmp_path,
     }  # fmt: skip
     return {
       "fits": True, "compile_seconds": 1.0, "memory": {"base": 10**9 + len(asked)},
+      "peak": 10**9,
       "collectives": [collective],
     }  # fmt: skip
 
