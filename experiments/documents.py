@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PAGES = ("README.md", "docs/results.md", "docs/language_results.md")
 LANGUAGE = RESULTS / "induction"  # the study of a language model, where it has been kept
+REASONS = RESULTS / "reasons"  # changes to its deciding Queryable LoRA, one at a time
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -167,6 +168,25 @@ def language_rates() -> str:
   return _markdown(["method", *(tables.plain(rate) for rate in means.columns)], rows)
 
 
+def language_reasons() -> str:
+  """One change at a time to the deciding Queryable LoRA: likelihood beside LoRA's, one seed."""
+  rows = inputs.read(REASONS).stage("final").set_index("method", drop=False)
+  baseline = rows.loc["lora+prompt", "validation_nats"]
+  table = []
+  for key, row in rows.sort_values("validation_nats").iterrows():
+    own = row["validation_nats"] - baseline
+    support = row["router/effective_support"]
+    table.append([
+      style.method(key.removesuffix("+prompt")).label, f"{row['trainable_params']:,.0f}",
+      f"{row['rank']:.0f}", f"{row['validation_nats']:.3f}",
+      "baseline" if key == "lora+prompt" else f"{own:+.3f}".replace("-", "−"),
+      tables.MISSING if pd.isna(support) else f"{support:.1f}",
+    ])  # fmt: skip
+  header = ["Queryable + prior, but", "trainable", "rank", "validation nats",
+            "minus LoRA's", "atoms in use"]  # fmt: skip
+  return _markdown(header, table)
+
+
 def _accuracies(of: measure.Measure) -> list[measure.Quantity]:
   return [each for each in (of, *of.also) if each.key.endswith("accuracy")]
 
@@ -186,7 +206,7 @@ def _contrast(row: pd.Series, of: measure.Measure) -> str:
 TABLES = {
   "deciding": deciding, "every_task": every_task, "counts": counts,
   "language_deciding": language_deciding, "language_tasks": language_tasks,
-  "language_rates": language_rates,
+  "language_rates": language_rates, "language_reasons": language_reasons,
 }  # fmt: skip
 
 
