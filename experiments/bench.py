@@ -1,0 +1,285 @@
+"""What experiments beyond a sweep share: tasks in parts, training from given weights, resuming.
+
+A unit of work is a named function of the config that returns what JSON can hold; `Bench.once` runs
+it once a work directory, so that a killed experiment goes on at the first unit that is missing.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_collections
+import numpy as np
+
+from qlora_jax import errors, sweeps
+from qlora_jax.adapters import config as adapter_config
+from qlora_jax.data import functions, pipeline
+from qlora_jax.models import mlp
+from qlora_jax.training import (
+  checkpoint,
+  compiled,
+  feed,
+  group,
+  loop,
+  progress,
+  settings,
+  study,
+)
+from qlora_jax.training import optimizer as optimizer_lib
+from qlora_jax.training import step as step_lib
+from qlora_jax.typing import PyTree
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def parts(task: str, arrays: pipeline.Arrays) -> np.ndarray:
+  """The part int [n] of a task that each example belongs to; names: `part_names`.
+
+  `multi_target` has its targets. `regimes` has the octants of the first three standardised
+  features: its regions, but that they meet at the mean of the source's rows, not at 1/2.
+  """
+  if task == "regimes":
+    return (arrays.features[:, :3] > 0) @ np.array([1, 2, 4])
+  return arrays.target_id
+
+
+def part_names(task: str) -> tuple[str, ...]:
+  """A task's parts in order."""
+  if task == "regimes":
+    return tuple(f"region {index}" for index in range(functions.NUM_REGIONS))
+  return pipeline.describe_task(task).target_names
+
+
+class Bench:
+  """Trains groups of runs on parts of tasks in one work directory.
+
+  Attributes:
+    config: the experiment's config, whose fields a call may override.
+    workdir: prepared by `study.prepare`.
+    left: units that may still be made; None for all of them.
+  """
+
+  def __init__(
+    self, config: ml_collections.ConfigDict, workdir: pathlib.Path, total: int,
+    limit: int | None = None,
+  ):  # fmt: skip
+    compiled.enable()
+    self.config, self.workdir, self.left = config, workdir, limit
+    self._total, self._done = total, 0
+    self._unadapted: dict[tuple, np.ndarray] = {}
+    self._loop = loop.Loop(workdir, progress.Display(total_points=total, plain=True))
+
+  def once(self, name: str, make: Callable[[], dict]) -> dict:
+    """The result of a unit of work, from the work directory or made now, which prints a line; {}
+    if it is missing and the limit is reached."""
+    path = self.workdir / "units" / f"{name}.json"
+    self._done += 1
+    if path.exists():
+      return json.loads(path.read_text())
+    if self.left is not None:
+      if not self.left:
+        return {}
+      self.left -= 1
+    began = time.monotonic()
+    found = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    loop.write_json(path, found)
+    took = time.monotonic() - began
+    print(f"{self._done}/{self._total} {name}: {took:.0f} s", file=sys.stderr, flush=True)
+    return json.loads(path.read_text())
+
+  def with_fields(self, fields: dict) -> ml_collections.ConfigDict:
+    """The experiment's config with dotted fields replaced."""
+    config = self.config.copy_and_resolve_references()
+    config.update_from_flattened_dict(fields)
+    return config
+
+  def program(
+    self, config: ml_collections.ConfigDict, steps: int | None = None, frozen: Sequence[str] = ()
+  ) -> group.Program:
+    """The compiled functions of a config, with other steps and with frozen parameter groups."""
+    resolved = settings.resolve(config)
+    fields = {**vars(resolved.optimizer), "frozen": tuple(frozen)}
+    if steps is not None:
+      fields["steps"] = steps
+    return group.program(resolved.network, optimizer_lib.OptimizerConfig(**fields))
+
+  def base(self, config: ml_collections.ConfigDict) -> PyTree:
+    return self._loop.base(config)
+
+  def arrays(self, config: ml_collections.ConfigDict, seed: int) -> dict[str, pipeline.Arrays]:
+    """A seed's splits, whole."""
+    return _arrays(
+      config.data.task, seed, config.data.data_dir, config.model.inputs, config.data.noise_kind,
+      config.data.noise_level, config.data.train_rows,
+    )  # fmt: skip
+
+  def data(
+    self,
+    config: ml_collections.ConfigDict,
+    program: group.Program,
+    trained: dict[int, Sequence[int] | None],
+  ) -> feed.Feed:
+    """The data of a group: for each seed the parts that are trained on, None for all of them."""
+    splits = {}
+    for seed, wanted in trained.items():
+      splits[seed] = dict(self.arrays(config, seed))
+      if wanted is not None:
+        own = parts(config.data.task, splits[seed]["train"])
+        splits[seed]["train"] = splits[seed]["train"].take(np.isin(own, list(wanted)))
+    table = self._loop.instructions(config, program.model.adapter)
+    optimizer = program.optimizer
+    return feed.Feed(splits, table, optimizer.batch_size, optimizer.steps)
+
+  def errors(
+    self, config: ml_collections.ConfigDict, program: group.Program, states, frozen,
+    data: feed.Feed, runs: Sequence[tuple[int, float]], split: str,
+  ) -> np.ndarray:  # fmt: skip
+    """Mean squared errors [R, parts] of a whole split, against noisy targets on validation and
+    against noise-free ones on test; in units of the source's variance."""
+    own = [data.splits[seed][split] for seed in seeds_of(runs)]
+    same = split == "test"  # every seed's test rows are the same
+    wholes = [data.whole(seed, split) for seed in seeds_of(runs)][: 1 if same else None]
+    batch = step_lib.Batch(*(np.stack(leaves) for leaves in zip(*wholes, strict=True)))
+    row = np.zeros(len(runs), np.int32) if same else seed_rows(runs)
+    predictions = group.predict_all(program, states, frozen, batch, row)
+    found = []
+    for prediction, place in zip(predictions, row, strict=True):
+      arrays = own[place]
+      error = np.square(prediction - (arrays.clean if same else arrays.targets))
+      found.append(by_part(error, parts(config.data.task, arrays), config.data.task))
+    return np.stack(found)
+
+  def unadapted(self, config: ml_collections.ConfigDict) -> np.ndarray:
+    """The frozen base's test error [parts]."""
+    key = (config.data.to_json(), config.model.to_json())
+    if key not in self._unadapted:
+      self._unadapted[key] = self._of_base(config)
+    return self._unadapted[key]
+
+  def _of_base(self, config):
+    none = mlp.MLP(mlp.MLPConfig(**config.model), adapter_config.AdapterConfig(method="none"))
+    program = group.program(none, optimizer_lib.OptimizerConfig())
+    runs = [(config.protocol.final_seeds[0], 0.0)]
+    data = self.data(config, program, {runs[0][0]: None})
+    states, frozen = program.init(self.base(config), *_axes(runs))
+    return self.errors(config, program, states, frozen, data, runs, "test")[0]
+
+  def init(self, config, program: group.Program, runs):
+    """States [R] and frozen trees of fresh runs."""
+    return program.init(self.base(config), *_axes(runs))
+
+  def save(self, name: str, params: PyTree) -> None:
+    """Keeps trained weights [R, ..] under a name."""
+    checkpoint.save(self.workdir / "params" / name, 0, jax.device_get(params))
+
+  def load(self, name: str, like: PyTree) -> PyTree:
+    """The weights kept under a name, shaped as `like`."""
+    return checkpoint.restore(self.workdir / "params" / name, like, _silent)[1]
+
+
+def search_and_final(
+  config: ml_collections.ConfigDict, rates: Sequence[float],
+  train: Callable[[Sequence[tuple[int, float]]], list[dict]],
+) -> list[dict]:  # fmt: skip
+  """Rows of a learning-rate search and of fresh seeds at the rate with the least validation error.
+
+  Args:
+    train: (seed, learning rate) of the runs -> their rows, with `learning_rate` and
+      `validation_mse`.
+  """
+  searched = train(study.search_runs(config, list(rates)))
+  best = study.choose(searched)
+  final = train(tuple((seed, best) for seed in config.protocol.final_seeds))
+  return [
+    {"stage": stage, **row} for stage, rows in (("search", searched), ("final", final))
+    for row in rows
+  ]  # fmt: skip
+
+
+def seeds_of(runs: Sequence[tuple[int, float]]) -> tuple[int, ...]:
+  """The distinct seeds, sorted: the order in which batches hold them."""
+  return tuple(sorted({seed for seed, _ in runs}))
+
+
+def seed_rows(runs: Sequence[tuple[int, float]]) -> np.ndarray:
+  """int32 [R], each run's place in `seeds_of`."""
+  seeds = seeds_of(runs)
+  return np.array([seeds.index(seed) for seed, _ in runs], np.int32)
+
+
+def rates_of(runs: Sequence[tuple[int, float]]) -> np.ndarray:
+  """float [R]."""
+  return np.array([rate for _, rate in runs])
+
+
+def by_part(values: np.ndarray, own: np.ndarray, task: str) -> np.ndarray:
+  """Means [parts] of values [n] over the examples of each part."""
+  count = len(part_names(task))
+  return np.bincount(own, values, count) / np.bincount(own, minlength=count)
+
+
+def parser(name: str, about: str, results: pathlib.Path) -> argparse.ArgumentParser:
+  """The command line that such experiments have in common."""
+  made = argparse.ArgumentParser(
+    prog=f"python -m experiments.{name}", description=about,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  made.add_argument("--workdir", type=pathlib.Path, help="trains what is missing there first")
+  made.add_argument("--config", default=f"configs/{name}.py", help="config file, with :variant")
+  made.add_argument("--limit", type=int, help="make at most so many units of work now")
+  made.add_argument("--results", type=pathlib.Path, default=results, help="where tables go")
+  return made
+
+
+def load(text: str) -> tuple[ml_collections.ConfigDict, list[dict]]:
+  """A config file's config and the points of its `get_hyper`.
+
+  Raises:
+    errors.UserError: no such file, or no such variant.
+  """
+  path, _, variant = text.partition(":")
+  if not pathlib.Path(path).is_file():
+    raise errors.UserError(f"--config: {path} is no file")
+  spec = importlib.util.spec_from_file_location("config_of_experiment", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(variant).lock(), module.get_hyper(sweeps, variant)
+
+
+def command() -> str:
+  """The command that was given, as `study.json` keeps it."""
+  name = pathlib.Path(sys.argv[0]).parent.name
+  return "python -m experiments." + shlex.join([name, *sys.argv[1:]])
+
+
+def run(main: Callable[[], None]) -> None:
+  """Calls a command's `main`: a user's mistake is one line and exit code 2."""
+  try:
+    main()
+  except errors.UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _axes(runs):
+  return np.array([seed for seed, _ in runs]), rates_of(runs)
+
+
+def _silent(text: str) -> None:
+  del text
+
+
+@functools.lru_cache(maxsize=64)
+def _arrays(task, seed, data_dir, inputs, kind, level, rows) -> dict[str, pipeline.Arrays]:
+  return pipeline.target_arrays(
+    task, seed=seed, data_dir=data_dir, feature_dim=inputs, noise_kind=kind, noise_level=level,
+    train_rows=rows,
+  )  # fmt: skip

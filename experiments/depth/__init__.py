@@ -1,0 +1,1 @@
+"""Does the memory share structure across depth? Usage, similarity, removal and transfer."""

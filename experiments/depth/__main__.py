@@ -1,0 +1,33 @@
+"""Does the shared memory share structure across depth, and can a trained one be used again?
+
+python -m experiments.depth --workdir=runs/depth     # trains what is missing, then writes tables
+python -m experiments.depth                          # tables and figure from the committed results
+"""
+
+import pathlib
+
+from experiments import bench as bench_lib
+from experiments.depth import figure, tables, train
+from qlora_jax.training import study
+
+RESULTS = pathlib.Path(__file__).parents[1] / "results" / "depth"
+
+
+def main(arguments: list[str] | None = None) -> None:
+  given = bench_lib.parser("depth", __doc__, RESULTS).parse_args(arguments)
+  if given.workdir is not None:
+    config, points = bench_lib.load(given.config)
+    study.prepare(given.workdir, config, bench_lib.command())
+    bench = bench_lib.Bench(config, given.workdir, train.units(points), given.limit)
+    tables.write(train.run(bench, points), given.results)
+  found = tables.read(given.results)
+  summary = tables.summarise(found)
+  summary.to_csv(given.results / "summary.csv", index=False, float_format="%.6g")
+  (given.results / "summary.md").write_text(tables.markdown(summary))
+  figure.draw(found, summary, given.results / "depth")
+  print(tables.markdown(summary))
+  print(f"results: {given.results}")
+
+
+if __name__ == "__main__":
+  bench_lib.run(main)
