@@ -18,15 +18,21 @@ def draw(levels: pd.DataFrame, target: pathlib.Path) -> None:
     tasks = list(dict.fromkeys(compared["task"]))
     rows = max((compared["task"] == task).sum() for task in tasks)
     made = figure.Figure(figsize=(9.6, 1.6 + 0.19 * rows), layout="constrained")
-    for axis, task in zip(made.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    panels = made.subplots(1, len(tasks), squeeze=False)[0]
+    lowest = min(
       _panel(axis, compared[compared["task"] == task])
+      for axis, task in zip(panels, tasks, strict=True)
+    )
+    for axis, task in zip(panels, tasks, strict=True):
+      axis.set_ylim(lowest - 1, 0)
       axis.set_title(f"{task.replace('_', ' ')}, noise 0.5")
     made.legend(handles=_handles(), loc="outside lower center", ncols=4)
     made.savefig(target.with_suffix(".svg"))
     made.savefig(target.with_suffix(".png"), dpi=200)
 
 
-def _panel(axis, table: pd.DataFrame) -> None:
+def _panel(axis, table: pd.DataFrame) -> float:
+  """Draws a task's levels from the top down; returns the height of the last."""
   order = list(dict.fromkeys(table["factor"]))
   height, ticks, before = 0.0, {}, None
   for row in sorted(table.itertuples(), key=lambda each: order.index(each.factor)):
@@ -44,6 +50,7 @@ def _panel(axis, table: pd.DataFrame) -> None:
   axis.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
   axis.set_xlabel("change of test MSE to the reference, %")
   axis.grid(axis="x")
+  return height
 
 
 def _handles() -> list[mlines.Line2D]:

@@ -9,7 +9,7 @@ from matplotlib import lines as mlines
 
 from experiments.report import style
 
-# Colour and marker tell the routing; a filled, hollow or faint marker tells the truth.
+# Colour and marker tell the routing; a filled, hollow or half filled marker tells the truth.
 _ROUTING = {
   "on": ("#d55e00", "o", "routing on"), "static": ("#cc79a7", "s", "static mixture"),
   "uniform": ("#0072b2", "^", "uniform on the top 4"), "lora": (style.INK, "D", "LoRA"),
@@ -22,6 +22,8 @@ _TRUTHS = {
   "true": "wordings seen in training", "unseen": "unseen wordings",
   "shuffled": "other rows' wordings",
 }  # fmt: skip
+
+_FILL = {"true": "none", "unseen": "full", "shuffled": "left"}
 
 
 def draw(cells: pd.DataFrame, effects: pd.DataFrame, target: pathlib.Path) -> None:
@@ -47,7 +49,7 @@ def _cells(axis, cells: pd.DataFrame) -> None:
       place + 0.84 * offset, row.mse,
       yerr=[[row.mse - row.mse_low], [row.mse_high - row.mse]], color=color, marker=marker,
       markersize=4.5, elinewidth=1, linestyle="none", markeredgewidth=1,
-      markerfacecolor={"true": style.PAPER, "unseen": color, "shuffled": style.FAINT}[truth],
+      fillstyle=_FILL[truth], markerfacecoloralt=style.PAPER,
     )  # fmt: skip
   for place in range(1, len(_PLACES)):
     axis.axvline(place - 0.5, color=style.FAINT, linewidth=0.6)
@@ -77,7 +79,7 @@ def _effects(axis, effects: pd.DataFrame) -> None:
     )  # fmt: skip
   axis.axvline(0, color=style.INK, linewidth=0.6)
   axis.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
-  axis.set_xlabel("change of test MSE, %; of its ratio for ×")
+  axis.set_xlabel("change of test MSE, % (×: of the ratio of two)")
   axis.set_title("Effects, unseen wordings", loc="left")
   axis.grid(axis="x")
 
@@ -87,10 +89,9 @@ def _handles(cells: pd.DataFrame) -> list[mlines.Line2D]:
     mlines.Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
     for key, (color, marker, label) in _ROUTING.items() if key in set(cells["routing"])
   ]  # fmt: skip
-  faces = {"true": style.PAPER, "unseen": style.INK, "shuffled": style.FAINT}
   return found + [
     mlines.Line2D(
       [], [], color=style.INK, marker="o", linestyle="none", label=label,
-      markerfacecolor=faces[truth],
+      fillstyle=_FILL[truth], markerfacecoloralt=style.PAPER,
     ) for truth, label in _TRUTHS.items()
   ]  # fmt: skip
