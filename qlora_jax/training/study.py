@@ -4,10 +4,12 @@ The groups of a sweep are the settings that differ in more than the learning rat
 stages: `search` (all learning rates x search seeds) and `final` (the chosen rate x fresh seeds).
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -41,9 +43,16 @@ def is_language(config: ml_collections.ConfigDict) -> bool:
   return config.get("kind") == "language"
 
 
-def resolve(config: ml_collections.ConfigDict):
-  """The config's checked settings; raises a UserError that names the first field that is wrong."""
-  return (language_settings if is_language(config) else settings).resolve(config)
+def resolve(config: ml_collections.ConfigDict, abstract: bool = False):
+  """The config's checked settings; raises a UserError that names the first field that is wrong.
+
+  Args:
+    config: of either kind.
+    abstract: whether a language model's shape is enough, where the config names it: no weights.
+  """
+  if is_language(config):
+    return language_settings.resolve(config, abstract)
+  return settings.resolve(config)
 
 
 def rate_of(config: ml_collections.ConfigDict) -> float:
@@ -118,6 +127,36 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: s
                  **{name: importlib.metadata.version(name) for name in _PACKAGES}},
     "wall_seconds": 0.0, "config": plain,
   })  # fmt: skip
+
+
+@contextlib.contextmanager
+def claimed(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str):
+  """`prepare`; and a mistake that shows before anything is trained leaves the directory as it was.
+
+  Otherwise the mended command would find the directory taken by the mistaken config.
+  """
+  before = workdir.exists()
+  new = not (workdir / "study.json").exists()
+  with processes.in_turn():
+    prepare(workdir, config, command)
+  try:
+    yield
+  except errors.UserError:
+    if new and processes.is_first():
+      _release(workdir, remove=not before)
+    raise
+
+
+def _release(workdir: pathlib.Path, remove: bool) -> None:
+  groups = workdir / "groups"
+  if any(path.is_file() and path.name != "config.json" for path in groups.rglob("*")):
+    return
+  for folder in (groups, workdir / "settings"):
+    shutil.rmtree(folder, ignore_errors=True)
+  for name in ("settings.json", "study.json"):
+    (workdir / name).unlink(missing_ok=True)
+  if remove and not any(workdir.iterdir()):
+    workdir.rmdir()
 
 
 def run(

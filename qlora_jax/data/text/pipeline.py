@@ -77,9 +77,9 @@ def load(
       not as it should be, or an argument that the data set has no use for.
   """
   if manual_folder is not None and name not in NAMES[1:]:
-    raise errors.UserError(f"manual_folder has no meaning for {name!r}; leave it out")
+    raise errors.UserError(f"data.manual_folder has no meaning for {name!r}; leave it out")
   if tasks is not None and name not in NAMES[:2]:
-    raise errors.UserError(f"tasks has no meaning for {name!r}; leave it out")
+    raise errors.UserError(f"data.tasks has no meaning for {name!r}; leave it out")
   if name == "word_tasks":
     return word_tasks.load(seed=seed, tasks=tasks, train_rows=train_rows)
   if name == "instruction_induction":
