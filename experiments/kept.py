@@ -45,9 +45,9 @@ def read(folder: pathlib.Path) -> pd.DataFrame:
 
 
 def scores(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-  """Final errors [seeds, methods] of one task; a method whose runs have not all ended is left out.
+  """Final errors [seeds, methods] of one task.
 
-  A run that diverged has a NaN or a large error here: it is averaged nowhere without being seen.
+  A method with a run that is missing or has no finite error is left out; `chosen` counts the latter.
   """
   final = rows[rows["stage"] == "final"]
   table = final.pivot(index="seed", columns="method", values=column)
