@@ -47,7 +47,7 @@ def read(folder: pathlib.Path) -> pd.DataFrame:
 def scores(rows: pd.DataFrame, column: str) -> pd.DataFrame:
   """Final errors [seeds, methods] of one task.
 
-  A method with a run that is missing or has no finite error is left out; `chosen` counts the latter.
+  A method with a run that is missing or has no finite error is left out.
   """
   final = rows[rows["stage"] == "final"]
   table = final.pivot(index="seed", columns="method", values=column)
