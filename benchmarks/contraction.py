@@ -2,11 +2,13 @@
 
   PYTHONPATH=. python benchmarks/contraction.py
 
-Prints microseconds for the seven adapted maps of one decoder layer's block, and the order that
-`auto` picks. The physical limit is the multiply-adds counted in `qlora_jax/adapters/contraction.py`
-at the machine's matrix-product rate, printed as `limit`.
+Prints microseconds of a gradient (forward and backward) for the seven adapted maps of one decoder
+layer's block, and the order that `auto` picks. The physical limit is the fewest multiply-adds,
+those of the k atoms alone, at the machine's matrix-product rate, printed as `limit`.
 """
 
+import dataclasses
+import itertools
 import statistics
 import time
 
@@ -38,38 +40,50 @@ def product_rate() -> float:
 
 
 def block(config: config_lib.AdapterConfig, kind: str):
-  """Weights and seven low-rank states to seven routed states, in the order `kind`."""
+  """The gradient of seven routed states, in the order `kind`, as a block's router makes them."""
+  fixed = dataclasses.replace(config, contraction=kind)
 
-  def routed(low_rank, logits, atoms):
-    weights = functional.sparse_weights(logits, config.kept_atoms)
-    operator = functional.routed_operator(weights, atoms) if kind == "operator" else None
-    fixed = config_lib.dataclasses.replace(config, contraction=kind)
-    return [contraction.contract(fixed, MAPS, each, weights, operator, atoms) for each in low_rank]
+  def loss(low_rank, logits, atoms):
+    weights = operator = None
+    if kind == "gather" and config.kept_atoms < config.atoms:
+      choice = functional.sparse_choice(logits, config.kept_atoms)
+      operator = functional.gathered_operator(*choice, atoms)
+    else:
+      weights = functional.sparse_weights(logits, config.kept_atoms)
+      operator = functional.routed_operator(weights, atoms) if kind == "operator" else None
+    return sum(
+      jnp.sum(jnp.sin(contraction.contract(fixed, MAPS, each, weights, operator, atoms)))
+      for each in low_rank
+    )
 
-  return routed
+  return jax.grad(loss, argnums=(0, 1, 2))
 
 
 def main() -> None:
   rate, rng = product_rate(), np.random.default_rng(0)
   print(f"{TOKENS} tokens, {MAPS} maps; microseconds; {rate / 1e9:.0f} G multiply-adds a second")
-  print("  R     M   k  operator   product    gather   limit  auto")
-  for rank, atoms, top_k in (
-    (8, 16, 0), (8, 16, 4), (16, 64, 0), (16, 64, 4), (16, 256, 4), (32, 64, 4),
-  ):  # fmt: skip
+  print("  R     M    k  operator   product    gather   limit  auto")
+  for rank, (atoms, top_k) in itertools.product(
+    (8, 16, 64), ((16, 0), (16, 4), (64, 0), (64, 4), (64, 8), (256, 4), (1024, 4), (4096, 4))
+  ):
     config = config_lib.AdapterConfig(rank=rank, atoms=atoms, top_k=top_k)
     low_rank = [rng.normal(size=(TOKENS, rank)).astype("f") for _ in range(MAPS)]
     logits = rng.normal(size=(TOKENS, atoms)).astype("f")
     memory = rng.normal(size=(atoms, rank, rank)).astype("f")
-    kinds = ("operator", "product", "gather")
-    times = [1e6 * seconds(block(config, kind), low_rank, logits, memory) for kind in kinds]
-    work = min(
-      atoms * rank**2 + MAPS * rank**2,
-      MAPS * config.kept_atoms * rank**2,
-    )
-    cells = " ".join(f"{each:9.0f}" for each in times)
+    cells = []
+    for kind in ("operator", "product", "gather"):
+      if kind == "product" and atoms * rank > 2**14:  # an array of tokens x M x R a map
+        cells.append(f"{'-':>9s}")
+        continue
+      cells.append(f"{1e6 * seconds(block(config, kind), low_rank, logits, memory):9.0f}")
+    # A gradient is two products for each of the forward pass.
+    work = 3 * min(atoms, config.kept_atoms) * rank**2 + 3 * MAPS * rank**2
     limit = 1e6 * TOKENS * work / rate
     chosen = contraction.choose(config, MAPS)
-    print(f"{rank:3d} {atoms:5d} {config.kept_atoms:3d} {cells} {limit:7.0f}  {chosen}")
+    print(
+      f"{rank:3d} {atoms:5d} {config.kept_atoms:4d} {' '.join(cells)} {limit:7.0f}  {chosen}",
+      flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from qlora_jax.adapters import functional
 from qlora_jax.typing import Array
 
 # One gathered multiply-add counts as this many dense ones: a gather streams atoms from memory, its
-# gradient scatters them back, and a matrix unit multiplies almost for nothing.
+# gradient scatters them back, and a matrix unit multiplies almost for nothing. On two CPU cores the
+# two break even at about 8 for R = 16 and above 16 for R = 64 (`benchmarks/contraction.py`).
 GATHER_COST = 32.0
 
 

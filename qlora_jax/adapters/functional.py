@@ -174,6 +174,9 @@ def sparse_choice(
   `dense_weights` of them is `sparse_weights`; with many atoms this takes k numbers a token, not M.
   """
   kept, chosen = jax.lax.top_k(logits, k)
+  # A compiler that sees a slice of the choice (one atom's) beside top-k sorts all M logits instead:
+  # 60 times as long for M = 4096 on a CPU.
+  chosen = jax.lax.optimization_barrier(chosen)
   weights = jax.nn.softmax(kept, axis=-1)
   if equal:
     weights = weights + jax.lax.stop_gradient(1.0 / k - weights)
