@@ -211,7 +211,7 @@ def _transfer(runs: pd.DataFrame) -> list[dict]:
         continue  # that arm is still to be run
       theirs = theirs["test_mse"].to_numpy()
       rows.append(_row(
-        kind, setting, arm, f"% of {other}",
+        kind, setting, arm, f"difference to {other}, %",
         statistics.paired_bootstrap_relative(error, theirs), len(error),
         statistics.paired_p_value(error, theirs),
       ))  # fmt: skip
@@ -225,7 +225,7 @@ def markdown(summary: pd.DataFrame) -> str:
     digits = 2 if abs(row.mean) < 10 else 1
     if row.quantity == "test mse" or "js" in row.quantity:
       digits = 3
-    signed = "+" if row.quantity.startswith("% of") or "excess" in row.quantity else ""
+    signed = "+" if row.quantity.startswith("difference") or "excess" in row.quantity else ""
     text = "{0:{s}.{d}f} [{1:{s}.{d}f}, {2:{s}.{d}f}]"
     return text.format(row.mean, row.low, row.high, s=signed, d=digits)
 

@@ -1,0 +1,33 @@
+"""A stream of tasks: forgetting and forward transfer, with frozen atoms and with free ones.
+
+python -m experiments.stream --workdir=runs/stream    # trains what is missing, then writes tables
+python -m experiments.stream                         # tables and figure from the committed results
+"""
+
+import pathlib
+
+from experiments import bench as bench_lib
+from experiments.stream import figure, tables, train
+from qlora_jax.training import study
+
+RESULTS = pathlib.Path(__file__).parents[1] / "results" / "stream"
+
+
+def main(arguments: list[str] | None = None) -> None:
+  given = bench_lib.parser("stream", __doc__, RESULTS).parse_args(arguments)
+  if given.workdir is not None:
+    config, points = bench_lib.load(given.config)
+    study.prepare(given.workdir, config, bench_lib.command())
+    bench = bench_lib.Bench(config, given.workdir, train.units(points), given.limit)
+    tables.write(train.run(bench, points), given.results)
+  found = tables.read(given.results)
+  summary = tables.summarise(found)
+  summary.to_csv(given.results / "summary.csv", index=False, float_format="%.6g")
+  (given.results / "summary.md").write_text(tables.markdown(summary))
+  figure.draw(found, summary, given.results / "stream")
+  print(tables.markdown(summary))
+  print(f"results: {given.results}")
+
+
+if __name__ == "__main__":
+  bench_lib.run(main)

@@ -1,0 +1,142 @@
+"""The units of work of the stream study: one arm on one task's parts, its own search included."""
+
+import dataclasses
+
+import ml_collections
+import numpy as np
+
+from experiments import bench as bench_lib
+from qlora_jax.training import group as group_lib
+from qlora_jax.training import optimizer, study
+
+# The adapter of each family on each task: where the parts differ by the instruction alone, the one
+# that reads it.
+ADAPTERS = {
+  "multi_target": {"lora": "lora_input", "queryable": "queryable_query"},
+  "regimes": {"lora": "lora", "queryable": "queryable"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One way to learn the parts.
+
+  Attributes:
+    name: in tables.
+    family: a key of the entries of `ADAPTERS`.
+    order: 'stream', one part after another; 'joint', all at once for as many steps in all; 'alone',
+      each part from a fresh adapter.
+    first, later: parameter groups that are frozen on the first part, and on those after it.
+  """
+
+  name: str
+  family: str
+  order: str = "stream"
+  first: tuple[str, ...] = ()
+  later: tuple[str, ...] = ()
+
+
+ARMS = (
+  Arm("LoRA", "lora"),
+  Arm("Queryable, free atoms", "queryable"),
+  Arm("Queryable, atoms frozen from the start", "queryable", first=("atoms",), later=("atoms",)),
+  Arm("LoRA, jointly", "lora", "joint"),
+  Arm("Queryable, jointly", "queryable", "joint"),
+  Arm("Queryable, router alone after the first", "queryable", later=("memory", "other")),
+  Arm("LoRA, each alone", "lora", "alone"),
+  Arm("Queryable, each alone", "queryable", "alone"),
+  Arm("Queryable, atoms frozen after the first", "queryable", later=("atoms",)),
+)
+
+
+def units(points: list[dict]) -> int:
+  """How many units of work there are."""
+  return len(ARMS) * len({point["data.task"] for point in points})
+
+
+def run(bench: bench_lib.Bench, points: list[dict]) -> dict[str, list[dict]]:
+  """All units' rows: 'runs', one a training run, and 'errors', the matrices of final runs."""
+  found = {"runs": [], "errors": []}
+  for arm in ARMS:
+    for config, rates in study.expand(bench.config, points):
+      name = f"{config.data.task}, {arm.name}"
+      made = bench.once(name, lambda c=config, r=rates, a=arm: learn(bench, c, a, r))
+      for kind, rows in made.items():
+        found[kind] += rows
+  return found
+
+
+def order_of(task: str, seed: int) -> np.ndarray:
+  """The order int [T] in which a seed meets the parts."""
+  count = len(bench_lib.part_names(task))
+  return np.random.default_rng([seed, count]).permutation(count)
+
+
+def learn(bench: bench_lib.Bench, config: ml_collections.ConfigDict, arm: Arm, rates) -> dict:
+  """The rows of one arm: search and final runs, and the final runs' errors."""
+  task = config.data.task
+  config = config.copy_and_resolve_references()
+  config.adapter.name = ADAPTERS[task][arm.family]
+  names, base = bench_lib.part_names(task), bench.unadapted(config)
+  label = {"task": task, "arm": arm.name}
+  errors = []
+
+  def train(runs):
+    validation, test, trained = _errors(bench, config, arm, runs)
+    # What has just been trained, as far as a stream can be judged while it runs.
+    learned = validation[:, -1] if arm.order == "joint" else _diagonal(validation)
+    errors.clear()  # of the search
+    for (seed, _), matrix in zip(runs, test, strict=True):
+      order = order_of(task, seed)
+      errors.extend(
+        {
+          **label, "seed": seed, "after": int(after), "place": int(place),
+          "part": names[order[place]], "mse": float(matrix[after, place]),
+          "base_mse": float(base[order[place]]),
+        }
+        for after, place in np.ndindex(matrix.shape)
+        if arm.order != "alone" or after == place
+      )  # fmt: skip
+    return [
+      {
+        **label, "seed": seed, "learning_rate": rate,
+        "validation_mse": float(learned[index].mean()),
+        "validation_mse_at_end": float(validation[index, -1].mean()),
+        "trained_first": trained[0], "trained_later": trained[-1],
+      }
+      for index, (seed, rate) in enumerate(runs)
+    ]  # fmt: skip
+
+  rows = bench_lib.search_and_final(config, rates, train)
+  return {"runs": rows, "errors": errors}
+
+
+def _errors(bench, config, arm: Arm, runs) -> tuple[np.ndarray, np.ndarray, list[int]]:
+  """Validation and test errors [R, stages, T], tasks in the order of each run's seed; and the
+  number of parameters that each stage trains."""
+  task, seeds = config.data.task, bench_lib.seeds_of(runs)
+  orders = {seed: order_of(task, seed) for seed in seeds}
+  count = len(bench_lib.part_names(task))
+  found, trained = {"validation": [], "test": []}, []
+  states = None
+  for stage in range(1 if arm.order == "joint" else count):
+    steps = config.stream.steps * (count if arm.order == "joint" else 1)
+    program = bench.program(config, steps, arm.later if stage else arm.first)
+    if states is None or arm.order == "alone":
+      states, frozen = bench.init(config, program, runs)
+    else:
+      states = program.start(states.params, bench_lib.rates_of(runs))
+    trained.append(optimizer.count_trained(states.params, program.optimizer.frozen) // len(runs))
+    wanted = {seed: None if arm.order == "joint" else (orders[seed][stage],) for seed in seeds}
+    data = bench.data(config, program, wanted)
+    row = bench_lib.seed_rows(runs)
+    states = group_lib.train_all(program, states, frozen, data, seeds, row)
+    for split, rows in found.items():
+      matrix = bench.errors(config, program, states, frozen, data, runs, split)
+      rows.append([own[orders[seed]] for own, (seed, _) in zip(matrix, runs, strict=True)])
+  validation, test = (np.swapaxes(np.array(rows), 0, 1) for rows in found.values())
+  return validation, test, trained
+
+
+def _diagonal(matrices: np.ndarray) -> np.ndarray:
+  return np.diagonal(matrices, axis1=1, axis2=2)
