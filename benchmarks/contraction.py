@@ -1,12 +1,13 @@
 """The three orders of contraction of (x A) C over ranks, atoms and top-k.
 
-  PYTHONPATH=. python benchmarks/contraction.py
+  python -m benchmarks.contraction
 
 Prints microseconds of a gradient (forward and backward) for the seven adapted maps of one decoder
 layer's block, and the order that `auto` picks. The physical limit is the fewest multiply-adds,
 those of the k atoms alone, at the machine's matrix-product rate, printed as `limit`.
 """
 
+import argparse
 import dataclasses
 import itertools
 import statistics
@@ -60,6 +61,7 @@ def block(config: config_lib.AdapterConfig, kind: str):
 
 
 def main() -> None:
+  argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # takes none
   rate, rng = product_rate(), np.random.default_rng(0)
   print(f"{TOKENS} tokens, {MAPS} maps; microseconds; {rate / 1e9:.0f} G multiply-adds a second")
   print("  R     M    k  operator   product    gather   limit  auto")

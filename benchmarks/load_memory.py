@@ -1,6 +1,6 @@
 """Host memory of loading weights, as a multiple of the model's size in the type it is loaded in.
 
-  PYTHONPATH=. python benchmarks/load_memory.py --out=load_memory.json
+  python -m benchmarks.load_memory --out=load_memory.json
 
 Each case is a process of its own: imports and the start of JAX come before the baseline, then
 `hf_layout.load_base` runs while this process reads the other's /proc entry every millisecond. Two
@@ -111,8 +111,8 @@ def measure(weights: str, dtype: str, devices: int) -> dict:
   """Peaks above the baseline while one child loads."""
   flags = f"--xla_force_host_platform_device_count={devices}"
   child = subprocess.Popen(
-    [sys.executable, __file__, f"--load={weights}", f"--dtype={dtype}"], text=True,
-    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    [sys.executable, "-m", "benchmarks.load_memory", f"--load={weights}", f"--dtype={dtype}"],
+    text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
   )  # fmt: skip
   if child.stdout.readline() != "ready\n":
@@ -145,7 +145,7 @@ def main(options) -> None:
   )
   results = []
   with tempfile.TemporaryDirectory() as folder:
-    subprocess.run([sys.executable, __file__, f"--write={folder}",
+    subprocess.run([sys.executable, "-m", "benchmarks.load_memory", f"--write={folder}",
                     f"--layers={options.layers}"], check=True)  # fmt: skip
     places = {"SmolLM2, GGUF": BUILT_IN, "Llama, bfloat16 shards": folder}
     for label, weights in list(places.items())[options.folder_only :]:

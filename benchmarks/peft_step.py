@@ -1,6 +1,6 @@
 """A fine-tuning step beside PEFT in torch: tokens a second and peak memory on this machine's CPU.
 
-  PYTHONPATH=. python benchmarks/peft_step.py --out=peft_step.json
+  python -m benchmarks.peft_step --out=peft_step.json
 
 SmolLM2-135M-Instruct, LoRA of rank 8 on all seven maps, AdamW with clipping, loss on answer tokens;
 both sides have the same weights, rows and precision. First one process compares loss and gradients
@@ -318,7 +318,7 @@ class Process:
 
   def __init__(self, name: str, weights: str, precision: str, shape: str):
     command = [
-      sys.executable, __file__, f"--child={name}", f"--weights={weights}",
+      sys.executable, "-m", "benchmarks.peft_step", f"--child={name}", f"--weights={weights}",
       f"--precision={precision}", f"--shape={shape}",
     ]  # fmt: skip
     self.pipe = subprocess.Popen(

@@ -1,11 +1,12 @@
 """The routed step against the LoRA step at equal rank, for one run and for many at once.
 
-  PYTHONPATH=. python benchmarks/routed_step.py
+  python -m benchmarks.routed_step
 
 Prints ratios measured in one process; the times beside them hold for this machine only. The
 physical limit is the base's matrix products, which both sides share.
 """
 
+import argparse
 import statistics
 import time
 
@@ -38,6 +39,7 @@ def seconds_a_run_step(adapter: adapter_config.AdapterConfig, runs: int) -> floa
 
 
 def main() -> None:
+  argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # takes none
   plain = adapter_config.AdapterConfig(method="lora", rank=RANK)
   print("step a run, microseconds (ratio to LoRA of the same number of runs)")
   for runs in (1, 21):

@@ -1,7 +1,7 @@
 """A decoder's training step with Queryable LoRA against LoRA of the same rank, over M, k and R.
 
-  PYTHONPATH=. python benchmarks/routing_overhead.py [--out=FILE.csv]
-  PYTHONPATH=. python benchmarks/routing_overhead.py --layers=2 --rows=1 --length=32 --repeats=1 \
+  python -m benchmarks.routing_overhead [--out=FILE.csv]
+  python -m benchmarks.routing_overhead --layers=2 --rows=1 --length=32 --repeats=1 \
     --atoms=16 --kept=2 --ranks=8        # a minute, to see that it runs
 
 The decoder has SmolLM2-135M's shape (30 layers, or fewer with --layers) and random weights: a step

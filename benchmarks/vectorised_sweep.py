@@ -1,6 +1,6 @@
 """A vectorised sweep of 70 points against the same points one by one in one process.
 
-  PYTHONPATH=. python benchmarks/vectorised_sweep.py
+  python -m benchmarks.vectorised_sweep
 
 Three sides, all starting uncompiled: all points as one program; one by one, sharing one compiled
 program of one run; and one by one with a program of its own each, as a loop over a training
@@ -8,6 +8,7 @@ function that builds its own jitted step does (measured on 7 points). The physic
 that of the step's matrix products at the machine's measured rate.
 """
 
+import argparse
 import time
 
 import jax
@@ -57,6 +58,7 @@ def limit() -> float:
 
 
 def main() -> None:
+  argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # takes none
   together = points_a_minute(POINTS, POINTS)
   alone = points_a_minute(POINTS, 1)
   own = points_a_minute(FEW, 1, shared=False)

@@ -4,9 +4,11 @@ import itertools
 import json
 import pathlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from unittest import mock
 
 import in_process
 import pytest
@@ -133,8 +135,12 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data, reques
     told = "/instruction Say it.\n7\n/adapter off\n7\n/quit\n"
     done = execute([sys.executable, *own, "--max_tokens=2"], tmp_path, told)
     assert "error:" not in done.stdout + done.stderr
-  elif pathlib.Path(arguments[0]).parent.name == "benchmarks":
-    execute([sys.executable, "-m", "py_compile", arguments[0]], tmp_path)
+  elif arguments[0] == "-m" and arguments[1].startswith("benchmarks."):
+    # Measuring takes minutes: it is loaded with all it needs, and knows its arguments.
+    given = mock.patch.object(sys, "argv", [*arguments[1:], "--help"])
+    with given, pytest.raises(SystemExit) as end:
+      runpy.run_module(arguments[1], run_name="__main__")
+    assert end.value.code == 0
   else:
     pytest.fail(f"no rule runs this command: {text}")
 
