@@ -88,7 +88,7 @@ def _rates(axis, runs, task) -> None:
   for scale in (axis.xaxis, axis.yaxis):
     scale.set_major_formatter(lambda value, _: f"{value:g}")
     scale.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[-1] in "235" else "")
-  axis.set_xlabel("validation MSE of a part just learned, noise included (search, 3 seeds)")
+  axis.set_xlabel("validation MSE of a part just learned (search, 3 seeds)")
   axis.set_ylabel("validation MSE over\nall parts at the end")
   axis.grid()
 
