@@ -56,7 +56,10 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
       if other is not None and other is not values:
         row |= _ends(name, statistics.paired_bootstrap_relative(values, other))
     table.append(row)
-  return pd.DataFrame(table)
+  orders = {"instruction": INSTRUCTIONS, "routing": ROUTINGS, "truth": ("absent", *TRUTHS)}
+  return pd.DataFrame(table).sort_values(
+    list(orders), key=lambda column: column.map(orders[column.name].index), ignore_index=True
+  )
 
 
 def contrasts(found: dict) -> list[tuple[str, str, str, dict]]:
