@@ -277,6 +277,76 @@ def test_bad_arguments_are_refused(call):
     call()
 
 
+# Spread and spikes
+
+
+def test_spread_ratio_covers_one_where_spreads_are_equal():
+  rng = np.random.default_rng(0)
+  hits = 0
+  for trial in range(200):
+    a, b = rng.normal(size=(2, 10)) + rng.normal(size=10)
+    found = statistics.paired_spread_ratio(a, b, num_resamples=400, seed=trial)
+    hits += found.low <= 1 <= found.high
+  assert 0.82 <= hits / 200 <= 0.97
+
+
+def test_spread_ratio_is_that_of_the_sample():
+  a = np.random.default_rng(1).normal(size=12)
+  found = statistics.paired_spread_ratio(3 * a, a)
+  assert found == pytest.approx((3, 3, 3))
+  with pytest.raises(ValueError, match="at least 6"):
+    statistics.paired_spread_ratio(a[:5], a[:5])
+  with pytest.raises(ValueError, match="differ"):
+    statistics.paired_spread_ratio(a, np.ones(12))
+
+
+@pytest.mark.parametrize(
+  ("losses", "spikes"),
+  [
+    ([4, 3, 2, 1], 0),
+    ([4, 3, 2, 2.9, 2], 0),  # within half of the median before
+    ([2, 2, 2, 9, 8, 2, 2], 1),  # two high records in a row are one spike
+    ([2, 2, 9, 2, 2, 2, 9, 2], 2),
+    ([2, 2, math.nan, math.nan], 1),  # diverged for good
+    ([math.inf, 2, 2, 9], 2),
+    ([5], 0),
+    ([8, 8, *[2] * 9, 3.5], 1),  # the two high ones have left half of the window
+  ],
+)
+def test_loss_spikes(losses, spikes):
+  assert statistics.loss_spikes(losses) == spikes
+
+
+def test_loss_spikes_of_many_runs_match_a_plain_loop():
+  losses = np.exp(np.random.default_rng(0).normal(size=(6, 40)))
+  losses[2, 7:12], losses[3, 0], losses[4, 20:] = np.inf, np.nan, np.nan
+  for window in (1, 4, 50):
+    expected = []
+    for run in losses:
+      high = [not np.isfinite(run[0])]
+      for index in range(1, 40):
+        before = run[max(0, index - window) : index]
+        before = before[np.isfinite(before)]
+        jumped = len(before) > 0 and run[index] > 1.5 * np.median(before)
+        high.append(jumped or not np.isfinite(run[index]))
+      expected.append(sum(now and not was for was, now in itertools.pairwise([False, *high])))
+    np.testing.assert_array_equal(statistics.loss_spikes(losses, window=window), expected)
+
+
+def test_loss_spikes_refuses_what_has_no_meaning():
+  for losses, more in (([], {}), ([1, -1], {}), ([1, 2], {"tolerance": 0}), ([1], {"window": 0})):
+    with pytest.raises(ValueError):
+      statistics.loss_spikes(losses, **more)
+
+
+def test_win_tie_loss_counts_intervals_by_their_side_of_zero():
+  intervals = [(-2, -3, -1), (0, -1, 1), (2, 1, 3), (4, 1, 9), (1, 0, 2)]
+  assert statistics.win_tie_loss(intervals) == (1, 2, 2)
+  assert statistics.win_tie_loss(intervals, lower=False) == (2, 2, 1)
+  with pytest.raises(ValueError, match="finite ends"):
+    statistics.win_tie_loss([(1, math.nan, 2)])
+
+
 def test_a_contrast_is_a_difference_of_differences():
   rng = np.random.default_rng(0)
   cells = rng.normal(size=(4, 10)) + 3 * rng.normal(size=10)  # seeds differ more than cells do
