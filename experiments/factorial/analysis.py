@@ -108,9 +108,9 @@ def contrasts(found: dict) -> list[tuple[str, str, str, dict]]:
       )  # fmt: skip
   for way in told:
     for routing in ROUTINGS[:3]:
-      for left, right in (("unseen", "true"), ("unseen", "shuffled")):
-        name = f"{left} − {right}, {way}, routing {routing}"
-        add("truth", "", name, (1, (way, routing, left)), (-1, (way, routing, right)))
+      for family, other in (("wording", "true"), ("truth", "shuffled")):
+        name = f"unseen − {other}, {way}, routing {routing}"
+        add(family, "", name, (1, (way, routing, "unseen")), (-1, (way, routing, other)))
   return effects
 
 

@@ -170,9 +170,9 @@ def ordered(keys: Iterable[str]) -> list[str]:
 
 
 def highlighted(keys: Iterable[str], limit: int = 9) -> list[str]:
-  """The methods to draw in colour: all if they are few, otherwise the main ones."""
+  """The methods to draw in front: all if they are few, otherwise the main ones, or the first."""
   keys = ordered(keys)
-  return keys if len(keys) <= limit else [key for key in keys if method(key).main]
+  return keys if len(keys) <= limit else [k for k in keys if method(k).main] or keys[:limit]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from configs import factorial as config
 from experiments import kept
 from experiments.factorial import __main__ as study
 from experiments.factorial import analysis
+from experiments.report import style
 from qlora_jax import errors
 
 SEEDS = range(100, 110)
@@ -122,3 +123,7 @@ def test_a_study_that_is_not_there_is_one_line(tmp_path):
   for arguments in ([f"--results={tmp_path}"], [f"--from={tmp_path}", f"--results={tmp_path}"]):
     with pytest.raises(errors.UserError, match=r"results\.parquet"):
       study.main(arguments)
+
+
+def test_a_report_draws_methods_that_it_does_not_know():
+  assert style.highlighted(f"cell {index}" for index in range(20))
