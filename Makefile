@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 export PYTHONPATH := .
 
-.PHONY: setup setup-dev setup-llm setup-tpu demo demo-llm study test lint format bench
+.PHONY: setup setup-dev setup-llm setup-tpu demo demo-llm study study-small figures test lint format bench
 setup: .venv/.ready
 .venv/.ready: requirements.txt requirements-data.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -45,8 +45,19 @@ demo-llm: setup-llm
 	    | $(BIN)/python -m qlora_jax.generate --adapter=runs/demo-llm/adapter --max_tokens=16; \
 	fi
 
+# Both can be stopped and go on with the same command.
 study: setup
 	$(BIN)/python launch.py --config=configs/regression.py --workdir=runs/regression --sweep
+	$(BIN)/python launch.py --config=configs/factorial.py --workdir=runs/factorial --sweep
+	$(BIN)/python launch.py --config=configs/ablations.py --workdir=runs/ablations --sweep
+
+study-small: setup
+	$(BIN)/python launch.py --config=configs/regression.py:small --workdir=runs/small/regression --sweep
+	$(BIN)/python launch.py --config=configs/factorial.py:runlocal --workdir=runs/small/factorial --sweep
+	$(BIN)/python launch.py --config=configs/ablations.py:runlocal --workdir=runs/small/ablations --sweep
+
+figures: setup
+	$(BIN)/python -m experiments.questions
 
 test: setup-dev setup-tpu lint
 	QLORA_JAX_TYPECHECK=1 $(BIN)/python -m pytest -n 2
@@ -58,6 +69,6 @@ format: setup-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/routed_step.py
-	$(BIN)/python benchmarks/vectorised_sweep.py
-	$(BIN)/python benchmarks/contraction.py
+	$(BIN)/python -m benchmarks.routed_step
+	$(BIN)/python -m benchmarks.vectorised_sweep
+	$(BIN)/python -m benchmarks.contraction

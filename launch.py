@@ -12,7 +12,6 @@ A user's mistake is one line on standard error and exit code 2; an interrupted r
 with 130 (143 after SIGTERM), and goes on where it stopped when the same command is given again.
 """
 
-import errno
 import importlib.util
 import pathlib
 import shlex
@@ -79,13 +78,18 @@ def main(argv: list[str]) -> None:
     return
   if _DRY_RUN.value:
     for own, rates in study.expand(config, points):
-      resolved = study.resolve(own)
+      resolved = study.resolve(own, abstract=True)
       adapter = resolved.model.adapter if study.is_language(own) else resolved.adapter
       for rate in rates:
         print(
           f"{loop.data_name(own)}/{loop.method_name(own)} lr {rate:g}: "
           f"{resolved.trainable_params} trainable parameters, rank {adapter.rank}"
         )
+    if _SWEEP.value:
+      from qlora_jax.evaluation import protocol
+
+      for line in protocol.check(protocol.planned(config, points), protocol.rules_of(config)):
+        print(f"protocol: {line}")
     return
   workdir = _workdir()
   from qlora_jax.parallel import processes
@@ -101,10 +105,14 @@ def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
   from qlora_jax.training import study
 
   study.resolve(config)
-  with processes.in_turn():
-    study.prepare(workdir, config, "python " + shlex.join(sys.argv))
+  with study.claimed(workdir, config, "python " + shlex.join(sys.argv)):
+    if _SWEEP.value:
+      # A language model keeps all cores busy on its own.
+      count = _WORKERS.value or (1 if study.is_language(config) else _default_workers())
+      study.run(config, points, workdir, count)
+    else:
+      row, summary = study.single(config, workdir)
   if not _SWEEP.value:
-    row, summary = study.single(config, workdir)
     if not processes.is_first():
       return
     print(summary)
@@ -114,9 +122,6 @@ def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
       print(f"adapter: {language_loop.publish(workdir, row)}")
     _report(workdir)
     return
-  # A language model keeps all cores busy on its own.
-  count = _WORKERS.value or (1 if study.is_language(config) else _default_workers())
-  study.run(config, points, workdir, count)
   if processes.is_first():
     _report(workdir, show=True)
 
@@ -188,12 +193,8 @@ def cli() -> None:
   except errors.UserError as error:
     _fail(str(error))
   except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-      where = error.filename or _WORKDIR.value
-      _fail(
-        f"--workdir: {where} cannot be written ({error.strerror}); make room: the same command"
-        " goes on from the last checkpoint"
-      )
+    if told := errors.unwritable(error, _WORKDIR.value):
+      _fail(told)
     # ml_collections reports a config file that it cannot read where its fields are first used.
     if not str(error).startswith(("Failed loading config", "Configuration is not available")):
       raise

@@ -5,44 +5,40 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; its numbers co
 """
 
 import argparse
-import functools
-import pathlib
 import re
 import sys
 
 import pandas as pd
 
+from experiments.questions import committed, every, question
 from experiments.report import inputs, measure, style, tables
+from experiments.scaling import __main__ as scaling
+from experiments.scaling import compiled as scaling_compiled
+from experiments.scaling import tables as scaling_tables
 
-ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = ROOT / "experiments" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/language_results.md")
-LANGUAGE = RESULTS / "induction"  # the study of a language model, where it has been kept
+ROOT, RESULTS = committed.ROOT, committed.RESULTS
+PAGES = (
+  "README.md", "docs/results.md", "docs/language_results.md", "experiments/scaling/README.md"
+)  # fmt: skip
+LANGUAGE = RESULTS / "induction"  # the study of a language model
 REASONS = RESULTS / "reasons"  # changes to its deciding Queryable LoRA, one at a time
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-@functools.cache
 def regression() -> pd.DataFrame:
   """The summary of the committed regression study; `docs/report.md` has its columns."""
-  return tables.summarize(inputs.read(RESULTS / "regression"))
+  return committed.summary("regression")
 
 
-@functools.cache
 def language() -> pd.DataFrame:
   """The summary of the committed study of a language model."""
-  return tables.summarize(inputs.read(LANGUAGE))
+  return committed.summary("induction")
 
 
 def _rows(setting: str, methods: list[str], baseline: str) -> pd.DataFrame:
   summary = regression()
   rows = summary[(summary["setting"] == setting) & (summary["baseline"] == baseline)]
   return rows.set_index("method", drop=False).loc[methods]
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-  rule = ["---"] * len(header)
-  return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]) + "\n"
 
 
 def _difference(row: pd.Series) -> str:
@@ -74,7 +70,7 @@ def deciding() -> str:
         tables.with_interval(row["test_mse"], row["test_mse_low"], row["test_mse_high"]),
         _difference(row),
       ])  # fmt: skip
-  return _markdown(["task", "method", "trainable", "test MSE", "difference"], rows)
+  return committed.markdown(["task", "method", "trainable", "test MSE", "difference"], rows)
 
 
 def every_task() -> str:
@@ -96,26 +92,7 @@ def every_task() -> str:
       ])  # fmt: skip
   header = ["setting", "method", "against", "test MSE", "its test MSE", "difference", "verdict",
             "spread over seeds", "basin, decades"]  # fmt: skip
-  return _markdown(header, rows)
-
-
-def counts() -> str:
-  """Wins, ties and losses of each method against LoRA over the settings it ran in."""
-  against = regression()
-  against = against[(against["baseline"] == "lora") & (against["verdict"] != "baseline")]
-  against = against[against["method"] != "none"]
-  rows = []
-  for key in style.ordered(against["method"]):
-    own = against[against["method"] == key]
-    number = own["verdict"].value_counts()
-    worse = number.get("worse", 0) + number.get("diverged", 0)
-    rows.append([
-      style.method(key).label, str(len(own)), str(number.get("better", 0)),
-      str(number.get("no difference", 0)), str(worse),
-      tables.percent(own["relative"].median()) + " %",
-    ])  # fmt: skip
-  header = ["method", "settings", "lower error", "not told apart", "higher error", "median"]
-  return _markdown(header, rows)
+  return committed.markdown(header, rows)
 
 
 def language_deciding() -> str:
@@ -139,7 +116,7 @@ def language_deciding() -> str:
     ])  # fmt: skip
   header = ["method", "trainable", "seeds", "validation nats", "exact match, new wordings, %",
             "known wordings, %", "difference to LoRA + prompt, points"]  # fmt: skip
-  return _markdown(header, rows)
+  return committed.markdown(header, rows)
 
 
 def language_tasks() -> str:
@@ -150,7 +127,7 @@ def language_tasks() -> str:
     [style.method(key).label, *(f"{value:.1f}" for value in cells.loc[key])]
     for key in style.ordered(cells.index)
   ]
-  return _markdown(["method", *(name.replace("_", " ") for name in cells.columns)], rows)
+  return committed.markdown(["method", *(name.replace("_", " ") for name in cells.columns)], rows)
 
 
 def language_rates() -> str:
@@ -165,7 +142,7 @@ def language_rates() -> str:
     rows.append(
       [style.method(key).label, *(f"**{text}**" if each == rate else text for each, text in texts)]
     )
-  return _markdown(["method", *(tables.plain(rate) for rate in means.columns)], rows)
+  return committed.markdown(["method", *(tables.plain(rate) for rate in means.columns)], rows)
 
 
 def language_reasons() -> str:
@@ -184,7 +161,11 @@ def language_reasons() -> str:
     ])  # fmt: skip
   header = ["Queryable + prior, but", "trainable", "rank", "validation nats",
             "minus LoRA's", "atoms in use"]  # fmt: skip
-  return _markdown(header, table)
+  return committed.markdown(header, table)
+
+
+def _compiled() -> pd.DataFrame:
+  return scaling.against_lora(scaling_compiled.read(RESULTS / "scaling"))
 
 
 def _accuracies(of: measure.Measure) -> list[measure.Quantity]:
@@ -203,11 +184,22 @@ def _contrast(row: pd.Series, of: measure.Measure) -> str:
   return (f"**{text}**" if row["verdict"] == "better" else text) + note.get(row["verdict"], "")
 
 
+def claims() -> str:
+  """Every question's claims, each with its verdict and evidence."""
+  rows = [row for each in every.QUESTIONS.values() if each.ready for row in each.answer()]
+  return question.claims(rows)
+
+
 TABLES = {
-  "deciding": deciding, "every_task": every_task, "counts": counts,
+  "claims": claims, "deciding": deciding, "every_task": every_task,
   "language_deciding": language_deciding, "language_tasks": language_tasks,
   "language_rates": language_rates, "language_reasons": language_reasons,
+  "scaling_targets": lambda: scaling_tables.targets(_compiled()),
+  "scaling_compiled": lambda: scaling_tables.compiled(_compiled()),
+  "scaling_overhead": scaling_tables.overhead, "scaling_plans": scaling_tables.plans,
 }  # fmt: skip
+for _question in every.QUESTIONS.values():
+  TABLES |= {name: table for name, table in _question.tables.items() if name not in TABLES}
 
 
 def filled(text: str) -> str:

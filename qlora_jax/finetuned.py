@@ -60,7 +60,9 @@ class FineTuned:
   def tokens_of(self, prompt: str, instruction: str = "") -> np.ndarray:
     """The prompt as tokens [n], in the form that the adapter was trained on."""
     example = records.Example(instruction, prompt, ("",), "chat", 0)
-    render = language.render_with(self.tokenizer, self.metadata.get("system"))
+    render = language.render_with(
+      self.tokenizer, self.metadata.get("system"), self.metadata.get("template")
+    )
     encoded = formatting.encode_example(
       example, self.tokenizer, render,
       instruction_in_prompt=self.metadata["instruction"]["in_prompt"],

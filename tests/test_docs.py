@@ -91,6 +91,11 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data, reques
     assert files and all((ROOT / name).is_file() for name in files)
     assert {"--no-deps", "--require-hashes"} <= set(arguments)
   elif arguments[0] == "launch.py":
+    if any("configs/metamath.py" in each for each in arguments):  # its weights are the reader's
+      kept = [each for each in arguments if "weights" not in each and each != "--dry_run"]
+      done = execute([sys.executable, *kept, "--dry_run"], tmp_path)
+      assert "lora lr 0.0001: 9175040 trainable parameters" in done.stdout or "grid" in text
+      return
     # Hours, or minutes of compiling: all is resolved and printed.
     if {"--sweep", "--dry_run", "--plan"}.intersection(arguments):
       done = execute([sys.executable, *arguments, "--dry_run"], tmp_path)
@@ -129,6 +134,18 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data, reques
     execute([sys.executable, "launch.py", *small, data], tmp_path)
     execute([sys.executable, "-m", "experiments.report", f"--workdir={tmp_path}/run"], tmp_path)
     assert (tmp_path / "run/report/report.html").stat().st_size > 10_000
+  elif arguments[:2] == ["-m", "qlora_jax.evaluation.protocol"]:
+    done = execute([sys.executable, *arguments], tmp_path)
+    assert "learning rate at the edge of the grid" in done.stdout
+  elif arguments[:2] == ["-m", "qlora_jax.data.text.metamath"]:
+    rows = [{"query": "What is 1?", "response": "The answer is: 1"}]
+    (tmp_path / "metamath.json").write_text(json.dumps(rows))
+    for split in ("train", "test"):
+      row = json.dumps({"question": "What is 1?", "answer": "#### 1"})
+      (tmp_path / f"{split}.jsonl").write_text(row)
+    given = [f"--out={tmp_path}/out", f"--metamath={tmp_path}/metamath.json", f"--gsm8k={tmp_path}"]
+    done = execute([sys.executable, *arguments[:2], *given], tmp_path)
+    assert "1 train, 1 validation, 1 test" in done.stdout
   elif arguments[:2] == ["-m", "qlora_jax.generate"]:
     adapter = request.getfixturevalue("tiny_adapter")
     own = [f"--adapter={adapter}" if "--adapter=" in each else each for each in arguments]

@@ -118,6 +118,21 @@ def test_a_locked_directory_of_another_config_names_the_field(tmp_path, shared_d
   assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+  ("fields", "says"),
+  [
+    (["--config.data.name=missing.jsonl"], "data.name: there is no file missing.jsonl"),
+    (["--config.mesh.data=3"], "mesh: slice 1 x data 3 x fsdp -1 x tensor 1 does not fit 1 device"),
+  ],
+)
+def test_a_mistake_that_shows_late_leaves_no_work_directory(tmp_path, tiny_llama, fields, says):
+  model = f"--config.model.weights={tiny_llama}"
+  sizes = ["--config.model.layers_per_block=1", "--config.adapter.budget=2000"]
+  run = tmp_path / "run"
+  line = refused("--config=configs/llm.py", f"--workdir={run}", model, *sizes, *fields)
+  assert says in line and not run.exists()
+
+
 def test_a_bad_value_deep_in_a_sweep_is_told_before_anything_trains(tmp_path):
   config = tmp_path / "late.py"
   config.write_text(
@@ -137,6 +152,11 @@ def test_a_dry_run_prints_every_point_and_writes_nothing(tmp_path):
     cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "HOME": str(tmp_path)},
   )  # fmt: skip
   lines = done.stdout.strip().splitlines()
-  assert len(lines) == 4  # two methods, two learning rates
-  assert all("trainable parameters" in line for line in lines)
+  points = [line for line in lines if "trainable parameters" in line]
+  assert len(points) == 4  # two methods, two learning rates
+  assert set(lines) - set(points) == {
+    "protocol: too few learning rates: 2, at least 7 asked (lora, queryable)",
+    "protocol: learning rates too close together: 0.52 decades, at least 2 asked (lora, queryable)",
+    "protocol: too few seeds: 2, at least 10 asked (lora, queryable)",
+  }
   assert not list(tmp_path.iterdir())

@@ -13,7 +13,8 @@ import markupsafe
 import numpy as np
 import pandas as pd
 
-from experiments.report import headline, inputs, measure, panels, style, tables
+from experiments.report import headline, inputs, measure, panels, stability, style, tables
+from qlora_jax.evaluation import protocol
 
 _MOST_SVG_BYTES = 2_500_000  # a larger drawing goes in as PNG
 _MEANINGS = {
@@ -71,7 +72,7 @@ def render(
   )
   template = environment.get_template("template.html.j2")
   figures = [_figure(number, item, directory) for number, item in enumerate(drawn, start=1)]
-  of, stability = study.measure, ("curves", "learning_rates", "routers")
+  of, steady = study.measure, ("curves", "learning_rates", "routers")
   own = headline.compared(summary)
   subjects = set(zip(own["task"], own["method"], strict=True))
   one_baseline = summary["baseline"].nunique() < 2
@@ -89,13 +90,14 @@ def render(
       for row in summary.to_dict("records")
     ],
     settings=list(dict.fromkeys(summary["setting"])),
-    result_figures=[f for f in figures if f["name"] not in stability],
-    stability_figures=[f for f in figures if f["name"] in stability],
+    result_figures=[f for f in figures if f["name"] not in steady],
+    stability_figures=[f for f in figures if f["name"] in steady],
     absent=absent,
-    stability=_stability(summary, of),
+    stability=_stability(study, summary),
     routers=_routers(summary),
     methods=[style.method(m) for m in style.ordered(summary["method"])],
     protocol=_protocol(study, summary),
+    unmet=unmet(study),
     report_command=f"python -m experiments.report --workdir={study.workdir.name}",
     config=json.dumps(study.info["config"], indent=2, default=str),
     marks=_MARKS,
@@ -189,28 +191,13 @@ def _interval(row, name: str, formatted) -> markupsafe.Markup:
   return markupsafe.Markup(text)
 
 
-def _stability(summary: pd.DataFrame, of: measure.Measure) -> list[dict]:
+def _stability(study: inputs.Study, summary: pd.DataFrame) -> dict:
   """One line a method over all data sets."""
-  rows = []
-  own = summary.drop_duplicates([*inputs.SETTING, "method"])
-  for key in style.ordered(own["method"]):
-    here = own[own["method"] == key]
-    searched = here["search_runs"].sum()
-    diverged = (
-      (here["diverged_share"] * here["search_runs"]).sum() / searched if searched else math.nan
-    )
-    basins = here["basin_decades"].dropna()
-    failed, finals = int(here["failed_runs"].sum()), int(here["num_seeds"].sum())
-    rows.append({
-      "label": style.method(key).label,
-      "searched": int(searched),
-      "diverged": tables.share(diverged),
-      "basin": tables.number(basins.median(), 2) if len(basins) else tables.MISSING,
-      "narrowest": tables.number(basins.min(), 2) if len(basins) else tables.MISSING,
-      "spread": tables.number(100 * (here["spread"] / here[of.key]).median(), 2),
-      "failed": f"{failed} of {finals}",
-    })  # fmt: skip
-  return rows
+  rows = stability.table(study, summary).to_dict("records")
+  return {
+    "columns": list(stability.HEADINGS.values()),
+    "rows": [[row["label"], *stability.cells(row)] for row in rows],
+  }
 
 
 def _routers(summary: pd.DataFrame) -> dict | None:
@@ -227,6 +214,13 @@ def _routers(summary: pd.DataFrame) -> dict | None:
       for m in style.ordered(means.index)
     ],
   }
+
+
+def unmet(study: inputs.Study) -> list[str]:
+  """What a study that compares methods does not meet of the protocol; see `docs/protocol.md`."""
+  if study.results["method"].nunique() < 2:
+    return []
+  return protocol.check(study.results, protocol.rules_of(study.info["config"]))
 
 
 def _protocol(study: inputs.Study, summary: pd.DataFrame) -> list[str]:

@@ -35,6 +35,8 @@ class Measure(Quantity):
     validation, validation_name, validation_noun: column, axis label and sentence's first words of
       what the search minimises; curve, curve_name, curve_noun: of what learning curves show.
     relative: whether differences are in percent of the baseline, or else in the unit itself.
+    resolution: the difference that a study should resolve, for `seeds_needed`: a share of the
+      baseline's mean if `relative`, or else in the unit itself.
     required: the columns that `results.parquet` must have.
     also: further quantities of the final runs.
   """
@@ -51,6 +53,7 @@ class Measure(Quantity):
   curve_name: str = ""
   curve_noun: str = ""
   relative: bool = True
+  resolution: float = 0.05
   required: tuple[str, ...] = ()
   also: tuple[Quantity, ...] = ()
 
@@ -101,7 +104,7 @@ NATS = Measure(
 )  # fmt: skip
 EXACT_MATCH = dataclasses.replace(
   NATS, key="test_accuracy", name="exact match, %", lower=False, scale=100.0,
-  base="base_test_accuracy", noun="exact match", mean="exact match",
+  base="base_test_accuracy", resolution=1.0, noun="exact match", mean="exact match",
   short="exact match",
   meaning="Exact match in percent (share of greedily generated answers that equal an accepted one, "
   "for inputs that training did not see and instructions in new wordings)",

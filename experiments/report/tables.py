@@ -18,6 +18,8 @@ BASELINES: Mapping[str, Sequence[str]] = {
   "multi_target": ("lora", "lora_input"),
 }
 
+LEAST_FOR_SPREAD = 6  # pairs of seeds below which a ratio of spreads has no interval
+
 _ENDS = ("", "_low", "_high")
 _NO_INTERVAL = (math.nan, math.nan, math.nan)
 
@@ -42,10 +44,11 @@ def summarize(
     present = style.ordered(runs["method"])
     searched = search[(search[inputs.SETTING] == list(setting)).all(axis=1)]
     chosen = [b for b in baselines_of(setting[0], baselines) if b in present] or [""]
+    label = study.setting_label(setting)
     own = {
       key: {
         **dict(zip(inputs.SETTING, setting, strict=True)),
-        "setting": study.setting_label(setting),
+        "setting": label,
         **_of_method(of, key, runs[runs["method"] == key], searched[searched["method"] == key]),
       }
       for key in present
@@ -105,7 +108,10 @@ def _also(runs: pd.DataFrame, also: measure.Quantity) -> pd.Series:
 def _against(of: measure.Measure, baseline: str, runs: pd.DataFrame, own: dict) -> dict:
   """The paired difference of a method to `baseline` over the seeds that both finished."""
   names = [f"{n}{end}" for n in ("difference", "relative") for end in _ENDS]
-  row = dict.fromkeys([*names, "p_value", "p_holm"], math.nan)
+  ratios = [f"spread_ratio{end}" for end in _ENDS]
+  row = dict.fromkeys(
+    [*names, "p_value", "p_holm", "effect_size", "seeds_needed", *ratios], math.nan
+  )
   row |= {"baseline": baseline, "num_pairs": 0, "verdict": ""}
   row["baseline_params"] = runs.loc[runs["method"] == baseline, "trainable_params"].median()
   for also in of.also:
@@ -123,6 +129,12 @@ def _against(of: measure.Measure, baseline: str, runs: pd.DataFrame, own: dict) 
   row |= dict(zip(names, (*difference, *relative), strict=True))
   if len(ours) > 1:
     row["p_value"] = float(statistics.paired_p_value(ours, theirs))
+    row["effect_size"] = statistics.effect_size(ours, theirs)
+    resolution = of.resolution * abs(float(theirs.mean())) if of.relative else of.resolution
+    if resolution > 0:
+      row["seeds_needed"] = statistics.seeds_needed(ours - theirs, resolution)
+  if len(ours) >= LEAST_FOR_SPREAD and np.ptp(ours) > 0 and np.ptp(theirs) > 0:
+    row |= dict(zip(ratios, statistics.paired_spread_ratio(ours, theirs), strict=True))
   for also in of.also:
     ends = _interval(
       statistics.paired_bootstrap, *_pairs(finished, _also(finished, also), key, baseline)

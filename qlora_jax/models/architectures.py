@@ -1,7 +1,8 @@
 """Shapes of published models, as their `config.json` gives them, for plans without weights.
 
-Llama 3.x: arXiv 2407.21783, table 3. Qwen3: arXiv 2505.09388, table 1. Gemma 2: arXiv 2408.00118,
-table 1. Gemma 3: arXiv 2503.19786. A test holds each to the published number of parameters.
+Llama 3.x: arXiv 2407.21783, table 3; Llama 3.2 3B: its model card. Qwen3: arXiv 2505.09388, table
+1. Gemma 2: arXiv 2408.00118, table 1. Gemma 3: arXiv 2503.19786. A test holds each to the published
+number of parameters.
 """
 
 from typing import Any
@@ -32,6 +33,10 @@ def _qwen3(width, hidden, layers, heads) -> dict[str, Any]:
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
+  "llama3.2-3b": {
+    **_llama(3072, 8192, 28, 24), "head_dim": 128, "tie_word_embeddings": True,
+    "rope_scaling": {**_llama(0, 0, 0, 0)["rope_scaling"], "factor": 32.0},
+  },
   "llama3-8b": _llama(4096, 14_336, 32, 32),
   "llama3-70b": _llama(8192, 28_672, 80, 64),
   "llama3-405b": _llama(16_384, 53_248, 126, 128),

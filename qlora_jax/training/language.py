@@ -49,14 +49,19 @@ _NO_ADAPTER = adapter_config.AdapterConfig(method="none")
 _SAMPLES = 3  # answers of each task that a result keeps, for people to read
 
 
-def render_with(tokenizer, system: str | None = None) -> formatting.Render:
+def render_with(
+  tokenizer, system: str | None = None, template: str | None = None
+) -> formatting.Render:
   """How a conversation becomes text: the model's chat template, or plain lines without one.
 
   Args:
     tokenizer: of the model.
     system: system message of conversations that have none; None leaves it to the template, which
       may write one of its own.
+    template: text around a prompt instead of the model's chat template, with `{prompt}`.
   """
+  if template is not None:
+    return formatting.template_render(template, tokenizer.bos_token or "")
 
   def render(messages, add_generation_prompt):
     if system is not None and messages[0]["role"] != "system":
@@ -135,10 +140,14 @@ class Run:
     if split == "validation":
       examples = some(examples, self.config.eval.validation)
     return pipeline.encode(
-      examples, self.tokenizer, render_with(self.tokenizer, self.config.data.system),
+      examples, self.tokenizer, self._render(),
       length=self.config.data.length, on_long=self.config.data.on_long,
       instruction_in_prompt=self.config.instruction.in_prompt,
     )  # fmt: skip
+
+  def _render(self) -> formatting.Render:
+    data = self.config.data
+    return render_with(self.tokenizer, data.system, data.get("template"))
 
   def train(self, label: str, by_generation: bool = True) -> dict[str, Any]:
     """Trains, scores, and writes adapter and `result.json`; goes on where a stopped run was.
@@ -286,7 +295,7 @@ class Run:
 
   def answers(self, variables, model: decoder.Decoder, examples) -> list[str]:
     """What the model says to each example."""
-    render = render_with(self.tokenizer, self.config.data.system)
+    render = self._render()
     encoded = [
       formatting.encode_example(
         example, self.tokenizer, render, instruction_in_prompt=self.config.instruction.in_prompt
@@ -358,6 +367,7 @@ class Run:
       },
       "base_fingerprint": self.settings.source.fingerprint,
       "instruction": self.config.instruction.to_dict(), "system": self.config.data.system,
+      "template": self.config.data.get("template"),
       "training": result,
     })  # fmt: skip
 

@@ -63,6 +63,9 @@ def resolve(config: ml_collections.ConfigDict, abstract: bool = False) -> Settin
     for name in names:
       if config[section][name] < 1:
         raise errors.UserError(f"{section}.{name}: {config[section][name]} is not at least 1")
+  template = config.data.get("template")
+  if template is not None and "{prompt}" not in template:
+    raise errors.UserError(f"data.template: {template!r} has no {{prompt}}, where the prompt goes")
   checkpoint.check_config(config)
   for field in ("search_seeds", "final_seeds"):
     if not config.protocol[field]:

@@ -212,6 +212,7 @@ def train_setting(trainer, setting: tuple) -> tuple[list[dict], bool]:
       results.append(found)
     spec = loop.GroupSpec(own, "final", tuple((seed, best) for seed in own.protocol.final_seeds))
     last, trained = _once(trainer, keeper, spec)
+  compiled.relieve()
   if trained:
     told = trainer.summary(last["rows"])
     trainer.display.log(f"{loop.data_name(own)}/{loop.method_name(own)}: lr {best:g}, {told}")

@@ -62,6 +62,27 @@ def plain_render(messages: Sequence[records.Message], add_generation_prompt: boo
   return "".join(lines) + ("Assistant:" if add_generation_prompt else "")
 
 
+def template_render(template: str, start: str = "") -> Render:
+  """A rendering in which `template` surrounds each user's message, for base models.
+
+  Args:
+    template: text with `{prompt}`; the answer follows it at once.
+    start: text before everything, such as the token that begins a text.
+  """
+
+  def render(messages: Sequence[records.Message], add_generation_prompt: bool) -> str:
+    del add_generation_prompt  # a prompt ends as the template does
+    parts = []
+    for message in messages:
+      if message["role"] == "user":
+        parts.append(template.replace("{prompt}", message["content"]))
+      elif message["role"] == "assistant":
+        parts.append(f"{message['content']}\n")
+    return start + "".join(parts)
+
+  return render
+
+
 def chat_messages(
   example: records.Example, *, instruction_in_prompt: bool
 ) -> tuple[records.Message, ...]:

@@ -83,7 +83,9 @@ def read(path: pathlib.Path, texts: dict[str, int]) -> list[records.Example]:
   try:
     content = path.read_text(encoding="utf-8-sig")
   except FileNotFoundError as error:
-    raise errors.UserError(f"data.name: there is no file {path}; give a .jsonl file, a folder of them or a built-in name") from error
+    raise errors.UserError(
+      f"data.name: there is no file {path}; give a .jsonl file, a folder of them or a built-in name"
+    ) from error
   except UnicodeDecodeError as error:
     line = error.object[: error.start].count(b"\n") + 1
     raise errors.UserError(f"{path} line {line}: is not UTF-8") from error

@@ -76,10 +76,11 @@ def locate(
     return {path: pathlib.Path(builder_config.manual_folder, path) for path in files}
   folder = pathlib.Path(dl_manager.download_dir)
   folder.mkdir(parents=True, exist_ok=True)
-  return {path: _download(f"{base}/{path}", sha256, folder) for path, sha256 in files.items()}
+  return {path: download(f"{base}/{path}", sha256, folder) for path, sha256 in files.items()}
 
 
-def _download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
+def download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
+  """A published file in `folder`, named by its checksum; raises a UserError for any other."""
   place = folder / f"{sha256[:16]}-{url.rpartition('/')[2]}"
   if place.is_file() and hashlib.sha256(place.read_bytes()).hexdigest() == sha256:
     return place

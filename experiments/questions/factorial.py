@@ -1,0 +1,88 @@
+"""What does the instruction give, what does routing give, and do they need each other?"""
+
+import functools
+import pathlib
+
+import pandas as pd
+
+from experiments.factorial import figure
+from experiments.questions import committed, question
+
+_FOLDER = committed.RESULTS / "factorial"
+
+
+@functools.cache
+def cells() -> pd.DataFrame:
+  """A row a cell, from the committed table."""
+  return pd.read_csv(_FOLDER / "cells.csv")
+
+
+@functools.cache
+def effects() -> pd.DataFrame:
+  """A row a main effect or interaction, from the committed table."""
+  return pd.read_csv(_FOLDER / "effects.csv", keep_default_na=True)
+
+
+def ends(row, name: str = "percent", digits: int = 1) -> str:
+  """`mean [low, high]` in per cent."""
+  texts = (f"{row[f'{name}{end}']:+.{digits}f}".replace("-", "−") for end in ("", "_low", "_high"))
+  mean, low, high = texts
+  return f"{mean} % [{low}, {high}]"
+
+
+def table() -> str:
+  """Main effects and interactions at wordings that training has not seen."""
+  rows = effects()
+  families = ("instruction", "routing", "interaction")
+  rows = rows[(rows["truth"] == "unseen") & rows["family"].isin(families)]
+  return committed.markdown(
+    ["family", "effect", "change of test MSE", "p (Holm)"],
+    [
+      [row["family"], row["effect"].replace("|", "\\|"), ends(row), f"{row['p_holm']:.3f}"]
+      for row in rows.to_dict("records")
+    ],
+  )
+
+
+def answer() -> list[tuple[str, str, str]]:
+  """The prior, the routing, and whether the prior gains by routing."""
+  rows = effects()
+  rows = rows[rows["truth"] == "unseen"].set_index("effect")
+  told = [
+    ("prior − none", "the instruction as a prior lowers the error"),
+    ("query − none", "the instruction in the query lowers the error"),
+    ("on − static", "routing by the input lowers the error against a static mixture"),
+    ("on − uniform", "softmax weights lower the error against equal weights on the top 4"),
+    ("(prior − none) × (on − static)", "the prior gains by routing (interaction with static)"),
+    ("(prior − none) × (on − uniform)", "the prior gains by routing (interaction with uniform)"),
+  ]  # fmt: skip
+  return [
+    (claim, verdict(rows.loc[name]), f"{ends(rows.loc[name])}, p {rows.loc[name, 'p_holm']:.3f}")
+    for name, claim in told if name in rows.index
+  ]  # fmt: skip
+
+
+def verdict(row, alpha: float = 0.05) -> str:
+  """What an interval and a corrected p-value say of a claim that an error falls."""
+  if row["percent_low"] <= 0 <= row["percent_high"] or row["p_holm"] >= alpha:
+    return "inconclusive"
+  return "supported" if row["percent_high"] < 0 else "not supported"
+
+
+def draw(target: pathlib.Path) -> None:
+  """Writes `target`.svg and .png."""
+  figure.draw(cells(), effects(), target)
+
+
+QUESTION = question.Question(
+  name="factorial",
+  caption="Left: test error (units of the source's variance, ten seeds, 95 % bootstrap intervals)"
+  " by where the instruction enters and how atoms are weighed, on six targets that only the"
+  " instruction tells apart. Right: main effects and interactions at wordings that training has"
+  " not seen, in per cent of the error; black where Holm's p is below .05.",
+  study="factorial",
+  command="python launch.py --config=configs/factorial.py --workdir=runs/factorial --sweep",
+  draw=draw,
+  tables={"factorial": table},
+  answer=answer,
+)

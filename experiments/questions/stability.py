@@ -1,0 +1,199 @@
+"""Does Queryable LoRA train more steadily than LoRA? The paper's second claim."""
+
+import functools
+import pathlib
+
+import numpy as np
+import pandas as pd
+from matplotlib import figure
+from matplotlib import lines as mlines
+
+from experiments.questions import committed, error, question
+from experiments.report import inputs, panels, stability, style, tables
+from qlora_jax.evaluation import statistics
+
+_RATIO = ["spread_ratio", "spread_ratio_low", "spread_ratio_high"]
+
+
+@functools.cache
+def by_method() -> pd.DataFrame:
+  """The defined quantities, a row a method; see `stability.table`."""
+  return stability.table(committed.study("regression"), committed.summary("regression"))
+
+
+@functools.cache
+def pairs() -> pd.DataFrame:
+  """The method fixed in advance beside its baseline, with the baseline's own basin: by setting."""
+  summary = committed.summary("regression")
+  own = summary.drop_duplicates([*inputs.SETTING, "method"])
+  own = own[[*inputs.SETTING, "method", "basin_decades", "diverged_share", "search_runs"]]
+  return error.compared().merge(
+    own.rename(columns={"method": "baseline"}), on=[*inputs.SETTING, "baseline"],
+    suffixes=("", "_other"),
+  )  # fmt: skip
+
+
+def table() -> str:
+  """Every method's stability over all settings."""
+  rows = [
+    [row["label"], str(row["settings"]), *stability.cells(row)]
+    for row in by_method().to_dict("records") if row["method"] != "none"
+  ]  # fmt: skip
+  header = ["method", "settings", "search runs", "diverged", "loss spikes", "basin, decades",
+            "narrowest", "spread, % of error", "spread below / like / above LoRA's",
+            "final runs without result"]  # fmt: skip
+  return committed.markdown(header, rows)
+
+
+def by_setting() -> str:
+  """Spread over seeds and basin of Queryable LoRA beside its baseline's, setting by setting."""
+  rows = [
+    [
+      row["setting"], row["label"], style.method(row["baseline"]).label,
+      tables.with_interval(*(row[name] for name in _RATIO), lambda x: tables.number(x, 2)),
+      _word(row), f"{tables.number(row['basin_decades'], 2)} /"
+      f" {tables.number(row['basin_decades_other'], 2)}",
+    ]
+    for row in pairs().to_dict("records")
+  ]  # fmt: skip
+  header = ["setting", "method", "against", "ratio of spreads", "verdict", "basin, decades"]
+  return committed.markdown(header, rows)
+
+
+def _word(row: dict) -> str:
+  if row["spread_ratio_high"] < 1:
+    return "steadier"
+  return "less steady" if row["spread_ratio_low"] > 1 else "not told apart"
+
+
+def answer() -> list[tuple[str, str, str]]:
+  """The claim on training stability, quantity by quantity."""
+  rows = pairs()
+  number = statistics.win_tie_loss(rows[_RATIO].to_numpy() - 1)
+  spread = (
+    f"spread over seeds smaller on {number.wins}, larger on {number.losses} and not told apart on"
+    f" {number.ties} of {len(rows)} settings; median ratio"
+    f" {tables.number(rows['spread_ratio'].median(), 2)}"
+  )
+  both = rows[["basin_decades", "basin_decades_other"]].dropna()
+  basin = statistics.paired_bootstrap(*both.to_numpy().T)
+  width = (
+    f"{tables.signed(basin.mean, 2)} decades [{tables.signed(basin.low, 2)},"
+    f" {tables.signed(basin.high, 2)}] over {len(both)} settings"
+  )
+  ours, theirs = (
+    round((rows[f"diverged_share{end}"] * rows[f"search_runs{end}"]).sum())
+    for end in ("", "_other")
+  )
+  runs = int(rows["search_runs"].sum())
+  spikes = by_method().set_index("method")["spikes"]
+  return [
+    ("smaller spread over seeds than LoRA", _verdict(number), spread),
+    (
+      "a wider basin of learning rates than LoRA",
+      "supported" if basin.low > 0 else "not supported" if basin.high < 0 else "inconclusive",
+      width,
+    ),
+    (
+      "fewer diverged runs than LoRA", "not supported" if ours >= theirs else "inconclusive",
+      f"{ours} against {theirs} of {runs} search runs over seven learning rates",
+    ),
+    (
+      "fewer loss spikes than LoRA",
+      "inconclusive" if spikes["queryable"] == spikes["lora"] == 0
+      else "not supported" if spikes["queryable"] >= spikes["lora"] else "inconclusive",
+      f"{spikes['queryable']:.0f} against {spikes['lora']:.0f}, in losses averaged over 200 steps"
+      " each: shorter ones are not seen",
+    ),
+  ]  # fmt: skip
+
+
+def _verdict(number: statistics.Counts) -> str:
+  if number.wins > number.losses and number.wins > number.ties:
+    return "supported"
+  return "not supported" if number.losses >= number.wins else "inconclusive"
+
+
+def draw(target: pathlib.Path) -> None:
+  """Writes `target`.svg and .png."""
+  rows = pairs().sort_values("spread_ratio", ascending=False)
+  with style.context():
+    made = figure.Figure(figsize=(10.4, 4.4), layout="constrained")
+    left, middle, right = made.subplots(1, 3, width_ratios=(1.15, 0.9, 1))
+    _spreads(left, rows)
+    _basins(middle, rows)
+    middle.sharey(left)
+    middle.tick_params(axis="y", labelleft=False)
+    _diverged(right)
+    made.savefig(target.with_suffix(".png"), dpi=200)
+    made.savefig(target.with_suffix(".svg"))
+
+
+def _spreads(axis, rows: pd.DataFrame) -> None:
+  for place, row in enumerate(rows.to_dict("records")):
+    look, clear = style.method(row["method"]), _word(row) != "not told apart"
+    axis.plot([row[_RATIO[1]], row[_RATIO[2]]], [place, place], color=look.color)
+    axis.plot(
+      row[_RATIO[0]], place, look.marker, color=look.color, markersize=6,
+      markerfacecolor=look.color if clear else style.PAPER,
+    )  # fmt: skip
+  axis.axvline(1, color=style.INK, linewidth=0.8)
+  panels.log_axis(axis.xaxis, rows[_RATIO[1]].min(), rows[_RATIO[2]].max())
+  axis.set_yticks(range(len(rows)), rows["setting"])
+  axis.set_xlabel("spread over 10 seeds, ratio to LoRA's (95 % interval)")
+  axis.set_title("Spread: left of 1 is steadier")
+  axis.grid(axis="x")
+
+
+def _basins(axis, rows: pd.DataFrame) -> None:
+  ours, theirs = style.method("queryable"), style.method("lora")
+  for place, row in enumerate(rows.to_dict("records")):
+    axis.plot([row["basin_decades"], row["basin_decades_other"]], [place] * 2, color=style.MUTED,
+              linewidth=0.8, zorder=1)  # fmt: skip
+    axis.plot(row["basin_decades_other"], place, theirs.marker, color=theirs.color,
+              markerfacecolor=style.PAPER)  # fmt: skip
+    axis.plot(row["basin_decades"], place, ours.marker, color=ours.color, markersize=6)
+  axis.set_xlim(left=0)
+  axis.set_xlabel("basin, decades of learning rate")
+  axis.set_title("Basin: wider is easier to tune")
+  axis.grid(axis="x")
+  axis.legend(
+    handles=[
+      mlines.Line2D([], [], color=ours.color, marker=ours.marker, linestyle="none",
+                    label="Queryable"),
+      mlines.Line2D([], [], color=theirs.color, marker=theirs.marker, linestyle="none",
+                    markerfacecolor=style.PAPER, label="LoRA"),
+    ], loc="lower right", handlelength=1,
+  )  # fmt: skip
+
+
+def _diverged(axis) -> None:
+  rows = by_method()
+  rows = rows[rows["method"] != "none"]
+  shares = 100 * rows["diverged"].to_numpy()
+  looks = [style.method(key) for key in rows["method"]]
+  axis.hlines(np.arange(len(rows)), 0, shares, color=style.MUTED, linewidth=0.8)
+  for place, (share, look) in enumerate(zip(shares, looks, strict=True)):
+    axis.plot(share, place, look.marker, color=look.color, clip_on=False)
+  axis.set_yticks(range(len(rows)), [look.label for look in looks])
+  axis.set_ylim(len(rows) - 0.4, -0.6)
+  axis.set_xlim(left=0)
+  axis.set_xlabel("search runs that diverged, %")
+  axis.set_title("Diverged over the grid of rates")
+  axis.grid(axis="x")
+
+
+QUESTION = question.Question(
+  name="stability",
+  caption="Left: standard deviation of the test error over ten final seeds, as a ratio to LoRA's"
+  " over the same seeds, with 95 % bootstrap intervals; a filled mark's interval leaves out 1."
+  " Middle: decades of learning rate whose mean validation error is within 5 % of the best."
+  " Right: share of the search's runs, at seven learning rates, that end worse than the frozen base"
+  " or not finite. On multi target Queryable LoRA with the prior is compared with LoRA that sees"
+  " the instruction, too.",
+  study="regression",
+  command="python launch.py --config=configs/regression.py --workdir=runs/regression --sweep",
+  draw=draw,
+  tables={"stability": table, "stability_settings": by_setting},
+  answer=answer,
+)

@@ -1,0 +1,100 @@
+"""Every question has a notebook that runs, and the committed figures are those of the results."""
+
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+from experiments.questions import __main__ as command
+from experiments.questions import committed, every, question, stability
+from qlora_jax.evaluation import statistics
+
+ROOT = pathlib.Path(__file__).parents[2]
+READY = [name for name, each in every.QUESTIONS.items() if each.ready]
+
+
+def notebook(name):
+  return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+  """The outputs by notebook, and the folder of their figures.
+
+  One kernel runs them all, emptied before each, so that imports and summaries are there once.
+  """
+  folder, joined = tmp_path_factory.mktemp("figures"), nbformat.v4.new_notebook()
+  for name in READY:
+    own = [nbformat.v4.new_code_cell("%reset -f"), *notebook(name).cells]
+    for number, cell in enumerate(own):
+      cell["id"], cell.metadata["notebook"] = f"{name.replace('_', '-')}-{number}", name
+    joined.cells += own
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("QLORA_JAX_FIGURES", str(folder))
+    patch.setenv("PYTHONPATH", str(ROOT))
+    resources = {"metadata": {"path": str(ROOT)}}
+    nbclient.NotebookClient(joined, timeout=300, resources=resources).execute()
+  shown = {name: [] for name in READY}
+  for cell in joined.cells:
+    shown[cell.metadata["notebook"]] += cell.get("outputs", [])
+  return shown, folder
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_notebook_runs_and_draws_the_committed_figure(name, executed):
+  shown, folder = executed
+  kinds = [kind for output in shown[name] for kind in output.get("data", {})]
+  assert "image/png" in kinds and kinds.count("text/markdown") >= 2
+  kept = ROOT / "docs" / "figures" / f"{name}.svg"
+  assert (folder / f"{name}.svg").read_bytes() == kept.read_bytes(), "run make figures"
+
+
+def test_every_question_has_a_notebook_without_outputs():
+  books = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+  assert books == set(every.QUESTIONS)
+  for name in books:
+    assert not any(cell.get("outputs") for cell in notebook(name).cells), name
+
+
+def test_captions_are_those_of_the_figures_that_are_there(tmp_path):
+  folder = ROOT / "docs" / "figures"
+  for name in every.captions():
+    if (folder / f"{name}.png").is_file():
+      (tmp_path / f"{name}.png").touch()
+      assert (folder / f"{name}.svg").is_file(), name
+  command.index(tmp_path)
+  assert (tmp_path / "README.md").read_text() == (folder / "README.md").read_text()
+
+
+def test_an_unknown_figure_is_one_line_and_exit_code_2(capsys):
+  assert command.main(["nothing"]) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("error: figure 'nothing' is unknown; use one of regression_error")
+
+
+def test_a_settled_drawing_has_no_date(tmp_path):
+  path = tmp_path / "a.svg"
+  path.write_text("<svg>\n  <dc:date>2026-01-01</dc:date>\n  <g/>  \n</svg>\n")
+  question.settle(path)
+  assert path.read_text() == "<svg>\n  <g/>\n</svg>\n"
+
+
+def test_stability_is_counted_from_the_runs():
+  study, rows = committed.study("regression"), stability.by_method().set_index("method")
+  own = study.stage("search")
+  own = own[own["method"] == "queryable"]
+  assert rows.loc["queryable", "search_runs"] == len(own)
+  assert rows.loc["queryable", "diverged"] == pytest.approx(own["diverged"].mean())
+  errors = study.stage("final")
+  errors = errors[(errors["task"] == "regimes") & (errors["noise_level"] == 0.0)]
+  errors = errors.pivot(index="seed", columns="method", values="test_mse")
+  pair = stability.pairs().set_index("setting").loc["regimes, noise 0"]
+  assert pair["spread_ratio"] == pytest.approx(errors["queryable"].std() / errors["lora"].std())
+  uniform = study.results[study.results["method"] == "uniform"]["run_id"]
+  curves = study.curves[study.curves["run_id"].isin(uniform)].sort_values(["run_id", "step"])
+  spikes = sum(
+    int(statistics.loss_spikes(losses.to_numpy()))
+    for _, losses in curves.groupby("run_id")["train_loss"]
+  )
+  assert rows.loc["uniform", "spikes"] == spikes > 0
