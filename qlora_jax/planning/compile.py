@@ -12,6 +12,7 @@ import os
 import pathlib
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,9 +83,18 @@ def run(job: program.Job, topology: hardware.Topology, hlo: str = "") -> dict[st
       worker.kill()  # where this process was interrupted
       worker.wait()
     if not result.exists():
-      lines = said.decode(errors="replace").strip().splitlines() or ["without a word"]
-      raise CompilerError(f"the TPU compiler stopped ({worker.returncode}): {lines[-1].strip()}")
+      raise CompilerError(f"the TPU compiler {_ended(worker.returncode, said)}")
     return json.loads(result.read_text())
+
+
+def _ended(code: int, said: bytes) -> str:
+  """How a process ended, with its last words; libtpu's traces are addresses without names."""
+  lines = [
+    line.strip() for line in said.decode(errors="replace").splitlines()
+    if line.strip() and "symbolize" not in line
+  ]  # fmt: skip
+  how = f"crashed ({signal.Signals(-code).name})" if code < 0 else f"stopped with code {code}"
+  return f"{how}: {lines[-1]}" if lines and code >= 0 else how
 
 
 def exceeded(message: str) -> dict[str, int] | None:

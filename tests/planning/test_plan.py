@@ -210,3 +210,10 @@ def test_the_tpu_compiler_takes_the_training_step():
   assert states <= kinds["activations"] < 3 * states
   assert found["collectives"]["all-gather"]["count"] >= TINY.blocks  # weights, a layer at a time
   assert found["collectives_of_routing"] == 0
+
+
+def test_a_compiler_that_ends_says_how_in_one_line():
+  trace = b"a line\nhttps://symbolize.domain/r/?trace=7f1,7f2\n"
+  assert compile._ended(-11, trace) == "crashed (SIGSEGV)"
+  assert compile._ended(1, b"first\nthe reason \n\n" + trace[7:]) == "stopped with code 1: the reason"
+  assert compile._ended(1, b"") == "stopped with code 1"
