@@ -11,6 +11,9 @@ from experiments.report import headline, inputs, style, tables
 from qlora_jax.evaluation import statistics
 
 _LOWER, _TIE, _HIGHER = "#0072b2", style.FAINT, "#d55e00"
+_LOOKS = (
+  (_LOWER, "", "lower error"), (_TIE, "", "not told apart"), (_HIGHER, "////", "higher error"),
+)  # fmt: skip
 _ENDS = ["relative", "relative_low", "relative_high"]
 
 
@@ -60,7 +63,7 @@ def answer() -> list[tuple[str, str, str]]:
   rows = compared()
   number = statistics.win_tie_loss(rows[_ENDS].to_numpy())
   names = {
-    verdict: ", ".join(rows[rows["verdict"] == verdict]["setting"]) or "none"
+    verdict: "; ".join(rows[rows["verdict"] == verdict]["setting"]) or "none"
     for verdict in ("better", "worse")
   }
   if number.losses == 0 and number.wins > len(rows) / 2:
@@ -82,6 +85,12 @@ def draw(target: pathlib.Path) -> None:
     left, right = made.subplots(1, 2, width_ratios=(1, 1.1))
     _forest(left, compared().sort_values("relative", ascending=False))
     _bars(right, against_lora())
+    made.legend(
+      handles=[
+        mpatches.Patch(facecolor=color, hatch=hatch, edgecolor=style.PAPER, label=label)
+        for color, hatch, label in _LOOKS
+      ], loc="outside lower right", ncols=3,
+    )  # fmt: skip
     made.savefig(target.with_suffix(".png"), dpi=200)
     made.savefig(target.with_suffix(".svg"))
 
@@ -100,19 +109,18 @@ def _forest(axis, rows: pd.DataFrame) -> None:
     names.append(row["setting"] + ("\n(with the instruction)" if given else ""))
   axis.axvline(0, color=style.INK, linewidth=0.8)
   axis.set_yticks(range(len(names)), names)
-  axis.set_xlabel("test MSE, % of LoRA's, minus 100 (10 seeds, 95 % interval)")
+  axis.set_xlabel("difference in test MSE, % (10 seeds, 95 % interval)")
   axis.set_title("Queryable against LoRA, by setting")
   axis.grid(axis="x")
 
 
 def _bars(axis, rows: pd.DataFrame) -> None:
   methods = style.ordered(rows["method"])
-  looks = ((_LOWER, "", "lower"), (_TIE, "", "not told apart"), (_HIGHER, "////", "higher"))
   for place, key in enumerate(methods):
     own = rows[rows["method"] == key]
     start = 0
     for number, (color, hatch, _) in zip(
-      statistics.win_tie_loss(own[_ENDS].to_numpy()), looks, strict=True
+      statistics.win_tie_loss(own[_ENDS].to_numpy()), _LOOKS, strict=True
     ):
       if number:
         axis.barh(place, number, left=start, color=color, hatch=hatch, edgecolor=style.PAPER)
@@ -126,11 +134,6 @@ def _bars(axis, rows: pd.DataFrame) -> None:
   axis.set_ylim(len(methods) - 0.4, -0.6)
   axis.set_xlabel("settings")
   axis.set_title("Each method's error against LoRA's")
-  handles = [
-    mpatches.Patch(facecolor=color, hatch=hatch, edgecolor=style.PAPER, label=label)
-    for color, hatch, label in looks
-  ]
-  axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
 
 
 QUESTION = question.Question(

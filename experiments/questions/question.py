@@ -34,6 +34,11 @@ class Question:
   answer: Callable[[], list[tuple[str, str, str]]]
 
   @property
+  def short(self) -> str:
+    """Its name in a table."""
+    return self.name.replace("_", " ")
+
+  @property
   def ready(self) -> bool:
     """Whether its results are there."""
     return (committed.RESULTS / self.study).is_dir()

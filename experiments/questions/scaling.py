@@ -87,7 +87,7 @@ def answer() -> list[tuple[str, str, str]]:
   if seen is not None:
     said = f"reserved by the TPU compiler, {seen['extra_peak_percent']:.2f} % alive at once"
   at = f"M = {_ATOMS}, k = {_KEPT}, R = {_RANK}, {_SCALE}"
-  routed = checked()["routed_collectives"].sum()
+  routed = (checked()["routed_collectives"] > 0).sum()
   return [
     (
       f"under 1 % more FLOPs than LoRA ({at})", "supported" if flops < 1 else "not supported",
@@ -99,9 +99,11 @@ def answer() -> list[tuple[str, str, str]]:
       f"{hbm:.2f} % {said}, {row['extra_hbm_percent']:.2f} % by formula",
     ),
     (
-      "no collective on the routed path",
-      "supported" if len(checked()) and not routed else "inconclusive",
-      f"{routed:.0f} in the loop over blocks of {len(checked())} compiled points",
+      f"no collective on the routed path ({at})",
+      "inconclusive" if seen is None else "not supported" if seen["routed_collectives"]
+      else "supported",
+      "not compiled" if seen is None else f"{seen['routed_collectives']:.0f} in the loop over"
+      f" blocks; {routed:.0f} of the {len(checked())} compiled points have one",
     ),
   ]  # fmt: skip
 

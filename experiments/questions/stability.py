@@ -87,7 +87,7 @@ def answer() -> list[tuple[str, str, str]]:
   )
   runs = int(rows["search_runs"].sum())
   spikes = by_method().set_index("method")["spikes"]
-  return [
+  parts = [
     ("smaller spread over seeds than LoRA", _verdict(number), spread),
     (
       "a wider basin of learning rates than LoRA",
@@ -106,6 +106,16 @@ def answer() -> list[tuple[str, str, str]]:
       " each: shorter ones are not seen",
     ),
   ]  # fmt: skip
+  verdicts = [verdict for _, verdict, _ in parts]
+  supported, against = verdicts.count("supported"), verdicts.count("not supported")
+  whole = "inconclusive" if not supported and not against else "not supported"
+  if supported and not against:
+    whole = "supported"
+  evidence = (
+    f"of the four quantities below {supported} supported, {against} not supported,"
+    f" {verdicts.count('inconclusive')} inconclusive"
+  )
+  return [("more stable training than LoRA (the paper's)", whole, evidence), *parts]
 
 
 def _verdict(number: statistics.Counts) -> str:
@@ -125,6 +135,7 @@ def draw(target: pathlib.Path) -> None:
     middle.sharey(left)
     middle.tick_params(axis="y", labelleft=False)
     _diverged(right)
+    made.legend(handles=_handles(), loc="outside lower left", ncols=3)
     made.savefig(target.with_suffix(".png"), dpi=200)
     made.savefig(target.with_suffix(".svg"))
 
@@ -134,37 +145,43 @@ def _spreads(axis, rows: pd.DataFrame) -> None:
     look, clear = style.method(row["method"]), _word(row) != "not told apart"
     axis.plot([row[_RATIO[1]], row[_RATIO[2]]], [place, place], color=look.color)
     axis.plot(
-      row[_RATIO[0]], place, look.marker, color=look.color, markersize=6,
+      row[_RATIO[0]], place, marker=look.marker, color=look.color, markersize=6,
       markerfacecolor=look.color if clear else style.PAPER,
     )  # fmt: skip
   axis.axvline(1, color=style.INK, linewidth=0.8)
   panels.log_axis(axis.xaxis, rows[_RATIO[1]].min(), rows[_RATIO[2]].max())
   axis.set_yticks(range(len(rows)), rows["setting"])
-  axis.set_xlabel("spread over 10 seeds, ratio to LoRA's (95 % interval)")
+  axis.set_xlabel("ratio of spreads over 10 seeds\n(95 % interval)")
   axis.set_title("Spread: left of 1 is steadier")
   axis.grid(axis="x")
 
 
 def _basins(axis, rows: pd.DataFrame) -> None:
-  ours, theirs = style.method("queryable"), style.method("lora")
+  theirs = style.method("lora")
   for place, row in enumerate(rows.to_dict("records")):
+    ours = style.method(row["method"])
     axis.plot([row["basin_decades"], row["basin_decades_other"]], [place] * 2, color=style.MUTED,
               linewidth=0.8, zorder=1)  # fmt: skip
     axis.plot(row["basin_decades_other"], place, theirs.marker, color=theirs.color,
               markerfacecolor=style.PAPER)  # fmt: skip
     axis.plot(row["basin_decades"], place, ours.marker, color=ours.color, markersize=6)
   axis.set_xlim(left=0)
-  axis.set_xlabel("basin, decades of learning rate")
+  axis.set_xlabel("basin, decades of\nlearning rate")
   axis.set_title("Basin: wider is easier to tune")
   axis.grid(axis="x")
-  axis.legend(
-    handles=[
-      mlines.Line2D([], [], color=ours.color, marker=ours.marker, linestyle="none",
-                    label="Queryable"),
-      mlines.Line2D([], [], color=theirs.color, marker=theirs.marker, linestyle="none",
-                    markerfacecolor=style.PAPER, label="LoRA"),
-    ], loc="lower right", handlelength=1,
-  )  # fmt: skip
+
+
+def _handles() -> list[mlines.Line2D]:
+  ours, theirs = style.method("queryable"), style.method("lora")
+  prior = style.method("queryable_prior")
+  return [
+    mlines.Line2D([], [], color=look.color, marker=look.marker, linestyle="none", label=label,
+                  markerfacecolor=style.PAPER if look is theirs else look.color)
+    for look, label in (
+      (ours, "Queryable"), (prior, "Queryable + prior, of multi target"),
+      (theirs, "LoRA; of multi target LoRA with instruction"),
+    )
+  ]  # fmt: skip
 
 
 def _diverged(axis) -> None:
@@ -174,7 +191,7 @@ def _diverged(axis) -> None:
   looks = [style.method(key) for key in rows["method"]]
   axis.hlines(np.arange(len(rows)), 0, shares, color=style.MUTED, linewidth=0.8)
   for place, (share, look) in enumerate(zip(shares, looks, strict=True)):
-    axis.plot(share, place, look.marker, color=look.color, clip_on=False)
+    axis.plot(share, place, marker=look.marker, color=look.color, clip_on=False)
   axis.set_yticks(range(len(rows)), [look.label for look in looks])
   axis.set_ylim(len(rows) - 0.4, -0.6)
   axis.set_xlim(left=0)
