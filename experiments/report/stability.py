@@ -34,7 +34,7 @@ def table(study: inputs.Study, summary: pd.DataFrame) -> pd.DataFrame:
   of, spikes = study.measure, _spikes(study)
   own = summary.drop_duplicates([*inputs.SETTING, "method"])
   # Of several baselines the last reads the instruction, the first does not: as the method does.
-  against = summary[np.isfinite(summary["spread_ratio"])]
+  against = summary[np.isfinite(summary["spread_ratio"]) & (summary["method"] != "lora")]
   reads, key = against["method"].isin(_READ), [*inputs.SETTING, "method"]
   against = pd.concat([
     against[~reads].groupby(key, sort=False).head(1),
