@@ -41,7 +41,7 @@ demo-llm: setup-llm
 	    --instruction="Write the plural of the word."; \
 	else \
 	  printf '%s\n' "/instruction Write the plural of the word." berry \
-	    "/instruction Change the word to capital letters." berry "/adapter off" berry \
+	    "/instruction Write the first letter of the word." berry "/adapter off" berry \
 	    | $(BIN)/python -m qlora_jax.generate --adapter=runs/demo-llm/adapter --max_tokens=16; \
 	fi
 
