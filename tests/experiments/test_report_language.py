@@ -176,9 +176,8 @@ def test_a_damaged_table_of_answers_is_named(tmp_path, make_language_study):
 
 def test_the_documents_take_tables_from_a_language_study(built, monkeypatch):
   monkeypatch.setattr(documents, "LANGUAGE", built[1])
-  documents.language.cache_clear()
+  monkeypatch.setattr(documents, "language", lambda: tables.summarize(inputs.read(built[1])))
   text = documents.filled("<!-- table: language_deciding -->\n<!-- end -->")
-  documents.language.cache_clear()
   shown = f"{100 * final(built[0], 'lora', True).mean():.1f}"
   assert re.search(
     rf"\| LoRA \+ prompt \| 2,440,000 \| 3 \| .* \| {shown} \[.*\| baseline \|", text
@@ -186,7 +185,6 @@ def test_the_documents_take_tables_from_a_language_study(built, monkeypatch):
   assert "| Frozen base + prompt | 0 |" in text and "(one seed: no interval)" in text
   tasks = documents.language_tasks()
   assert "| antonyms | plural | translation en-fr |" in tasks
-  monkeypatch.setattr(documents, "language", lambda: tables.summarize(inputs.read(built[1])))
   search = built[0].query("stage == 'search' and method == 'lora' and in_prompt")
   best = search.set_index("learning_rate")["validation_nats"].loc[1e-3]
   assert f"**{best:.3f}**" in documents.language_rates()
