@@ -80,7 +80,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data.system = config_dict.placeholder(str)  # the chat template's own unless given
   config.data.tasks = config_dict.placeholder(tuple)
   config.data.train_rows = config_dict.placeholder(int)
-  config.instruction = dict(encoder="minilm", dim=32, in_prompt=False, shuffled=False)
+  config.instruction = dict(encoder="minilm", dim=32, in_prompt=False)
+  # Controls: the vectors of all wordings change places, or the rows of a split exchange wordings.
+  config.instruction.update(shuffled=False, exchanged=False)
   config.mesh = dict(slice=1, data=1, fsdp=-1, tensor=1, rules=mesh.DEFAULT_RULES)
   config.cluster = options.default()
   config.protocol = dict(search_seeds=(0,), final_seeds=(100, 101, 102))

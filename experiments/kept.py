@@ -28,7 +28,10 @@ def keep(workdir: pathlib.Path, target: pathlib.Path) -> None:
   rows.to_parquet(target / "results.parquet", index=False, compression="zstd")
   study = json.loads((workdir / "study.json").read_text())
   study["command"] = re.sub(r"=/\S*/(?=[^/\s]+)", "=runs/", study["command"])
-  study["config"]["data"]["data_dir"] = "data"
+  data = study["config"]["data"]
+  data["data_dir"] = "data"
+  if data.get("manual_folder"):
+    data["manual_folder"] = None
   (target / "study.json").write_text(json.dumps(study, indent=1) + "\n")
 
 
@@ -60,7 +63,7 @@ def chosen(rows: pd.DataFrame) -> pd.DataFrame:
   search = rows[rows["stage"] == "search"].groupby("method")["learning_rate"].agg(["min", "max"])
   table = final[["learning_rate", "rank", "atoms", "trainable_params"]].first()
   table["rate_at_edge"] = search.reindex(table.index).eq(table["learning_rate"], axis=0).any(axis=1)
-  table["diverged"] = final["diverged"].sum()
+  table["diverged"] = final["diverged"].sum() if "diverged" in rows else 0
   table["effective_support"] = final["router/effective_support"].mean()
   return table
 

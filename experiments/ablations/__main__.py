@@ -4,15 +4,10 @@ python -m experiments.ablations                          # from the committed re
 python -m experiments.ablations --from=runs/ablations    # keeps the results of a sweep first
 """
 
-import argparse
-import pathlib
-import sys
-
 import pandas as pd
 
-from experiments import kept
+from experiments import command, kept
 from experiments.ablations import analysis, figure
-from qlora_jax import errors
 
 RESULTS = kept.RESULTS / "ablations"
 
@@ -44,10 +39,7 @@ def summary(levels: pd.DataFrame) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(prog="python -m experiments.ablations", description=__doc__)
-  parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
-  parser.add_argument("--from", dest="workdir", type=pathlib.Path, help="a sweep to keep first")
-  given = parser.parse_args(arguments)
+  given = command.of_sweep("ablations", __doc__, RESULTS).parse_args(arguments)
   if given.workdir:
     kept.keep(given.workdir, given.results)
   levels = analysis.levels(kept.read(given.results))
@@ -61,8 +53,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except errors.UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  command.run(main)

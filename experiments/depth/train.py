@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import bench as bench_lib
+from experiments import units
 from experiments.depth import quantities
 from qlora_jax.adapters import removal
 from qlora_jax.training import group as group_lib
@@ -59,13 +59,13 @@ PAIRS = (
 )
 
 
-def units(points: list[dict]) -> int:
+def unit_count(points: list[dict]) -> int:
   """How many units of work there are."""
   settings = {setting_name(point) for point in points}
   return 2 * len(settings) + len(PAIRS) * (len(ARMS) + 1)
 
 
-def run(bench: bench_lib.Bench, points: list[dict]) -> dict[str, list[dict]]:
+def run(bench: units.Bench, points: list[dict]) -> dict[str, list[dict]]:
   """All units' results by kind: what is missing in the work directory is made first.
 
   Returns:
@@ -128,7 +128,7 @@ def _source(bench, name, config, rates, wanted) -> list[dict]:
         kept[run] = jax.tree.map(lambda leaf, index=index: leaf[index], params)
       return rows
 
-    rows = bench_lib.search_and_final(config, rates, train)
+    rows = units.search_and_final(config, rates, train)
     rate = rows[-1]["learning_rate"]
     chosen = [kept[(seed, rate)] for seed in _kept_seeds(config)]
     bench.save(name, jax.tree.map(lambda *leaves: np.stack(leaves), *chosen))
@@ -151,10 +151,10 @@ def transfer(bench, pair: Pair, arm: Arm, source: str, rates) -> list[dict]:
     places = np.array([seeds.index(seed) for seed, _ in runs])
     own = jax.tree.map(lambda leaf: leaf[places], given)
     params = optimizer.transplant(drawn.params, own, arm.taken)
-    states = program.start(params, bench_lib.rates_of(runs))
+    states = program.start(params, units.rates_of(runs))
     return _fit(bench, config, program, states, frozen, runs, pair.target_parts)[0]
 
-  rows = bench_lib.search_and_final(config, rates, train)
+  rows = units.search_and_final(config, rates, train)
   return [{"kind": "transfer", "setting": pair.name, "arm": arm.name, **row} for row in rows]
 
 
@@ -162,9 +162,9 @@ def _fit(bench, config, program, states, frozen, runs, wanted):
   """Trains runs on the wanted parts; their rows (means over these parts) and their weights."""
   data = bench.data(config, program, {seed: wanted for seed, _ in runs})
   states = group_lib.train_all(
-    program, states, frozen, data, bench_lib.seeds_of(runs), bench_lib.seed_rows(runs)
+    program, states, frozen, data, units.seeds_of(runs), units.seed_rows(runs)
   )
-  chosen = list(range(len(bench_lib.part_names(config.data.task)))) if wanted is None else wanted
+  chosen = list(range(len(units.part_names(config.data.task)))) if wanted is None else wanted
   base = bench.unadapted(config)[list(chosen)].mean()
   validation, test = (
     bench.errors(config, program, states, frozen, data, runs, split)[:, list(chosen)].mean(axis=1)
@@ -192,7 +192,7 @@ def look(bench, name: str, config: ml_collections.ConfigDict) -> dict[str, list[
   final = [seeds.index(seed) for seed in config.protocol.final_seeds]
   data = bench.data(config, program, {seeds[0]: None})
   batch, test = data.whole(seeds[0], "test"), data.splits[seeds[0]]["test"]
-  own, names = bench_lib.parts(task, test), bench_lib.part_names(task)
+  own, names = units.parts(task, test), units.part_names(task)
 
   def weights(params, frozen, batch):  # [N, n, M]
     variables = step_lib.variables(program.model, params, frozen)
@@ -235,7 +235,7 @@ def look(bench, name: str, config: ml_collections.ConfigDict) -> dict[str, list[
       kept[slice(None) if block < 0 else block, atom] = False
     error = np.square(np.asarray(without(chosen, kept, frozen, batch)) - test.clean)
     for seed, each in zip(config.protocol.final_seeds, error, strict=True):
-      by_part = bench_lib.by_part(each, own, task)
+      by_part = units.by_part(each, own, task)
       found["effects"] += [
         {"setting": name, "seed": seed, "block": block, "atom": atom, "part": part, "mse": value}
         for part, value in [("all", float(each.mean())), *zip(names, by_part.tolist(), strict=True)]

@@ -2,46 +2,49 @@
 
 python -m experiments.factorial                          # from the committed results
 python -m experiments.factorial --from=runs/factorial    # keeps the results of a sweep first
+python -m experiments.factorial --domain=language        # the one on a language model
 """
-
-import argparse
-import pathlib
-import sys
 
 import pandas as pd
 
-from experiments import kept
+from experiments import command, kept
 from experiments.factorial import analysis, figure
-from qlora_jax import errors
 
-RESULTS = kept.RESULTS / "factorial"
+RESULTS = kept.RESULTS / analysis.DOMAINS["regression"].name
 
 
-def summary(cells: pd.DataFrame, effects: pd.DataFrame) -> str:
+def summary(cells: pd.DataFrame, effects: pd.DataFrame, domain: analysis.Domain) -> str:
   """Markdown: all cells, and all effects at unseen wordings, with 95 % intervals."""
-  lines = [
-    "| instruction | routing | truth | atoms | rate | test MSE | to the same routing, told nothing"
-    " | to LoRA with it in the input |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- |",
-  ]
+  exact = bool(domain.accuracy)
+  heads = [
+    "instruction", "routing", "truth", "atoms", "rate", domain.unit,
+    "to the same routing, told nothing", "to LoRA with it in the input",
+    *(["exact match, %"] if exact else []),
+  ]  # fmt: skip
+  lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
   for row in cells.to_dict("records"):
     edge = " (edge)" if row["rate_at_edge"] else ""
     lines.append(
       f"| {row['instruction']} | {row['routing']} | {row['truth']} | {row['atoms']:g} |"
-      f" {row['learning_rate']:g}{edge} | {_ends(row, 'mse', '.3f')} |"
+      f" {row['learning_rate']:g}{edge} | {_ends(row, 'error', '.3f')} |"
       f" {_ends(row, 'against_untold', '+.1f', ' %')} |"
       f" {_ends(row, 'against_lora_input', '+.1f', ' %')} |"
+      + (f" {_number(row['exact_match'], '.1f')} |" if exact else "")
     )
   lines += [
-    "", "| family | wordings | effect | per cent | MSE | p (Holm) |",
+    "", f"| family | wordings | effect | per cent | {domain.unit} | p (Holm) |",
     "| --- | --- | --- | --- | --- | --- |",
   ]  # fmt: skip
   for row in effects.to_dict("records"):
     lines.append(
       f"| {row['family']} | {row['truth']} | {row['effect']} | {_ends(row, 'percent', '+.1f')} |"
-      f" {_ends(row, 'mse', '+.3f')} | {row['p_holm']:.3f} |"
+      f" {_ends(row, 'error', '+.3f')} | {row['p_holm']:.3f} |"
     )
   return "\n".join(lines) + "\n"
+
+
+def _number(value: float, form: str) -> str:
+  return f"{value:{form}}" if pd.notna(value) else ""
 
 
 def _ends(row: dict, name: str, form: str, unit: str = "") -> str:
@@ -52,26 +55,23 @@ def _ends(row: dict, name: str, form: str, unit: str = "") -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(prog="python -m experiments.factorial", description=__doc__)
-  parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
-  parser.add_argument("--from", dest="workdir", type=pathlib.Path, help="a sweep to keep first")
+  parser = command.of_sweep("factorial", __doc__, None)
+  parser.add_argument("--domain", choices=tuple(analysis.DOMAINS), default="regression")
   given = parser.parse_args(arguments)
+  domain = analysis.DOMAINS[given.domain]
+  results = given.results or kept.RESULTS / domain.name
   if given.workdir:
-    kept.keep(given.workdir, given.results)
-  rows = kept.read(given.results)
-  cells, effects = analysis.cells(rows), analysis.effects(rows)
-  cells.to_csv(given.results / "cells.csv", index=False, float_format="%.6g")
-  effects.to_csv(given.results / "effects.csv", index=False, float_format="%.6g")
-  text = summary(cells, effects)
-  (given.results / "summary.md").write_text(text)
-  figure.draw(cells, effects, given.results / "factorial")
+    kept.keep(given.workdir, results)
+  rows = kept.read(results)
+  cells, effects = analysis.cells(rows, domain), analysis.effects(rows, domain)
+  cells.to_csv(results / "cells.csv", index=False, float_format="%.6g")
+  effects.to_csv(results / "effects.csv", index=False, float_format="%.6g")
+  text = summary(cells, effects, domain)
+  (results / "summary.md").write_text(text)
+  figure.draw(cells, effects, results / "factorial", domain)
   print(text)
-  print(f"results: {given.results}")
+  print(f"results: {results}")
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except errors.UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  command.run(main)

@@ -3,8 +3,10 @@
 A cell is (instruction, routing, truth). Truth is 'true': trained with true wordings and tested with
 wordings that training has seen; 'unseen': the same runs, tested with other wordings of the same
 instructions; 'shuffled': trained and tested with the wordings of other rows; 'absent' where nothing
-reads an instruction.
+reads an instruction. With fewer than six seeds intervals and p-values are Student's.
 """
+
+import dataclasses
 
 import numpy as np
 import pandas as pd
@@ -12,18 +14,51 @@ import pandas as pd
 from experiments import kept
 from qlora_jax.evaluation import statistics
 
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+  """What a factorial was made on.
+
+  Attributes:
+    name: folder of its results; config: module that trains it.
+    known, unseen: columns of the test score, smaller is better, at wordings that training has seen
+      and at others; unit: the score's.
+    accuracy: column of the exact match at unseen wordings, or None.
+  """
+
+  name: str
+  config: str
+  known: str
+  unseen: str
+  unit: str
+  accuracy: str | None = None
+
+
+DOMAINS = {
+  "regression": Domain(
+    "factorial", "configs/factorial.py", "test_known_mse", "test_mse",
+    "test MSE (source variance = 1)",
+  ),
+  "language": Domain(
+    "factorial_language", "configs/factorial_language.py", "test_seen_nats", "test_nats",
+    "test nats an answer token", "test_accuracy",
+  ),
+}  # fmt: skip
 INSTRUCTIONS = ("none", "input", "query", "prior", "kl", "prior+query")
-ROUTINGS = ("on", "static", "uniform", "lora")
+ROUTINGS = ("on", "static", "uniform", "example", "lora")
 TRUTHS = ("true", "unseen", "shuffled")
 PAIRED = ("on", "uniform")  # the routings that every way to give the instruction exists for
 
 
-def errors_of_cells(rows: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
-  """Test mean squared error [seeds] of every cell that has been trained, seeds in one order.
+_FEW = 6  # seeds below which the bootstrap is too narrow and the sign-flip test cannot reach .05
+
+
+def errors_of_cells(rows: pd.DataFrame, domain: Domain) -> dict[tuple[str, str, str], np.ndarray]:
+  """Test error [seeds] of every cell that has been trained, seeds in one order.
 
   A cell without an instruction is there once for each truth, since the truth cannot change it.
   """
-  columns = {"true": "test_known_mse", "unseen": "test_mse"}
+  columns = {"true": domain.known, "unseen": domain.unseen}
   tables = {name: kept.scores(rows, column) for name, column in columns.items()}
   found = {}
   for method in tables["unseen"]:
@@ -35,9 +70,9 @@ def errors_of_cells(rows: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray
   return found
 
 
-def cells(rows: pd.DataFrame) -> pd.DataFrame:
+def cells(rows: pd.DataFrame, domain: Domain) -> pd.DataFrame:
   """One row a cell: its error, and its difference in per cent to the same routing told nothing."""
-  found, chosen, table = errors_of_cells(rows), kept.chosen(rows), []
+  found, chosen, table = errors_of_cells(rows, domain), kept.chosen(rows), []
   for (instruction, routing, truth), values in found.items():
     absent = instruction == "none"
     if absent and truth != "unseen":
@@ -49,12 +84,15 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
       **own[["rank", "atoms", "trainable_params", "learning_rate", "rate_at_edge"]],
       "seeds": len(values), "diverged": own["diverged"],
       "effective_support": own["effective_support"],
-      **_ends("mse", statistics.bootstrap_mean(values)),
+      **_ends("error", _mean(values)),
     }  # fmt: skip
+    if domain.accuracy and truth != "true":
+      own = kept.scores(rows, domain.accuracy)[f"{instruction}/{routing}/{trained}"]
+      row["exact_match"] = 100 * own.mean()
     untold, lora = found.get(("none", routing, truth)), found.get(("input", "lora", truth))
     for name, other in (("against_untold", untold), ("against_lora_input", lora)):
       if other is not None and other is not values:
-        row |= _ends(name, statistics.paired_bootstrap_relative(values, other))
+        row |= _ends(name, _relative(values, other))
     table.append(row)
   orders = {"instruction": INSTRUCTIONS, "routing": ROUTINGS, "truth": ("absent", *TRUTHS)}
   return pd.DataFrame(table).sort_values(
@@ -100,6 +138,11 @@ def contrasts(found: dict) -> list[tuple[str, str, str, dict]]:
           (1, (way, "on", truth)), (-1, ("none", "on", truth)),
           (-1, (way, other, truth)), (1, ("none", other, truth)),
         )  # fmt: skip
+    for way in ("query", "prior+query"):
+      add(
+        "example", truth, f"on − example, {way}",
+        (1, (way, "on", truth)), (-1, (way, "example", truth)),
+      )  # fmt: skip
     for routing in PAIRED:
       add(
         "interaction", truth, f"prior × query, routing {routing}",
@@ -114,26 +157,48 @@ def contrasts(found: dict) -> list[tuple[str, str, str, dict]]:
   return effects
 
 
-def effects(rows: pd.DataFrame) -> pd.DataFrame:
+def effects(rows: pd.DataFrame, domain: Domain) -> pd.DataFrame:
   """One row an effect: in error, and in per cent (of the logarithm), with Holm's p in its family
   at one truth.
 
   An interaction in per cent is a ratio of ratios; on the two scales it may differ in sign.
   """
-  found, table = errors_of_cells(rows), []
+  found, table = errors_of_cells(rows, domain), []
   for family, truth, name, weights in contrasts(found):
     values = np.stack([found[cell] for cell in weights])
     given = list(weights.values())
-    log = statistics.paired_contrast(np.log(values), given)
+    plain, _ = _contrast(values, given)
+    log, p_value = _contrast(np.log(values), given)
     table.append({
       "family": family, "effect": name, "truth": truth, "seeds": values.shape[1],
-      **_ends("mse", statistics.paired_contrast(values, given)),
+      **_ends("error", plain),
       **_ends("percent", statistics.Interval(*kept.percent(np.array(log)))),
-      "p_value": statistics.paired_p_value(given @ np.log(values), np.zeros(values.shape[1])),
+      "p_value": p_value,
     })  # fmt: skip
   table = pd.DataFrame(table)
   table["p_holm"] = table.groupby(["family", "truth"])["p_value"].transform(statistics.holm)
   return table
+
+
+def _contrast(values: np.ndarray, weights: list[float]) -> tuple[statistics.Interval, float]:
+  if values.shape[1] < _FEW:
+    return statistics.student(weights @ values)
+  p_value = statistics.paired_p_value(weights @ values, np.zeros(values.shape[1]))
+  return statistics.paired_contrast(values, weights), p_value
+
+
+def _mean(values: np.ndarray) -> statistics.Interval:
+  if len(values) < _FEW:
+    return statistics.student(values)[0]
+  return statistics.bootstrap_mean(values)
+
+
+def _relative(values: np.ndarray, other: np.ndarray) -> statistics.Interval:
+  """Per cent of the other's error; of few seeds, by the mean of their logarithms' differences."""
+  if len(values) < _FEW:
+    log = statistics.student(np.log(values / other))[0]
+    return statistics.Interval(*kept.percent(np.array(log)))
+  return statistics.paired_bootstrap_relative(values, other)
 
 
 def _ends(name: str, interval: statistics.Interval) -> dict[str, float]:

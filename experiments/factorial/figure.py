@@ -7,12 +7,14 @@ import pandas as pd
 from matplotlib import figure
 from matplotlib import lines as mlines
 
+from experiments.factorial import analysis
 from experiments.report import style
 
 # Colour and marker tell the routing; a filled, hollow or half filled marker tells the truth.
 _ROUTING = {
   "on": ("#d55e00", "o", "routing on"), "static": ("#cc79a7", "s", "static mixture"),
-  "uniform": ("#0072b2", "^", "uniform on the top 4"), "lora": (style.INK, "D", "LoRA"),
+  "uniform": ("#0072b2", "^", "uniform on the top 4"),
+  "example": ("#009e73", "v", "on, by example"), "lora": (style.INK, "D", "LoRA"),
 }  # fmt: skip
 _PLACES = {
   "none": "none", "input": "in the\ninput", "query": "in the\nquery",
@@ -26,28 +28,31 @@ _TRUTHS = {
 _FILL = {"true": "none", "unseen": "full", "shuffled": "left"}
 
 
-def draw(cells: pd.DataFrame, effects: pd.DataFrame, target: pathlib.Path) -> None:
+def draw(
+  cells: pd.DataFrame, effects: pd.DataFrame, target: pathlib.Path, domain: analysis.Domain
+) -> None:
   """Writes `target`.svg and .png: all cells, and the effects at unseen wordings."""
   with style.context():
     made = figure.Figure(figsize=(9.6, 4.6), layout="constrained")
     left, right = made.subplots(1, 2, width_ratios=(1.45, 1))
-    _cells(left, cells)
-    _effects(right, effects)
+    _cells(left, cells, domain)
+    _effects(right, effects, domain)
     made.legend(handles=_handles(cells), loc="outside lower center", ncols=4)
     made.savefig(target.with_suffix(".svg"))
     made.savefig(target.with_suffix(".png"), dpi=200)
 
 
-def _cells(axis, cells: pd.DataFrame) -> None:
-  slots = [(routing, truth) for routing in _ROUTING for truth in _TRUTHS]
+def _cells(axis, cells: pd.DataFrame, domain: analysis.Domain) -> None:
+  routings = [name for name in _ROUTING if name in set(cells["routing"])]
+  slots = [(routing, truth) for routing in routings for truth in _TRUTHS]
   for row in cells.itertuples():
     truth = "unseen" if row.truth == "absent" else row.truth
     place = list(_PLACES).index(row.instruction)
     offset = (slots.index((row.routing, truth)) + 0.5) / len(slots) - 0.5
     color, marker, _ = _ROUTING[row.routing]
     axis.errorbar(
-      place + 0.84 * offset, row.mse,
-      yerr=[[row.mse - row.mse_low], [row.mse_high - row.mse]], color=color, marker=marker,
+      place + 0.84 * offset, row.error,
+      yerr=[[row.error - row.error_low], [row.error_high - row.error]], color=color, marker=marker,
       markersize=4.5, elinewidth=1, linestyle="none", markeredgewidth=1,
       fillstyle=_FILL[truth], markerfacecoloralt=style.PAPER,
     )  # fmt: skip
@@ -56,13 +61,13 @@ def _cells(axis, cells: pd.DataFrame) -> None:
   axis.set_xticks(range(len(_PLACES)), _PLACES.values())
   axis.set_xlim(-0.5, len(_PLACES) - 0.5)
   axis.set_ylim(bottom=0)
-  axis.set_ylabel("test MSE (source variance = 1)")
+  axis.set_ylabel(domain.unit)
   axis.set_title("Error by the instruction's place and routing")
   axis.grid(axis="y")
 
 
-def _effects(axis, effects: pd.DataFrame) -> None:
-  families = ("instruction", "routing", "interaction")
+def _effects(axis, effects: pd.DataFrame, domain: analysis.Domain) -> None:
+  families = ("instruction", "routing", "example", "interaction")
   chosen = effects[(effects["truth"] == "unseen") & effects["family"].isin(families)]
   chosen = chosen.iloc[np.argsort(chosen["family"].map(families.index), kind="stable")]
   height, ticks, before = 0.0, {}, None
@@ -71,7 +76,7 @@ def _effects(axis, effects: pd.DataFrame) -> None:
     before = row.family
     ticks[height] = row.effect
     color = style.INK if row.p_holm < 0.05 else style.MUTED
-    marker = {"instruction": "o", "routing": "s", "interaction": "D"}[row.family]
+    marker = {"instruction": "o", "routing": "s", "example": "v", "interaction": "D"}[row.family]
     axis.plot([row.percent_low, row.percent_high], [height] * 2, color=color, linewidth=1.4)
     axis.plot(
       row.percent, height, marker, color=color, markersize=4.5,
@@ -79,7 +84,7 @@ def _effects(axis, effects: pd.DataFrame) -> None:
     )  # fmt: skip
   axis.axvline(0, color=style.INK, linewidth=0.6)
   axis.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
-  axis.set_xlabel("change of test MSE, % (×: of the ratio of two)")
+  axis.set_xlabel(f"change of {domain.unit.partition(' (')[0]}, % (×: of the ratio of two)")
   axis.set_title("Effects, unseen wordings", loc="left")
   axis.grid(axis="x")
 

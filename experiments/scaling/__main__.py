@@ -5,14 +5,13 @@ python -m experiments.scaling --compile              # compiles the chosen point
 python -m experiments.scaling --compile --limit=2    # two of them; the same command continues
 """
 
-import argparse
 import pathlib
 import sys
 
 import pandas as pd
 
+from experiments import command
 from experiments.scaling import compiled, figure, points
-from qlora_jax import errors
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "scaling"
 
@@ -78,7 +77,7 @@ def summary(table: pd.DataFrame, checked: pd.DataFrame) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(prog="python -m experiments.scaling", description=__doc__)
+  parser = command.parser("scaling", __doc__)
   parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
   parser.add_argument("--compile", action="store_true", help="compile what is missing first")
   parser.add_argument("--limit", type=int, help="compile at most so many points")
@@ -98,8 +97,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except errors.UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  command.run(main)

@@ -6,7 +6,7 @@ python -m experiments.stream                         # tables and figure from th
 
 import pathlib
 
-from experiments import bench as bench_lib
+from experiments import command, units
 from experiments.stream import figure, tables, train
 from qlora_jax.training import study
 
@@ -14,11 +14,11 @@ RESULTS = pathlib.Path(__file__).parents[1] / "results" / "stream"
 
 
 def main(arguments: list[str] | None = None) -> None:
-  given = bench_lib.parser("stream", __doc__, RESULTS).parse_args(arguments)
+  given = command.of_units("stream", __doc__, RESULTS).parse_args(arguments)
   if given.workdir is not None:
-    config, points = bench_lib.load(given.config)
-    study.prepare(given.workdir, config, bench_lib.command())
-    bench = bench_lib.Bench(config, given.workdir, train.units(points), given.limit)
+    config, points = command.load(given.config)
+    study.prepare(given.workdir, config, command.given())
+    bench = units.Bench(config, given.workdir, train.unit_count(points), given.limit)
     tables.write(train.run(bench, points), given.results)
   found = tables.read(given.results)
   summary = tables.summarise(found)
@@ -30,4 +30,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  bench_lib.run(main)
+  command.run(main)

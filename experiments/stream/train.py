@@ -5,7 +5,7 @@ import dataclasses
 import ml_collections
 import numpy as np
 
-from experiments import bench as bench_lib
+from experiments import units
 from qlora_jax.training import group as group_lib
 from qlora_jax.training import optimizer, study
 
@@ -49,12 +49,12 @@ ARMS = (
 )
 
 
-def units(points: list[dict]) -> int:
+def unit_count(points: list[dict]) -> int:
   """How many units of work there are."""
   return len(ARMS) * len({point["data.task"] for point in points})
 
 
-def run(bench: bench_lib.Bench, points: list[dict]) -> dict[str, list[dict]]:
+def run(bench: units.Bench, points: list[dict]) -> dict[str, list[dict]]:
   """All units' rows: 'runs', one a training run, and 'errors', the matrices of final runs."""
   found = {"runs": [], "errors": []}
   for arm in ARMS:
@@ -68,16 +68,16 @@ def run(bench: bench_lib.Bench, points: list[dict]) -> dict[str, list[dict]]:
 
 def order_of(task: str, seed: int) -> np.ndarray:
   """The order int [T] in which a seed meets the parts."""
-  count = len(bench_lib.part_names(task))
+  count = len(units.part_names(task))
   return np.random.default_rng([seed, count]).permutation(count)
 
 
-def learn(bench: bench_lib.Bench, config: ml_collections.ConfigDict, arm: Arm, rates) -> dict:
+def learn(bench: units.Bench, config: ml_collections.ConfigDict, arm: Arm, rates) -> dict:
   """The rows of one arm: search and final runs, and the final runs' errors."""
   task = config.data.task
   config = config.copy_and_resolve_references()
   config.adapter.name = ADAPTERS[task][arm.family]
-  names, base = bench_lib.part_names(task), bench.unadapted(config)
+  names, base = units.part_names(task), bench.unadapted(config)
   label = {"task": task, "arm": arm.name}
   errors = []
 
@@ -107,16 +107,16 @@ def learn(bench: bench_lib.Bench, config: ml_collections.ConfigDict, arm: Arm, r
       for index, (seed, rate) in enumerate(runs)
     ]  # fmt: skip
 
-  rows = bench_lib.search_and_final(config, rates, train)
+  rows = units.search_and_final(config, rates, train)
   return {"runs": rows, "errors": errors}
 
 
 def _errors(bench, config, arm: Arm, runs) -> tuple[np.ndarray, np.ndarray, list[int]]:
   """Validation and test errors [R, stages, T], tasks in the order of each run's seed; and the
   number of parameters that each stage trains."""
-  task, seeds = config.data.task, bench_lib.seeds_of(runs)
+  task, seeds = config.data.task, units.seeds_of(runs)
   orders = {seed: order_of(task, seed) for seed in seeds}
-  count = len(bench_lib.part_names(task))
+  count = len(units.part_names(task))
   found, trained = {"validation": [], "test": []}, []
   states = None
   for stage in range(1 if arm.order == "joint" else count):
@@ -125,11 +125,11 @@ def _errors(bench, config, arm: Arm, runs) -> tuple[np.ndarray, np.ndarray, list
     if states is None or arm.order == "alone":
       states, frozen = bench.init(config, program, runs)
     else:
-      states = program.start(states.params, bench_lib.rates_of(runs))
+      states = program.start(states.params, units.rates_of(runs))
     trained.append(optimizer.count_trained(states.params, program.optimizer.frozen) // len(runs))
     wanted = {seed: None if arm.order == "joint" else (orders[seed][stage],) for seed in seeds}
     data = bench.data(config, program, wanted)
-    row = bench_lib.seed_rows(runs)
+    row = units.seed_rows(runs)
     states = group_lib.train_all(program, states, frozen, data, seeds, row)
     for split, rows in found.items():
       matrix = bench.errors(config, program, states, frozen, data, runs, split)

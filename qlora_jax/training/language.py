@@ -21,7 +21,7 @@ from jax import numpy as jnp
 
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.adapters import statistics
-from qlora_jax.data.text import formatting, pipeline, scoring
+from qlora_jax.data.text import formatting, pipeline, records, scoring
 from qlora_jax.instructions import cache, projection
 from qlora_jax.models import decoder, fast_attention, generation
 from qlora_jax.parallel import mesh as mesh_lib
@@ -118,6 +118,8 @@ class Run:
         data.name, seed=config.seed, data_dir=data.data_dir, manual_folder=data.manual_folder,
         tasks=data.tasks, train_rows=data.train_rows,
       )  # fmt: skip
+      if config.instruction.get("exchanged"):
+        self.data = records.exchanged(self.data, seed=config.seed)
       self.table, self.projection = self._instructions()
     self.base = _base(config.model.weights, self.model.config, self.shards)
 
@@ -139,6 +141,9 @@ class Run:
     examples = self.data.splits[split]
     if split == "validation":
       examples = some(examples, self.config.eval.validation)
+    return self._tokens(examples)
+
+  def _tokens(self, examples) -> pipeline.EncodedSplit:
     return pipeline.encode(
       examples, self.tokenizer, self._render(),
       length=self.config.data.length, on_long=self.config.data.on_long,
@@ -263,6 +268,8 @@ class Run:
     """Scores of the base; runs that ask it the same questions share them."""
     asked = {name: self.config[name].to_dict() for name in ("model", "data", "eval")}
     asked["in_prompt"] = self.config.instruction.in_prompt
+    if asked["in_prompt"] and self.config.instruction.get("exchanged"):
+      asked["exchanged"] = True
     text = json.dumps(asked, sort_keys=True, default=list)
     path = self.shared / f"before-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     if processes.agreed(path.exists()):
@@ -289,8 +296,12 @@ class Run:
       if split == "test":
         kept = some(zip(examples, said, strict=True), _SAMPLES, task=lambda pair: pair[0].task)
         found[_ANSWERS] = [_sample(example, text) for example, text in kept]
-      self.display.log(f"{meaning}: exact match {100 * scores['accuracy']:.1f} %")
+      nats, _ = self._nats(variables, model, self._tokens(examples))
+      self.display.log(
+        f"{meaning}: exact match {100 * scores['accuracy']:.1f} %, {nats:.3f} nats an answer token"
+      )
       found |= {f"{split}/{name}": value for name, value in scores.items()}
+      found[f"{split}/nats"] = nats
     return found
 
   def answers(self, variables, model: decoder.Decoder, examples) -> list[str]:
@@ -331,9 +342,18 @@ class Run:
     """
     if "validation" not in self.data.splits:
       return {}
+    nats, routing = self._nats(variables, model, self.encode("validation"), during)
+    if not during:
+      self.display.log(f"validation: {nats:.3f} nats an answer token")
+    return {"validation/nats": nats, **{f"router/{k}": value for k, value in routing.items()}}
+
+  def _nats(
+    self, variables, model, split: pipeline.EncodedSplit, during: bool = False
+  ) -> tuple[float, dict[str, float]]:
+    """Nats an answer token, and the mean routing statistics of the batches."""
     total, count, routing = 0.0, 0.0, []
     for text in pipeline.packed_evaluation_batches(
-      self.encode("validation"), batch_size=self.config.optimizer.batch_size
+      split, batch_size=self.config.optimizer.batch_size
     ):
       if not during:
         stop.check()
@@ -344,10 +364,7 @@ class Run:
       total, count = total + float(nats), count + float(number)
       routing.append(jax.device_get(stats))
     means = {name: float(np.mean([each[name] for each in routing])) for name in routing[0]}
-    nats = total / max(count, 1.0)
-    if not during:
-      self.display.log(f"validation: {nats:.3f} nats an answer token")
-    return {"validation/nats": nats, **{f"router/{k}": value for k, value in means.items()}}
+    return total / max(count, 1.0), means
 
   def _save(self, params, frozen, result, folder: str = ADAPTER) -> None:
     tree = {"params": serialization.to_state_dict(sharding.gathered(params))}

@@ -91,8 +91,9 @@ class Loop:
     }  # fmt: skip
     for split in _SPLITS:
       for side, prefix in ((found["before"], "base_"), (after, "")):
-        if f"{split}/accuracy" in side:
-          row[f"{prefix}{split}_accuracy"] = side[f"{split}/accuracy"]
+        for score in ("accuracy", "nats"):
+          if f"{split}/{score}" in side:
+            row[f"{prefix}{split}_{score}"] = side[f"{split}/{score}"]
         row |= {
           f"{prefix}{name}": value for name, value in side.items()
           if name.startswith(f"{split}/") and name.count("/") == 2

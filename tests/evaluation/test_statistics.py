@@ -138,6 +138,22 @@ def test_effect_size_is_mean_over_deviation_of_differences():
   assert statistics.spread([2.0, 3.0, 4.0]) == pytest.approx(1.0)
 
 
+def test_student_matches_the_example_by_hand_and_covers_with_three_seeds():
+  # Mean 2, standard error 1 / sqrt(3), t_(0.975, 2) = 4.303.
+  interval, p_value = statistics.student([1.0, 2.0, 3.0])
+  half = 4.302653 / math.sqrt(3)
+  assert interval == pytest.approx((2.0, 2.0 - half, 2.0 + half), rel=1e-6)
+  assert p_value == pytest.approx(0.0741799, rel=1e-5)
+  assert statistics.student([2.0, 2.0]) == ((2.0, 2.0, 2.0), 0.0)
+  assert statistics.student([0.0, 0.0])[1] == 1.0
+  rng = np.random.default_rng(0)
+  held = [
+    interval.low <= 1 <= interval.high
+    for interval, _ in (statistics.student(rng.normal(1, 2, size=3)) for _ in range(2000))
+  ]
+  assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+
+
 def test_holm_matches_the_example_by_hand():
   # Sorted .005 .01 .03 .04 times 4 3 2 1: .02 .03 .06 .04; the last is raised to .06.
   np.testing.assert_allclose(statistics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
@@ -253,6 +269,8 @@ def test_bad_pairs_are_refused(function, a, b):
   "call",
   [
     lambda: statistics.bootstrap_mean([]),
+    lambda: statistics.student([1.0]),
+    lambda: statistics.student([1.0, 2.0], confidence=1.0),
     lambda: statistics.bootstrap_mean([1.0, 2.0], num_resamples=0),
     lambda: statistics.bootstrap_mean([1.0, 2.0], confidence=1.0),
     lambda: statistics.paired_bootstrap_relative([1.0, 2.0], [0.0, 2.0]),

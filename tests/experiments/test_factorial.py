@@ -17,6 +17,7 @@ from experiments.report import style
 from qlora_jax import errors
 
 SEEDS = range(100, 110)
+REGRESSION, LANGUAGE = analysis.DOMAINS["regression"], analysis.DOMAINS["language"]
 
 
 def test_every_cell_has_the_same_size_and_reads_what_it_says():
@@ -63,7 +64,7 @@ def made_up(instruction, routing, truth):
 
 
 def test_effects_are_the_ones_put_in():
-  found = analysis.effects(rows(made_up))
+  found = analysis.effects(rows(made_up), REGRESSION)
 
   def effect(name, truth="unseen"):
     row = found[(found["effect"] == name) & (found["truth"] == truth)].iloc[0]
@@ -83,12 +84,12 @@ def test_effects_are_the_ones_put_in():
 
 
 def test_cells_hold_one_row_a_truth_and_compare_with_the_same_routing():
-  cells = analysis.cells(rows(made_up)).set_index(["instruction", "routing", "truth"])
+  cells = analysis.cells(rows(made_up), REGRESSION).set_index(["instruction", "routing", "truth"])
   assert len(cells) == 3 + 13 * 3 + 1 + 3
   assert cells.loc[("prior", "on", "unseen"), "against_untold"] == pytest.approx(-75)
   against_lora = cells.loc[("prior", "on", "true"), "against_lora_input"]
   assert against_lora == pytest.approx(100 * (4**0.5 / 8 - 1))
-  assert cells.loc[("none", "on", "absent"), "mse"] > 0
+  assert cells.loc[("none", "on", "absent"), "error"] > 0
 
 
 def test_what_is_committed_follows_from_the_committed_runs(tmp_path, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import bench
+from experiments import units
 from experiments.stream import __main__ as study
 from experiments.stream import quantities, tables, train
 
@@ -34,7 +34,7 @@ def test_nothing_is_forgotten_when_nothing_changes():
 @pytest.mark.parametrize("task", train.ADAPTERS)
 def test_a_seed_meets_every_part_once_in_an_order_of_its_own(task):
   orders = [tuple(train.order_of(task, seed)) for seed in range(20)]
-  count = len(bench.part_names(task))
+  count = len(units.part_names(task))
   assert all(sorted(order) == list(range(count)) for order in orders)
   assert len(set(orders)) > 15 and orders[3] == tuple(train.order_of(task, 3))
 

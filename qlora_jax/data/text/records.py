@@ -209,3 +209,22 @@ def assemble(
       chosen = [chosen[i] for i in rng.permutation(len(chosen))]
     splits[split] = tuple(chosen)
   return TextData(name, splits, tuple(texts), seen_ids, heldout_ids)
+
+
+def exchanged(data: TextData, *, seed: int) -> TextData:
+  """The control of a task's instruction: within each split the rows exchange their wordings.
+
+  A row's own task is left to chance, so that the instruction says nothing about it, in words or as
+  a vector. Test rows are exchanged alike for every seed.
+  """
+  splits = {}
+  for split, examples in data.splits.items():
+    rng = stream("exchanged", split, seed=0 if split.startswith("test") else seed)
+    splits[split] = tuple(
+      dataclasses.replace(
+        example, instruction=examples[other].instruction,
+        paraphrase_id=examples[other].paraphrase_id,
+      )
+      for example, other in zip(examples, rng.permutation(len(examples)), strict=True)
+    )  # fmt: skip
+  return dataclasses.replace(data, splits=splits)

@@ -4,12 +4,9 @@ A unit of work is a named function of the config that returns what JSON can hold
 it once a work directory, so that a killed experiment goes on at the first unit that is missing.
 """
 
-import argparse
 import functools
-import importlib.util
 import json
 import pathlib
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +15,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from qlora_jax import errors, sweeps
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.data import functions, pipeline
 from qlora_jax.models import mlp
@@ -224,49 +220,6 @@ def by_part(values: np.ndarray, own: np.ndarray, task: str) -> np.ndarray:
   """Means [parts] of values [n] over the examples of each part."""
   count = len(part_names(task))
   return np.bincount(own, values, count) / np.bincount(own, minlength=count)
-
-
-def parser(name: str, about: str, results: pathlib.Path) -> argparse.ArgumentParser:
-  """The command line that such experiments have in common."""
-  made = argparse.ArgumentParser(
-    prog=f"python -m experiments.{name}", description=about,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
-  made.add_argument("--workdir", type=pathlib.Path, help="trains what is missing there first")
-  made.add_argument("--config", default=f"configs/{name}.py", help="config file, with :variant")
-  made.add_argument("--limit", type=int, help="make at most so many units of work now")
-  made.add_argument("--results", type=pathlib.Path, default=results, help="where tables go")
-  return made
-
-
-def load(text: str) -> tuple[ml_collections.ConfigDict, list[dict]]:
-  """A config file's config and the points of its `get_hyper`.
-
-  Raises:
-    errors.UserError: no such file, or no such variant.
-  """
-  path, _, variant = text.partition(":")
-  if not pathlib.Path(path).is_file():
-    raise errors.UserError(f"--config: {path} is no file")
-  spec = importlib.util.spec_from_file_location("config_of_experiment", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(variant).lock(), module.get_hyper(sweeps, variant)
-
-
-def command() -> str:
-  """The command that was given, as `study.json` keeps it."""
-  name = pathlib.Path(sys.argv[0]).parent.name
-  return "python -m experiments." + shlex.join([name, *sys.argv[1:]])
-
-
-def run(main: Callable[[], None]) -> None:
-  """Calls a command's `main`: a user's mistake is one line and exit code 2."""
-  try:
-    main()
-  except errors.UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _axes(runs):

@@ -1,0 +1,1 @@
+"""Queryable LoRA against LoRA by noise and number of training rows: see README.md."""

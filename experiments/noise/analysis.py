@@ -1,0 +1,49 @@
+"""Queryable LoRA against LoRA in every setting, paired by seed."""
+
+import pandas as pd
+
+from experiments import kept
+from qlora_jax.evaluation import statistics
+
+SETTING = ["task", "noise_kind", "noise_level", "train_rows"]
+
+
+def differences(rows: pd.DataFrame) -> pd.DataFrame:
+  """One row a setting: both errors, and the difference in per cent with Holm's p over a task.
+
+  A setting that lacks a run of either method is left out.
+  """
+  table = []
+  for task, own in rows.groupby("task", sort=False):
+    errors, chosen = kept.scores(own, "test_mse"), kept.chosen(own)
+    for method in errors:
+      name, kind, level, count = method.split("/")
+      theirs = f"lora/{kind}/{level}/{count}"
+      if name == "lora" or theirs not in errors:
+        continue
+      a, b = errors[method].to_numpy(), errors[theirs].to_numpy()
+      table.append({
+        "task": task, "noise_kind": kind, "noise_level": float(level), "train_rows": int(count),
+        "seeds": len(a), "learning_rate": chosen.loc[method, "learning_rate"],
+        "lora_learning_rate": chosen.loc[theirs, "learning_rate"],
+        "rate_at_edge": bool(chosen.loc[[method, theirs], "rate_at_edge"].any()),
+        "error": a.mean(), "lora_error": b.mean(),
+        **_ends("percent", statistics.paired_bootstrap_relative(a, b)),
+        "effect_size": statistics.effect_size(a, b), "p_value": statistics.paired_p_value(a, b),
+      })  # fmt: skip
+  table = pd.DataFrame(table).sort_values(
+    SETTING, key=lambda c: -c.eq("regimes") if c.name == "task" else c, ignore_index=True
+  )
+  table["p_holm"] = table.groupby("task")["p_value"].transform(statistics.holm)
+  table["verdict"] = [
+    "not told apart" if p >= statistics.SIGNIFICANCE or low <= 0 <= high
+    else "better" if high < 0 else "worse"
+    for p, low, high in zip(
+      table["p_holm"], table["percent_low"], table["percent_high"], strict=True
+    )
+  ]  # fmt: skip
+  return table
+
+
+def _ends(name: str, interval: statistics.Interval) -> dict[str, float]:
+  return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
