@@ -8,7 +8,7 @@ only the instruction tells antonym, plural and first letter apart. Every cell is
   python launch.py --config=configs/factorial_language.py --workdir=runs/factorial-language --sweep
 
 A reduced grid, for two cores: three learning rates on one search seed, chosen by the likelihood of
-validation answers, then three fresh seeds; 50 steps. `python -m experiments.factorial_language`
+validation answers, then three fresh seeds; 40 steps. `python -m experiments.factorial_language`
 makes tables and figure.
 """
 
@@ -18,6 +18,7 @@ from configs import factorial, llm
 from qlora_jax import sweeps
 
 VARIANTS = ("", "runlocal")
+LEARNING_RATES = (3e-3, 1e-2, 3e-2)  # ways without a prompt chose the largest of (1e-3, 3e-3, 1e-2)
 TASKS = ("antonyms", "singular_to_plural", "first_word_letter")
 
 # Where the instruction enters; its words in the prompt stand where regression has its embedding in
@@ -39,12 +40,10 @@ CELLS = (
   ("none", "uniform", "absent"), ("prior", "uniform", "true"),
   ("none", "lora", "absent"), ("input", "lora", "true"),
   ("input", "on", "true"), ("input", "static", "true"), ("input", "uniform", "true"),
-  ("query", "on", "true"), ("query", "uniform", "true"), ("query", "example", "true"),
-  ("prior+query", "on", "true"), ("prior+query", "uniform", "true"),
-  ("prior+query", "example", "true"),
-  ("kl", "on", "true"), ("kl", "static", "true"), ("kl", "uniform", "true"),
+  ("query", "on", "true"), ("query", "example", "true"), ("query", "uniform", "true"),
+  ("prior+query", "on", "true"), ("prior+query", "example", "true"),
   ("prior", "on", "shuffled"), ("prior", "static", "shuffled"), ("query", "on", "shuffled"),
-  ("prior+query", "on", "shuffled"), ("input", "on", "shuffled"), ("input", "lora", "shuffled"),
+  ("kl", "on", "true"),
 )  # fmt: skip
 
 
@@ -55,7 +54,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = llm.get_config("induction")
   config.variant = arg
   config.data.tasks = TASKS
-  config.optimizer.batch_size = 2
+  config.optimizer.update(steps=40, batch_size=2)
   config.eval.update(every=5, validation=40, examples=40, max_tokens=8, batch_size=40)
   if arg:
     config.optimizer.steps = 5
@@ -73,5 +72,5 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
       **ROUTING[routing], **INSTRUCTION[instruction],
     } for instruction, routing, truth in CELLS[: 4 if arg else None]
   ]  # fmt: skip
-  rates = llm.LEARNING_RATES[2:] if arg else llm.LEARNING_RATES
+  rates = LEARNING_RATES[:1] if arg else LEARNING_RATES
   return hyper.product(points, hyper.sweep("optimizer.learning_rate", rates))
