@@ -10,7 +10,9 @@ from experiments.questions import (
   depth,
   error,
   factorial,
+  factorial_language,
   language,
+  noise,
   question,
   scaling,
   stability,
@@ -21,7 +23,18 @@ from qlora_jax import errors
 
 QUESTIONS = {
   each.QUESTION.name: each.QUESTION
-  for each in (error, stability, language, scaling, factorial, ablations, depth, stream)
+  for each in (
+    error,
+    noise,
+    stability,
+    language,
+    scaling,
+    factorial,
+    factorial_language,
+    ablations,
+    depth,
+    stream,
+  )
 }
 # Name in docs/figures -> (study, name in its report, what it shows).
 REPORTS = {

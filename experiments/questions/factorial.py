@@ -5,22 +5,30 @@ import pathlib
 
 import pandas as pd
 
-from experiments.factorial import figure
+from experiments.factorial import analysis, figure
 from experiments.questions import committed, question
 
-_FOLDER = committed.RESULTS / "factorial"
+REGRESSION = analysis.DOMAINS["regression"]
+_TOLD = (
+  ("prior − none", "the instruction as a prior lowers the error"),
+  ("query − none", "the instruction in the query lowers the error"),
+  ("on − static", "routing by the input lowers the error against a static mixture"),
+  ("on − uniform", "softmax weights lower the error against equal weights on the top 4"),
+  ("(prior − none) × (on − static)", "the prior gains by routing (interaction with static)"),
+  ("(prior − none) × (on − uniform)", "the prior gains by routing (interaction with uniform)"),
+)  # fmt: skip
 
 
 @functools.cache
-def cells() -> pd.DataFrame:
+def cells(domain: analysis.Domain = REGRESSION) -> pd.DataFrame:
   """A row a cell, from the committed table."""
-  return pd.read_csv(_FOLDER / "cells.csv")
+  return pd.read_csv(committed.RESULTS / domain.name / "cells.csv")
 
 
 @functools.cache
-def effects() -> pd.DataFrame:
+def effects(domain: analysis.Domain = REGRESSION) -> pd.DataFrame:
   """A row a main effect or interaction, from the committed table."""
-  return pd.read_csv(_FOLDER / "effects.csv", keep_default_na=True)
+  return pd.read_csv(committed.RESULTS / domain.name / "effects.csv", keep_default_na=True)
 
 
 def ends(row, name: str = "percent", digits: int = 1) -> str:
@@ -30,13 +38,13 @@ def ends(row, name: str = "percent", digits: int = 1) -> str:
   return f"{mean} % [{low}, {high}]"
 
 
-def table() -> str:
+def table(domain: analysis.Domain = REGRESSION) -> str:
   """Main effects and interactions at wordings that training has not seen."""
-  rows = effects()
-  families = ("instruction", "routing", "interaction")
+  rows = effects(domain)
+  families = ("instruction", "routing", "example", "interaction")
   rows = rows[(rows["truth"] == "unseen") & rows["family"].isin(families)]
   return committed.markdown(
-    ["family", "effect", "change of test MSE", "p (Holm)"],
+    ["family", "effect", f"change of {domain.unit.partition(' (')[0]}", "p (Holm)"],
     [
       [row["family"], row["effect"].replace("|", "\\|"), ends(row), f"{row['p_holm']:.3f}"]
       for row in rows.to_dict("records")
@@ -44,18 +52,10 @@ def table() -> str:
   )
 
 
-def answer() -> list[tuple[str, str, str]]:
+def answer(domain: analysis.Domain = REGRESSION, told=_TOLD) -> list[tuple[str, str, str]]:
   """The prior, the routing, and whether the prior gains by routing."""
-  rows = effects()
+  rows = effects(domain)
   rows = rows[rows["truth"] == "unseen"].set_index("effect")
-  told = [
-    ("prior − none", "the instruction as a prior lowers the error"),
-    ("query − none", "the instruction in the query lowers the error"),
-    ("on − static", "routing by the input lowers the error against a static mixture"),
-    ("on − uniform", "softmax weights lower the error against equal weights on the top 4"),
-    ("(prior − none) × (on − static)", "the prior gains by routing (interaction with static)"),
-    ("(prior − none) × (on − uniform)", "the prior gains by routing (interaction with uniform)"),
-  ]  # fmt: skip
   return [
     (claim, verdict(rows.loc[name]), f"{ends(rows.loc[name])}, p {rows.loc[name, 'p_holm']:.3f}")
     for name, claim in told if name in rows.index
@@ -69,9 +69,9 @@ def verdict(row, alpha: float = 0.05) -> str:
   return "supported" if row["percent_high"] < 0 else "not supported"
 
 
-def draw(target: pathlib.Path) -> None:
+def draw(target: pathlib.Path, domain: analysis.Domain = REGRESSION) -> None:
   """Writes `target`.svg and .png."""
-  figure.draw(cells(), effects(), target)
+  figure.draw(cells(domain), effects(domain), target, domain)
 
 
 QUESTION = question.Question(
