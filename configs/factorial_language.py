@@ -38,12 +38,11 @@ CELLS = (
   ("none", "on", "absent"), ("prior", "on", "true"),
   ("none", "static", "absent"), ("prior", "static", "true"),
   ("none", "uniform", "absent"), ("prior", "uniform", "true"),
-  ("none", "lora", "absent"), ("input", "lora", "true"),
-  ("input", "on", "true"), ("input", "static", "true"), ("input", "uniform", "true"),
-  ("query", "on", "true"), ("query", "example", "true"), ("query", "uniform", "true"),
+  ("none", "lora", "absent"), ("input", "lora", "true"), ("input", "on", "true"),
+  ("query", "on", "true"), ("query", "example", "true"), ("prior", "on", "shuffled"),
   ("prior+query", "on", "true"), ("prior+query", "example", "true"),
-  ("prior", "on", "shuffled"), ("prior", "static", "shuffled"), ("query", "on", "shuffled"),
-  ("kl", "on", "true"),
+  ("input", "static", "true"), ("input", "uniform", "true"), ("query", "uniform", "true"),
+  ("prior", "static", "shuffled"), ("query", "on", "shuffled"), ("kl", "on", "true"),
 )  # fmt: skip
 
 

@@ -12,9 +12,19 @@ and `combined` makes at once the changes that helped there, with the pair's sear
 
   python launch.py --config=configs/llm.py:reasons --workdir=runs/llm-reasons --sweep
   python launch.py --config=configs/llm.py:combined --workdir=runs/llm-combined --sweep
+
+`all` is the deciding pair on the 24 tasks of instruction-induction, `gsm8k` LoRA and Queryable LoRA
+on grade-school problems: reduced grids that two cores train in half an hour each. `all_grid` and
+`gsm8k_grid`, for a GPU, have twelve learning rates and more steps.
+
+  python launch.py --config=configs/llm.py:all --workdir=runs/llm-all --sweep
+  python launch.py --config=configs/llm.py:gsm8k --workdir=runs/llm-gsm8k --sweep
+  python launch.py --config=configs/llm.py:all_grid --workdir=runs/llm-all-grid --sweep
+  python launch.py --config=configs/llm.py:gsm8k_grid --workdir=runs/llm-gsm8k-grid --sweep
 """
 
 import ml_collections
+import numpy as np
 from ml_collections import config_dict
 
 from configs import regression
@@ -22,8 +32,11 @@ from qlora_jax import sweeps
 from qlora_jax.launching import options
 from qlora_jax.parallel import mesh
 
-VARIANTS = ("", "demo", "pair", "induction", "reasons", "combined")
+VARIANTS = (
+  "", "demo", "pair", "induction", "reasons", "combined", "all", "all_grid", "gsm8k", "gsm8k_grid",
+)  # fmt: skip
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+GRID = tuple(float(f"{rate:.2g}") for rate in np.geomspace(1.1e-5, 6.3e-3, 12))  # for a GPU
 DEMO_TASKS = (
   "first_letter", "last_letter", "plural", "uppercase", "number_to_words", "next_number",
 )  # fmt: skip
@@ -115,6 +128,23 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg in ("reasons", "combined"):
     config.instruction.in_prompt = True
     config.adapter.name = "queryable_prior"
+  if arg in ("all", "all_grid", "gsm8k", "gsm8k_grid"):
+    math = arg.startswith("gsm8k")
+    config.data.name = "gsm8k" if math else "instruction_induction"
+    config.data.length = 256
+    config.data.system = ""
+    config.instruction.in_prompt = True
+    config.optimizer.steps = 20 if math else 40
+    config.eval.update(every=5, validation=40 if math else 8, examples=40 if math else 5)
+    config.eval.update(max_tokens=160 if math else 24, batch_size=40)
+    if arg.endswith("_grid"):
+      config.optimizer.update(steps=500, batch_size=16)
+      config.data.length = 512
+      config.eval.update(every=10, validation=200 if math else 50, batch_size=100)
+      config.eval.update(examples=1319 if math else 100, max_tokens=300 if math else 64)
+    elif not math:
+      config.data.train_rows = 50
+      config.optimizer.batch_size = 2
   if arg == "reasons":  # at the rate that the search of `induction` chose, on one of its seeds
     config.optimizer.learning_rate = 3e-3
     config.protocol.final_seeds = (100,)
@@ -129,7 +159,11 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
   """
   if arg == "reasons":
     return [{"label": label, **changes} for label, changes in REASONS.items()]
-  rates = hyper.sweep("optimizer.learning_rate", LEARNING_RATES)
+  grid = (arg or "").endswith("_grid")
+  rates = hyper.sweep("optimizer.learning_rate", GRID if grid else LEARNING_RATES)
+  if arg in ("all", "all_grid", "gsm8k", "gsm8k_grid"):  # one task has nothing to route by a prior
+    routed = "queryable" if arg.startswith("gsm8k") else "queryable_prior"
+    return hyper.product(hyper.sweep("adapter.name", ("lora", routed)), rates)
   if arg == "combined":
     changes = {key: value for label in COMBINED for key, value in REASONS[label].items()}
     return hyper.product([{"label": "combined", **changes}], rates)

@@ -19,13 +19,12 @@ at twelve learning rates from 1.1e-5 to 6.3e-3, chosen on validation, and three 
 """
 
 import ml_collections
-import numpy as np
 
 from configs import llm
 from qlora_jax import sweeps
 
 VARIANTS = ("", "queryable", "grid")
-LEARNING_RATES = tuple(float(f"{rate:.2g}") for rate in np.geomspace(1.1e-5, 6.3e-3, 12))
+LEARNING_RATES = llm.GRID
 TEMPLATE = "Question: {prompt} Think step by step.\nAnswer:"
 
 
