@@ -1,19 +1,29 @@
-"""Studies kept under `experiments/results`: what stays of a work directory, and reading it back."""
+"""Studies kept under `experiments/results`: what stays of a work directory, and reading it back.
+
+python -m experiments.kept --from=runs/stability --results=experiments/results/stability
+"""
 
 import json
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
 
+from experiments import command
 from qlora_jax import errors
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def keep(workdir: pathlib.Path, target: pathlib.Path) -> None:
+def keep(workdir: pathlib.Path, target: pathlib.Path, more: bool = False) -> None:
   """Copies `results.parquet` and `study.json` of a study, without paths of the machine it ran on.
+
+  Args:
+    workdir: of the study.
+    target: folder, made if it is not there.
+    more: whether curves and example answers are kept, too, where the study has them.
 
   Raises:
     errors.UserError: there is no such study, or it has no final run yet.
@@ -26,6 +36,9 @@ def keep(workdir: pathlib.Path, target: pathlib.Path) -> None:
     raise errors.UserError(f"--from: {workdir} has no final run yet; let the sweep go on")
   target.mkdir(parents=True, exist_ok=True)
   rows.to_parquet(target / "results.parquet", index=False, compression="zstd")
+  for name in ("curves.parquet", "samples.parquet"):
+    if more and (workdir / name).is_file():
+      shutil.copyfile(workdir / name, target / name)
   study = json.loads((workdir / "study.json").read_text())
   study["command"] = re.sub(r"=/\S*/(?=[^/\s]+)", "=runs/", study["command"])
   data = study["config"]["data"]
@@ -71,3 +84,17 @@ def chosen(rows: pd.DataFrame) -> pd.DataFrame:
 def percent(log_ratio) -> np.ndarray:
   """A difference of logarithms as per cent more."""
   return 100 * np.expm1(log_ratio)
+
+
+def main(arguments: list[str] | None = None) -> None:
+  given = command.of_sweep("kept", __doc__, None).parse_args(arguments)
+  if given.workdir is None or given.results is None:
+    raise errors.UserError(
+      "--from and --results: give both, the sweep and the folder to keep it in"
+    )
+  keep(given.workdir, given.results, more=True)
+  print(f"results: {given.results}")
+
+
+if __name__ == "__main__":
+  command.run(main)

@@ -31,7 +31,7 @@ def table(study: inputs.Study, summary: pd.DataFrame) -> pd.DataFrame:
   of spreads to the baseline's), `ratio` (its median), `failed` and `finals` (final runs without
   result, and all).
   """
-  of, spikes = study.measure, _spikes(study)
+  of, found = study.measure, spikes(study)
   own = summary.drop_duplicates([*inputs.SETTING, "method"])
   # Of several baselines the last reads the instruction, the first does not: as the method does.
   against = summary[np.isfinite(summary["spread_ratio"]) & (summary["method"] != "lora")]
@@ -48,7 +48,7 @@ def table(study: inputs.Study, summary: pd.DataFrame) -> pd.DataFrame:
       (mean - 1, low - 1, high - 1) for mean, low, high in
       ratios[["spread_ratio", "spread_ratio_low", "spread_ratio_high"]].to_numpy()
     ])  # fmt: skip
-    runs = spikes[spikes["method"] == key]["spikes"]
+    runs = found[found["method"] == key]["spikes"]
     rows.append({
       "method": key, "label": style.method(key).label, "settings": len(here),
       "search_runs": int(searched),
@@ -83,7 +83,7 @@ def _share(value: float) -> str:
   return f"{100 * value:.1f} %" if math.isfinite(value) else tables.MISSING
 
 
-def _spikes(study: inputs.Study) -> pd.DataFrame:
+def spikes(study: inputs.Study) -> pd.DataFrame:
   """[method, setting..., spikes] of every run with a recorded curve of its training loss."""
   names = [*inputs.SETTING, "method", "stage"]
   if study.curves is None:
