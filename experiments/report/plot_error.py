@@ -61,7 +61,7 @@ def _forest_limit(compared: pd.DataFrame, column: str) -> float:
   compared = trained if len(trained) else compared
   ends = compared[[column, f"{column}_low", f"{column}_high"]].abs().to_numpy()
   ends = ends[np.isfinite(ends)]
-  return min(ends.max() * 1.1, max(15.0, 1.5 * np.quantile(ends, 0.8)))
+  return min(ends.max() * 1.1, max(15.0, 1.5 * np.quantile(ends, 0.8))) or 1.0
 
 
 def _forest_panel(

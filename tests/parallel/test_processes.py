@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import process_case
 import pytest
 from safetensors import numpy as safetensors_numpy
@@ -60,15 +61,20 @@ def result(directory):
   return next(each for each in found if "after" in each)
 
 
+def written(data, *more):
+  """A folder of data: training rows, three test rows, and `more` splits of the training rows."""
+  data.mkdir()
+  rows = [{"prompt": f"say {word}", "completion": "so " * (word % 5 + 1)} for word in range(40)]
+  for split, part in (("train", rows), ("test", rows[:3]), *((name, rows[20:26]) for name in more)):
+    (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_llama, tmp_path_factory):
   """One run of four devices, fsdp 2 x tensor 2: by one, two (through `launch.py`) and four."""
   folder = tmp_path_factory.mktemp("processes")
   data, weights = folder / "data", str(tiny_llama)
-  data.mkdir()
-  rows = [{"prompt": f"say {word}", "completion": "so " * (word % 5 + 1)} for word in range(40)]
-  for split, part in (("train", rows), ("test", rows[:3])):
-    (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+  written(data)
   for count in (1, 4):
     finish(start(
       ["tests/parallel/process_case.py", weights, str(data), str(folder / str(count))], count,
@@ -93,6 +99,28 @@ def test_several_processes_train_as_one_does(count, runs):
   expected, actual = result(runs / "1")["after"], result(runs / str(count))["after"]
   assert {name: actual[name] for name in expected} == pytest.approx(expected, rel=1e-3)
   assert ("test/accuracy" in actual) == (count == 2)  # `launch.py` generates as well
+
+
+def test_a_sweep_of_two_processes_is_that_of_one(tiny_llama, tmp_path):
+  written(tmp_path / "data", "validation")
+  fields = process_case.fields(str(tiny_llama), str(tmp_path / "data"))
+  fields |= {"mesh.tensor": 1, "protocol.final_seeds": "(100,)"}
+  told = [
+    f"--config.{path}={value}" for path, value in fields.items()
+    if path not in ("adapter.name", "optimizer.learning_rate")
+  ]  # fmt: skip
+  command = ["launch.py", "--config=configs/llm.py:gsm8k", "--sweep", *told]
+  found = []
+  for count in (1, 2):
+    finish(start([*command, f"--workdir={tmp_path}/{count}"], count, 2 // count))
+    found.append(pd.read_parquet(tmp_path / str(count) / "results.parquet"))
+    assert (tmp_path / str(count) / "report" / "report.html").is_file()
+  one, two = found
+  assert len(one) == 2 * (3 + 1)
+  chosen = ["stage", "method", "seed", "learning_rate"]
+  pd.testing.assert_frame_equal(one[chosen], two[chosen])
+  for column in ("validation_nats", "test_nats"):
+    np.testing.assert_allclose(two[column], one[column], rtol=1e-4)
 
 
 @pytest.mark.parametrize("lost", [0, 1])
