@@ -4,7 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 export PYTHONPATH := .
 
-.PHONY: setup setup-dev setup-llm setup-tpu demo demo-llm study study-small figures test lint format bench
+.PHONY: setup setup-dev setup-llm setup-tpu demo demo-llm study study-language study-small figures test \
+  lint format bench
 setup: .venv/.ready
 .venv/.ready: requirements.txt requirements-data.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -45,16 +46,29 @@ demo-llm: setup-llm
 	    | $(BIN)/python -m qlora_jax.generate --adapter=runs/demo-llm/adapter --max_tokens=16; \
 	fi
 
-# Both can be stopped and go on with the same command.
+# All of these can be stopped and go on with the same command. `study` is regression, for a night on
+# two cores; `study-language` needs the weights and the data of instruction-induction and GSM8K.
 study: setup
 	$(BIN)/python launch.py --config=configs/regression.py --workdir=runs/regression --sweep
 	$(BIN)/python launch.py --config=configs/factorial.py --workdir=runs/factorial --sweep
 	$(BIN)/python launch.py --config=configs/ablations.py --workdir=runs/ablations --sweep
+	$(BIN)/python launch.py --config=configs/noise.py --workdir=runs/noise --sweep
+	$(BIN)/python launch.py --config=configs/regression.py:stability --workdir=runs/stability --sweep
+	$(BIN)/python -m experiments.depth --workdir=runs/depth --results=runs/depth/tables
+	$(BIN)/python -m experiments.stream --workdir=runs/stream --results=runs/stream/tables
+
+study-language: setup-llm
+	$(BIN)/python launch.py --config=configs/llm.py:induction --workdir=runs/induction --sweep
+	$(BIN)/python launch.py --config=configs/llm.py:reasons --workdir=runs/reasons --sweep
+	$(BIN)/python launch.py --config=configs/factorial_language.py --workdir=runs/factorial-language --sweep
+	$(BIN)/python launch.py --config=configs/llm.py:all --workdir=runs/all-tasks --sweep
+	$(BIN)/python launch.py --config=configs/llm.py:gsm8k --workdir=runs/gsm8k --sweep
 
 study-small: setup
 	$(BIN)/python launch.py --config=configs/regression.py:small --workdir=runs/small/regression --sweep
 	$(BIN)/python launch.py --config=configs/factorial.py:runlocal --workdir=runs/small/factorial --sweep
 	$(BIN)/python launch.py --config=configs/ablations.py:runlocal --workdir=runs/small/ablations --sweep
+	$(BIN)/python launch.py --config=configs/noise.py:runlocal --workdir=runs/small/noise --sweep
 
 figures: setup
 	$(BIN)/python -m experiments.questions
