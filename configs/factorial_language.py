@@ -18,7 +18,7 @@ from configs import factorial, llm
 from qlora_jax import sweeps
 
 VARIANTS = ("", "runlocal")
-LEARNING_RATES = (3e-3, 1e-2, 3e-2)  # ways without a prompt chose the largest of (1e-3, 3e-3, 1e-2)
+LEARNING_RATES = llm.LEARNING_RATES
 TASKS = ("antonyms", "singular_to_plural", "first_word_letter")
 
 # Where the instruction enters; its words in the prompt stand where regression has its embedding in
@@ -54,7 +54,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.variant = arg
   config.data.tasks = TASKS
   config.optimizer.update(steps=40, batch_size=2)
-  config.eval.update(every=5, validation=40, examples=40, max_tokens=8, batch_size=40)
+  config.eval.update(every=5, validation=40, examples=25, max_tokens=8, batch_size=25)
   if arg:
     config.optimizer.steps = 5
     config.eval.update(validation=5, examples=2, batch_size=6)
@@ -71,5 +71,5 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
       **ROUTING[routing], **INSTRUCTION[instruction],
     } for instruction, routing, truth in CELLS[: 4 if arg else None]
   ]  # fmt: skip
-  rates = LEARNING_RATES[:1] if arg else LEARNING_RATES
+  rates = LEARNING_RATES[1:2] if arg else LEARNING_RATES
   return hyper.product(points, hyper.sweep("optimizer.learning_rate", rates))
