@@ -1,10 +1,21 @@
 """What does the instruction prior give a language model, with the prompt and without it?"""
 
+import functools
 import pathlib
+
+import pandas as pd
 
 from experiments.questions import committed, question
 from experiments.report import plot_accuracy, style, tables
+from qlora_jax.evaluation import statistics
 
+# Column -> heading and digits.
+_SCORES = {
+  "test_nats": ("nats an answer token, new wordings", 3),
+  "test_seen_nats": ("known wordings", 3),
+  "test_accuracy": ("exact match, new wordings, %", 1),
+}  # fmt: skip
+PAIRS = {"all_tasks": "24 tasks of instruction-induction", "gsm8k": "GSM8K"}  # studies of two
 _PAIR = ("queryable_prior+prompt", "lora+prompt")
 
 
@@ -33,7 +44,76 @@ def answer() -> list[tuple[str, str, str]]:
       "the prior replaces the prompt", "not supported",
       f"{own['queryable_prior']:.1f} % against {own['lora+prompt']:.1f} % of LoRA with the prompt",
     ),
+    *_likelihoods(),
   ]  # fmt: skip
+
+
+def _likelihoods() -> list[tuple[str, str, str]]:
+  """Whether routing lowers the nats of test answers, in each study of two."""
+  found = []
+  for study, told in PAIRS.items():
+    if not (committed.RESULTS / study).is_dir():
+      continue
+    row = pair(study).iloc[-1]
+    low, high = row["test_nats_low"], row["test_nats_high"]
+    verdict = "supported" if high < 0 else "not supported" if low > 0 else "no difference seen"
+    ends = tables.with_interval(
+      row["test_nats_difference"], low, high, lambda x: tables.signed(x, 2)
+    )
+    found.append((
+      f"{row['label']} has a better likelihood than LoRA on {told}", verdict,
+      f"{ends} nats an answer token, {row['seeds']:.0f} seeds (Student)",
+    ))  # fmt: skip
+  return found
+
+
+def pair(study: str) -> pd.DataFrame:
+  """LoRA and the routed method of a study of two, a row each, with Student's paired differences.
+
+  Columns: `label`, `trainable_params`, `learning_rate`, `seeds`, and for each of `test_nats`,
+  `test_seen_nats` and `test_accuracy` the mean, and of the routed one `_difference`, `_low`,
+  `_high` and `_p`.
+  """
+  final = committed.study(study).stage("final")
+  scores = [name for name in _SCORES if name in final]
+  methods = sorted(final["method"].unique(), key=lambda name: not name.startswith("lora"))
+  tables_of = {name: final.pivot(index="seed", columns="method", values=name) for name in scores}
+  rows = []
+  for method in methods:
+    own = final[final["method"] == method]
+    row = {
+      "label": style.method(method).label, "seeds": len(own),
+      **own[["trainable_params", "learning_rate"]].iloc[0],
+    }  # fmt: skip
+    for name in scores:
+      unit = 100.0 if name.endswith("accuracy") else 1.0
+      row[name] = unit * own[name].mean()
+      if method != methods[0]:
+        differences = unit * (tables_of[name][method] - tables_of[name][methods[0]])
+        interval, p_value = statistics.student(differences)
+        row |= {
+          f"{name}_difference": interval.mean, f"{name}_low": interval.low,
+          f"{name}_high": interval.high, f"{name}_p": p_value,
+        }  # fmt: skip
+    rows.append(row)
+  return pd.DataFrame(rows)
+
+
+def pair_table(study: str) -> str:
+  """`pair` in Markdown."""
+  rows = []
+  for row in pair(study).to_dict("records"):
+    cells = [row["label"], f"{row['trainable_params']:,.0f}", f"{row['learning_rate']:g}"]
+    for name, (_, digits) in _SCORES.items():
+      text = f"{row[name]:.{digits}f}"
+      if pd.notna(row.get(f"{name}_difference")):
+        ends = (f"{row[f'{name}_{end}']:+.{digits}f}" for end in ("difference", "low", "high"))
+        mean, low, high = ends
+        text += f" ({mean} [{low}, {high}])".replace("-", "−")
+      cells.append(text)
+    rows.append(cells)
+  header = ["method", "trainable", "rate", *(heading for heading, _ in _SCORES.values())]
+  return committed.markdown(header, rows)
 
 
 def table() -> str:
@@ -60,6 +140,9 @@ QUESTION = question.Question(
   study="induction",
   command="python launch.py --config=configs/llm.py:induction --workdir=runs/induction --sweep",
   draw=draw,
-  tables={"language_deciding": table},
+  tables={
+    "language_deciding": table,
+    **{f"language_{study}": functools.partial(pair_table, study) for study in PAIRS},
+  },
   answer=answer,
 )

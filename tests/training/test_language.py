@@ -58,6 +58,8 @@ def drawn(folder, tmp_path, adapter="lora", parts=1):
 def test_training_fits_answers_and_reports_before_and_after(whole):
   run, result = whole
   assert {"test/accuracy", "test/plural/accuracy", "test_seen/accuracy"} <= set(result["after"])
+  for split in ("test", "test_seen"):
+    assert 0 < result["after"][f"{split}/nats"] < result["before"][f"{split}/nats"]
   assert 1 <= result["after"]["router/effective_support"] <= 4
   kept = language.some(run.data.splits["test"], min(3, run.config.eval.examples))
   assert [(each["prompt"], each["expected"]) for each in result["samples"]] == [

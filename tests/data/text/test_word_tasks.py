@@ -2,10 +2,11 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from qlora_jax import errors
-from qlora_jax.data.text import pipeline, word_tasks, word_tasks_text
+from qlora_jax.data.text import pipeline, records, word_tasks, word_tasks_text
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,23 @@ def test_seen_and_heldout_wordings_are_kept_apart(data):
       assert used == set(ids[task])
   for examples in data.splits.values():
     assert all(data.instruction_texts[o.paraphrase_id] == o.instruction for o in examples)
+
+
+def test_exchanged_rows_keep_their_words_and_lose_their_task(data):
+  given = records.exchanged(data, seed=1)
+  for split, examples in given.splits.items():
+    own = data.splits[split]
+    assert [(o.prompt, o.answers, o.task) for o in examples] == [
+      (o.prompt, o.answers, o.task) for o in own
+    ]
+    assert sorted(o.paraphrase_id for o in examples) == sorted(o.paraphrase_id for o in own)
+    assert all(data.instruction_texts[o.paraphrase_id] == o.instruction for o in examples)
+    seen = data.seen_ids if split != "test" else data.heldout_ids
+    still = np.mean([o.paraphrase_id in seen[o.task] for o in examples])
+    assert still < 3 / len(word_tasks.TASKS)
+  other = records.exchanged(data, seed=2)
+  assert other.splits["test"] == given.splits["test"]
+  assert other.splits["train"] != given.splits["train"]
 
 
 def test_test_rows_are_the_same_for_every_seed_and_training_rows_are_not(data):

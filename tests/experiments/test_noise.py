@@ -1,0 +1,86 @@
+"""Noise and training rows: the grid, differences by hand, and that what is committed follows."""
+
+import filecmp
+import pathlib
+
+import numpy as np
+import pandas as pd
+import pytest
+import study_of
+
+from configs import noise as config
+from experiments import kept
+from experiments.noise import __main__ as study
+from experiments.noise import analysis
+from qlora_jax import sweeps
+from qlora_jax.data import noise
+
+
+def test_every_setting_has_both_methods_at_every_rate():
+  points = pd.DataFrame(config.get_hyper(sweeps))
+  by = ["data.task", "data.noise_kind", "data.noise_level", "data.train_rows"]
+  counts = points.groupby(by)["adapter.name"].agg(["size", "nunique"])
+  assert (counts["size"] == 14).all() and (counts["nunique"] == 2).all()
+  regimes = points[points["data.task"] == "regimes"]
+  assert regimes[by].drop_duplicates().shape[0] == len(noise.KINDS) * 3 * 3
+  assert all(abs(count / 8192 - 1) <= 0.02 for *_, count, _ in study_of.settings_of(config))
+
+
+def made_up(errors):
+  """Rows of a study; `errors` has (task, method, kind, level, rows) -> the error of a seed 1."""
+  found, rng = [], np.random.default_rng(0)
+  scale = np.exp(0.1 * rng.normal(size=10))
+  for (task, *setting), error in errors.items():
+    for stage, seeds in (("search", (0,)), ("final", range(100, 110))):
+      for place, seed in enumerate(seeds):
+        found.append({
+          "stage": stage, "task": task, "seed": seed, "method": config.label(*setting),
+          "learning_rate": 0.01, "rank": 7, "atoms": 9, "trainable_params": 8192,
+          "diverged": False, "router/effective_support": 2.0,
+          "test_mse": error * scale[place] * (1 + 0.001 * rng.normal()),
+        })  # fmt: skip
+  return pd.DataFrame(found)
+
+
+def test_a_setting_is_compared_with_lora_in_the_same_noise():
+  rows = made_up({
+    ("friedman1", "lora", "gaussian", 0.5, 256): 1.0,
+    ("friedman1", "queryable", "gaussian", 0.5, 256): 1.1,
+    ("regimes", "lora", "gaussian", 0.5, 256): 0.2,
+    ("regimes", "queryable", "gaussian", 0.5, 256): 0.1,
+    ("regimes", "lora", "outliers", 1.0, 8192): 0.4,
+    ("regimes", "queryable", "outliers", 1.0, 8192): 0.4,
+    ("regimes", "queryable", "student_t", 1.0, 8192): 0.4,  # whose LoRA is not trained yet
+  })  # fmt: skip
+  found = analysis.differences(rows)
+  assert list(found["task"]) == ["regimes", "regimes", "friedman1"]
+  assert found["percent"].to_numpy() == pytest.approx([-50, 0, 10], abs=0.2)
+  assert list(found["verdict"]) == ["better", "not told apart", "worse"]
+  least = 2 / 2**10
+  assert found["p_holm"].to_numpy()[[0, 2]] == pytest.approx([2 * least, least])
+
+
+def test_what_is_committed_follows_from_the_committed_runs(tmp_path, capsys):
+  target = tmp_path / "noise"
+  kept.keep(study.RESULTS, target)
+  study.main([f"--results={target}"])
+  names = ["differences.csv", "summary.md"]
+  _, differing, missing = filecmp.cmpfiles(study.RESULTS, target, names, shallow=False)
+  assert not differing and not missing, "run python -m experiments.noise"
+  assert (target / "noise.png").stat().st_size > 10_000
+  assert "friedman1" in capsys.readouterr().out
+
+
+def test_the_findings_quote_the_committed_summary():
+  page = (pathlib.Path(study.__file__).parent / "README.md").read_text()
+  quoted = study_of.intervals_of(page)
+  assert quoted and quoted <= study_of.intervals_of((study.RESULTS / "summary.md").read_text())
+
+
+def test_every_committed_setting_had_seven_rates_and_ten_seeds():
+  found = kept.read(study.RESULTS)
+  by = ["task", "method"]
+  rates = found[found["stage"] == "search"].groupby(by)["learning_rate"].nunique()
+  seeds = found[found["stage"] == "final"].groupby(by)["seed"].nunique()
+  assert (rates == 7).all() and (seeds == 10).all()
+  assert len(seeds) == 2 * len(config.settings())
