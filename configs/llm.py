@@ -134,9 +134,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.length = 256
     config.data.system = ""
     config.instruction.in_prompt = True
-    config.optimizer.steps = 20 if math else 40
-    config.eval.update(every=5, validation=40 if math else 8, examples=40 if math else 5)
-    config.eval.update(max_tokens=160 if math else 24, batch_size=40)
+    config.optimizer.steps = 16 if math else 40
+    config.eval.update(every=5, validation=40 if math else 8, examples=20 if math else 5)
+    config.eval.update(max_tokens=128 if math else 24, batch_size=20)
     if arg.endswith("_grid"):
       config.optimizer.update(steps=500, batch_size=16)
       config.data.length = 512
