@@ -25,7 +25,7 @@ def draw(differences: pd.DataFrame, target: pathlib.Path) -> None:
       _panel(axis, differences[differences["noise_kind"] == kind])
       axis.set_title(kind.replace("_", " "), fontsize=8)
     panels[0].set_ylabel("test MSE against LoRA's, %")
-    made.supxlabel("training rows", fontsize=8)
+    panels[len(panels) // 2].set_xlabel("training rows")
     made.legend(handles=_handles(differences), loc="outside lower center", ncols=5)
     made.savefig(target.with_suffix(".svg"))
     made.savefig(target.with_suffix(".png"), dpi=200)

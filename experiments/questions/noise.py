@@ -59,7 +59,7 @@ QUESTION = question.Question(
   caption="Difference in noise-free test error of Queryable LoRA to LoRA in per cent, with 95 %"
   " paired bootstrap intervals over ten seeds, against the number of training rows; a panel a kind"
   " of noise, a line a task and noise level (standard deviation of the noise in units of the"
-  " target's). Hollow marks are not told apart from zero (Holm's p within a task).",
+  " target's). Hollow marks are not told apart from zero (Holm's p at a noise level of a task).",
   study="noise",
   command="python launch.py --config=configs/noise.py --workdir=runs/noise --sweep",
   draw=draw,
