@@ -12,9 +12,21 @@ from experiments.noise import analysis, figure
 RESULTS = kept.RESULTS / "noise"
 
 
-def summary(differences: pd.DataFrame) -> str:
-  """Markdown: every setting, with 95 % intervals."""
+def summary(pooled: pd.DataFrame, differences: pd.DataFrame) -> str:
+  """Markdown: the means over the kinds of noise, then every setting, with 95 % intervals."""
   lines = [
+    "| task | level | training rows | mean difference over five kinds | effect size | p (Holm) |"
+    " verdict |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+  ]
+  for row in pooled.itertuples():
+    ends = f"{row.percent:+.1f} % [{row.percent_low:+.1f}, {row.percent_high:+.1f}]"
+    lines.append(
+      f"| {row.task} | {row.noise_level:g} | {row.train_rows:,} | {ends} | {row.effect_size:+.1f} |"
+      f" {row.p_holm:.3f} | {row.verdict} |"
+    )
+  lines += [
+    "",
     "| task | noise | level | training rows | LoRA's test MSE | Queryable LoRA's | difference |"
     " p (Holm) | verdict |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -33,9 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
   given = command.of_sweep("noise", __doc__, RESULTS).parse_args(arguments)
   if given.workdir:
     kept.keep(given.workdir, given.results)
-  differences = analysis.differences(kept.read(given.results))
+  rows = kept.read(given.results)
+  differences, pooled = analysis.differences(rows), analysis.pooled(rows)
   differences.to_csv(given.results / "differences.csv", index=False, float_format="%.6g")
-  text = summary(differences)
+  pooled.to_csv(given.results / "pooled.csv", index=False, float_format="%.6g")
+  text = summary(pooled, differences)
   (given.results / "summary.md").write_text(text)
   figure.draw(differences, given.results / "noise")
   print(text)

@@ -1,8 +1,10 @@
-"""Queryable LoRA against LoRA in every setting, paired by seed."""
+"""Queryable LoRA against LoRA in every setting and over the kinds of noise, paired by seed."""
 
+import numpy as np
 import pandas as pd
 
 from experiments import kept
+from qlora_jax.data import noise
 from qlora_jax.evaluation import statistics
 
 SETTING = ["task", "noise_kind", "noise_level", "train_rows"]
@@ -37,14 +39,52 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
     SETTING, key=lambda c: -c.eq("regimes") if c.name == "task" else c, ignore_index=True
   )
   table["p_holm"] = table.groupby(["task", "noise_level"])["p_value"].transform(statistics.holm)
-  table["verdict"] = [
+  table["verdict"] = _verdicts(table)
+  return table
+
+
+def pooled(rows: pd.DataFrame) -> pd.DataFrame:
+  """One row a task, noise level and number of rows: the mean over the kinds of noise, in per cent.
+
+  The mean of the logarithms' differences over the kinds, seed by seed: all kinds of a seed share
+  their draws, so that seeds and not settings are what is resampled. Holm's p over all rows.
+  """
+  table = []
+  for task, own in rows.groupby("task", sort=False):
+    errors = kept.scores(own, "test_mse")
+    for level, count in sorted({tuple(name.split("/")[2:]) for name in errors}, key=_numbers):
+      pairs = [
+        (f"queryable/{kind}/{level}/{count}", f"lora/{kind}/{level}/{count}")
+        for kind in noise.KINDS
+      ]  # fmt: skip
+      if not {name for pair in pairs for name in pair} <= set(errors):
+        continue
+      logs = np.mean([np.log(errors[ours] / errors[theirs]) for ours, theirs in pairs], axis=0)
+      percent = statistics.Interval(*kept.percent(np.array(statistics.bootstrap_mean(logs))))
+      table.append({
+        "task": task, "noise_level": float(level), "train_rows": int(count), "seeds": len(logs),
+        **_ends("percent", percent),
+        "effect_size": statistics.effect_size(logs, np.zeros_like(logs)),
+        "p_value": statistics.paired_p_value(logs, np.zeros_like(logs)),
+      })  # fmt: skip
+  table = pd.DataFrame(table)
+  table["p_holm"] = statistics.holm(table["p_value"])
+  table["verdict"] = _verdicts(table)
+  return table
+
+
+def _numbers(names: tuple[str, ...]) -> tuple[float, ...]:
+  return tuple(map(float, names))
+
+
+def _verdicts(table: pd.DataFrame) -> list[str]:
+  return [
     "not told apart" if p >= statistics.SIGNIFICANCE or low <= 0 <= high
     else "better" if high < 0 else "worse"
     for p, low, high in zip(
       table["p_holm"], table["percent_low"], table["percent_high"], strict=True
     )
   ]  # fmt: skip
-  return table
 
 
 def _ends(name: str, interval: statistics.Interval) -> dict[str, float]:

@@ -60,11 +60,22 @@ def test_a_setting_is_compared_with_lora_in_the_same_noise():
   assert found["p_holm"].to_numpy()[[0, 2]] == pytest.approx([least, least])  # one family each
 
 
+def test_kinds_are_pooled_seed_by_seed():
+  errors = {}
+  for place, kind in enumerate(noise.KINDS):
+    errors["regimes", "lora", kind, 0.5, 256] = 1.0 + place
+    errors["regimes", "queryable", kind, 0.5, 256] = (1.0 + place) * (0.8 if place else 1.0)
+  errors["regimes", "queryable", "gaussian", 0.5, 1024] = 1.0  # whose others are missing
+  row = analysis.pooled(made_up(errors)).iloc[0]
+  assert row["percent"] == pytest.approx(100 * (0.8 ** (4 / 5) - 1), abs=0.1)
+  assert (row["train_rows"], row["verdict"]) == (256, "better")
+
+
 def test_what_is_committed_follows_from_the_committed_runs(tmp_path, capsys):
   target = tmp_path / "noise"
   kept.keep(study.RESULTS, target)
   study.main([f"--results={target}"])
-  names = ["differences.csv", "summary.md"]
+  names = ["differences.csv", "pooled.csv", "summary.md"]
   _, differing, missing = filecmp.cmpfiles(study.RESULTS, target, names, shallow=False)
   assert not differing and not missing, "run python -m experiments.noise"
   assert (target / "noise.png").stat().st_size > 10_000
