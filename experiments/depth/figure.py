@@ -94,14 +94,14 @@ def _removal(axis, found, summary) -> None:
     row = _pick(summary, "removal", setting, "trained", "usage and rise, blocks and atoms")
     told = f"{label}: ρ = {row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
     axis.plot(
-      usage, rise, marker, color=color, markersize=2.5, alpha=0.5, label=told, rasterized=True
+      usage, rise, marker, color=color, markersize=2, alpha=0.35, label=told, rasterized=True
     )
   axis.set_xscale("log")
   axis.set_yscale("symlog", linthresh=1.0)
   axis.set_xlim(left=1e-3)
   for scale in (axis.xaxis, axis.yaxis):
     scale.set_major_formatter(lambda value, _: f"{value:g}")
-  axis.set_ylim(top=2000)  # room for the legend
+  axis.set_ylim(top=1e5)  # room for the legend
   axis.set_xlabel("mean weight of the atom in the block")
   axis.set_ylabel("rise of the test error, %")
   axis.grid()
@@ -130,7 +130,8 @@ def _transfer(axis, summary) -> None:
   axis.set_xlabel("test MSE, source variance = 1\n(mean of 10 seeds, 95 % interval)")
   axis.grid(axis="x")
   if settings:
-    axis.legend(fontsize=6.5, loc="best")
+    axis.set_xlim(right=2.0 * own["high"].max())  # room for the legend
+    axis.legend(fontsize=6.5, loc="center right")
 
 
 def _pick(summary, kind, setting, what, quantity) -> pd.Series:

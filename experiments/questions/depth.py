@@ -75,10 +75,20 @@ def answer() -> list[tuple[str, str, str]]:
   learnt = _rows("similarity", "trained - untrained", "blocks, cosine, excess")
   serves = _rows("removal", "trained", "blocks an atom serves, excess")
   usage = _rows("removal", "trained", "usage and rise, blocks and atoms")
+  moved = summary()
+  moved = moved[
+    (moved["kind"] == "transfer") & (moved["what"] == "source memory, all trained")
+    & (moved["quantity"] == "difference to all from scratch, %")
+  ]  # fmt: skip
   return [
     ("training makes blocks share atoms (centred cosine)", verdict(learnt), told(learnt)),
     ("an atom serves more blocks than with renamed atoms", verdict(serves), told(serves)),
     ("usage foretells the cost of removal (rank correlation)", verdict(usage), told(usage)),
+    (
+      "a trained memory helps a new task, all trained (change of the error, %)",
+      verdict(moved.assign(low=-moved["high"])),
+      told(moved),
+    ),
   ]
 
 
