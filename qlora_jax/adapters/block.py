@@ -56,15 +56,15 @@ class Block(nn.Module):
     make_layer: builds one layer, given the number of adapted maps in the block and a name.
     layers: S.
     map_names: the adapted maps of a layer.
-    writes: whether the summary's carry comes back with the block's state in it; else that state
-      comes back in its place.
+    carries: whether the block reads the summary's carry and gives it back with its state in it;
+      else it is given what each of its routers reads, and gives back the state.
   """
 
   config: config_lib.AdapterConfig
   make_layer: Callable[..., nn.Module]
   layers: int
   map_names: tuple[str, ...]
-  writes: bool = True
+  carries: bool = True
 
   @property
   def sharing(self) -> int:
@@ -77,10 +77,11 @@ class Block(nn.Module):
     ]
     if not self.config.routed:
       return
+    make = functools.partial(router.BlockRouter, self.config, self.sharing, self.carries)
     if self.config.operator == "map":
-      self.router = {name: router.BlockRouter(self.config, self.sharing) for name in self.map_names}
+      self.router = {name: make() for name in self.map_names}
     else:
-      self.router = router.BlockRouter(self.config, self.sharing)
+      self.router = make()
     self.gate = router.SummaryGate(self.config)
 
   def __call__(self, carry, shared, instruction, log_prior, context):
@@ -93,7 +94,8 @@ class Block(nn.Module):
       given = (instruction, log_prior)
       routing = router.BlockRouting({
         name: lambda state, each=each, name=name: each(
-          state, running, index, memory.of_map(cfg, shared, name), *given
+          state, running if self.carries else running[each.name], index,
+          memory.of_map(cfg, shared, name), *given
         ) for name, each in routers.items()
       })  # fmt: skip
     for slot, layer in enumerate(self.stack):
@@ -113,7 +115,7 @@ class Block(nn.Module):
         )
       else:
         left = self.stack[0].anchor_state(hidden)
-      running = self.gate(running, left, index) if self.writes else left
+      running = self.gate(running, left, index) if self.carries else left
     record = RoutingRecord(None, None)
     if own:
       record = RoutingRecord(
@@ -185,8 +187,12 @@ class BlockStack(nn.Module):
       record = jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
     elif history and applied:
       own = {name: tree["blocks"] for name, tree in self.variables.items() if "blocks" in tree}
+      params = own.pop("params")
+      queries = {
+        name: tree["pseudo_query"] for name, tree in params.items() if name.startswith("router")
+      }
       last, record = depth_scan.scan(
-        functools.partial(_step, Block(*arguments, writes=False, parent=None)), own.pop("params"),
+        functools.partial(_step, Block(*arguments, carries=False, parent=None)), params, queries,
         own, hidden, running, (shared, instruction, log_prior), context,
       )  # fmt: skip
       carry = (last, None, None, None)
@@ -205,8 +211,8 @@ class BlockStack(nn.Module):
     return (carry[0], record) if context is None else (carry[0], record, carry[2])
 
 
-def _step(module: Block, own, fixed, hidden, history, index, shared, context):
+def _step(module: Block, own, fixed, hidden, summaries, index, shared, context):
   """A block as `depth_scan.scan` runs it."""
-  carry = (hidden, history, None, index)
+  carry = (hidden, summaries, None, index)
   (hidden, state, _, _), record = module.apply({"params": own, **fixed}, carry, *shared, context)
   return hidden, state, record

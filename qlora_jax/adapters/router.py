@@ -53,10 +53,12 @@ class BlockRouter(nn.Module):
   Attributes:
     config: the adapter.
     maps: adapted maps in the block, which share the routed operator.
+    reads: whether it reads the summary's carry; else it is given what it would read.
   """
 
   config: config_lib.AdapterConfig
   maps: int
+  reads: bool = True
 
   @nn.compact
   def __call__(
@@ -107,7 +109,7 @@ class BlockRouter(nn.Module):
         nn.with_logical_partitioning(nn.initializers.zeros, ("rank",)),
         (cfg.rank,),
       )
-    running = summary.read(cfg.summary, carry, index, pseudo_query)
+    running = summary.read(cfg.summary, carry, index, pseudo_query) if self.reads else carry
     return functional.query(
       state,
       running,

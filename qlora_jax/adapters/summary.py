@@ -35,14 +35,66 @@ def depth_attention(
   No 1/sqrt(d) in the scores, as in the source. A pseudo-query of zeros gives the uniform mean. It
   is computed in the pseudo-query's dtype, whatever the history is kept in.
   """
-  num_blocks, history = history.shape[0], history.astype(pseudo_query.dtype)
+  history = history.astype(pseudo_query.dtype)
+  attention = jax.nn.softmax(_scores(history, pseudo_query, index), axis=0)
+  # At the first block every score is masked: the softmax is uniform over nothing.
+  return jnp.sum((attention * _before(history, index))[..., None] * history, axis=0)
+
+
+@typed
+def depth_log_sum(
+  history: Float[Array, "N *batch R"],
+  pseudo_query: Float[Array, "R"],
+  index: Int[Array, ""] | int,
+) -> Float[Array, "*batch"]:
+  """log of what the softmax in `depth_attention` divides by."""
+  history = history.astype(pseudo_query.dtype)
+  return jax.nn.logsumexp(_scores(history, pseudo_query, index), axis=0)
+
+
+@typed
+def depth_gradient(
+  state: Float[Array, "*batch R"],
+  index: Int[Array, ""] | int,
+  pseudo_queries: Float[Array, "N R"],
+  grads: Float[Array, "N *batch R"],
+  log_sums: Float[Array, "N *batch"],
+  dots: Float[Array, "N *batch"],
+) -> Float[Array, "*batch R"]:
+  """Gradient in h_b, the state that block `index` left behind, from the summaries after it.
+
+  Args:
+    state: h_b; index: b.
+    pseudo_queries: p_j of every block.
+    grads: in s_j, which are read at the blocks j > b only.
+    log_sums: `depth_log_sum` of every block j > b; dots: s_j . gradient in s_j.
+  """
+  state, grads = (each.astype(pseudo_queries.dtype) for each in (state, grads))
+  after = (jnp.arange(len(grads)) > index).reshape(-1, *[1] * (log_sums.ndim - 1))
+
+  def scores(state):
+    products = jnp.einsum("...r,nr->n...", state, pseudo_queries)
+    power = jnp.mean(jnp.square(state), axis=-1)
+    return products * jax.lax.rsqrt(power + functional.RMS_EPSILON)
+
+  found, pull = jax.vjp(scores, state)
+  attention = jnp.where(after, jnp.exp(jnp.where(after, found - log_sums, 0.0)), 0.0)
+  (through,) = pull(attention * (jnp.einsum("n...r,...r->n...", grads, state) - dots))
+  return jnp.sum(attention[..., None] * grads, axis=0) + through
+
+
+def _before(history: Array, index: Array | int) -> Array:
+  """Which of the blocks come before block `index`, to multiply [N, *batch]."""
+  return (jnp.arange(len(history)) < index).reshape(-1, *[1] * (history.ndim - 2))
+
+
+def _scores(history: Array, pseudo_query: Array, index: Array | int) -> Array:
+  """p_b . RMSNorm(h_j) [N, *batch] at the blocks before `index`."""
   power = jnp.einsum("n...r,n...r->n...", history, history) / history.shape[-1]
   scores = jnp.einsum("n...r,r->n...", history, pseudo_query)
   scores = scores * jax.lax.rsqrt(power + functional.RMS_EPSILON)
-  before = (jnp.arange(num_blocks) < index).reshape(num_blocks, *[1] * (history.ndim - 2))
   # A finite floor, not -inf: at the first block every score is masked, and -inf would give NaN.
-  attention = jax.nn.softmax(jnp.where(before, scores, -1e30), axis=0) * before
-  return jnp.sum(attention[..., None] * history, axis=0)
+  return jnp.where(_before(history, index), scores, -1e30)
 
 
 @typed

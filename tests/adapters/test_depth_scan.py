@@ -40,8 +40,9 @@ def gradient(adapter, remat):
   [
     {"top_k": 2, "contraction": "gather"},
     {"z_loss_weight": 0.01, "load_balance_weight": 0.1},
+    {"operator": "map"},
   ],
-  ids=["sparse", "penalties"],
+  ids=["sparse", "penalties", "routers"],
 )
 def test_the_gradient_is_that_of_the_plain_scan(fields):
   adapter = adapter_config.AdapterConfig(rank=4, atoms=8, **fields)
