@@ -73,7 +73,8 @@ def depth_gradient(
   after = (jnp.arange(len(grads)) > index).reshape(-1, *[1] * (log_sums.ndim - 1))
 
   def scores(state):
-    products = jnp.einsum("...r,nr->n...", state, pseudo_queries)
+    # As exact as `_scores`, which is no matrix product to a TPU: the log-sum is of its scores.
+    products = jnp.einsum("...r,nr->n...", state, pseudo_queries, precision="highest")
     power = jnp.mean(jnp.square(state), axis=-1)
     return products * jax.lax.rsqrt(power + functional.RMS_EPSILON)
 

@@ -151,8 +151,9 @@ def padded(size: int) -> int:
 def routing_bytes(shape, adapter, tokens: float) -> dict[str, float]:
   """Bytes that Queryable LoRA adds: 'kept' for the gradient, and 'temporary' in one block.
 
-  The depth history is kept once (`adapters/depth_scan.py`) where blocks are made again, and once a
-  block where they are not. Dense weights exist only in the orders that multiply by them.
+  The depth history is kept once (`adapters/depth_scan.py`) where blocks are made again, and has no
+  gradient of its size; where they are not it is kept once a block. Dense weights exist only in the
+  orders that multiply by them.
   """
   if not adapter.routed:
     return {"kept": 0.0, "temporary": 0.0}
@@ -161,8 +162,13 @@ def routing_bytes(shape, adapter, tokens: float) -> dict[str, float]:
   kept = history = 0.0
   if adapter.uses_query and adapter.summary == "attention":
     history = shape.blocks * tokens * rank * np.dtype(shape.dtype).itemsize
-    kept = history if shape.remat == "full" else history * shape.blocks
-    history *= 2  # and its gradient
+    if shape.remat == "full":
+      kept, routers = history, len(shape.adapted) if adapter.operator == "map" else 1
+      # The first router's gradients take the history's place; each has two numbers a block besides.
+      history = (routers - 1) * history + 2 * routers * shape.blocks * tokens * FLOAT32
+    else:
+      kept = history * shape.blocks
+      history *= 2  # and its gradient
   elif adapter.uses_query and adapter.summary == "recurrent":
     kept = shape.blocks * state
   gather = contraction.choose(adapter, shape.layers_per_block * len(shape.adapted)) == "gather"
