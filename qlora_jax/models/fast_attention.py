@@ -168,7 +168,7 @@ def splash(
       def row(query, key, value, segments):
         return kernel(query, key, value, segment_ids=splash_lib.SegmentIds(segments, segments))
 
-      return _settled(jax.vmap(row))
+      return jax.vmap(row)
 
     kinds = [kind(window) for window in windows]
     if len(kinds) == 1:
@@ -176,6 +176,7 @@ def splash(
     return jax.lax.switch(choice, kinds, query, key, value, segments)
 
   arguments = (pad(query * scale), pad(key), pad(value), segments, jnp.asarray(choice))
+  own = _settled(own)
   if found is not None:
     own = _sharded(own, found, arguments)
   mixed = own(*arguments)
@@ -183,7 +184,7 @@ def splash(
 
 
 def _settled(function):
-  """The function of (query, key, value, segments), whose gradient keeps nothing half done.
+  """The function of (query, key, value, segments, choice), whose gradient keeps nothing half done.
 
   The kernel leaves the logarithms of its sums with 128 equal lanes a query, and slices them. Left
   alone, the TPU compiler may slice them when the gradient asks, and hold twice the bytes of the
@@ -191,17 +192,17 @@ def _settled(function):
   """
 
   @jax.custom_vjp
-  def run(query, key, value, segments):
-    return function(query, key, value, segments)
+  def run(*arguments):
+    return function(*arguments)
 
-  def forward(query, key, value, segments):
+  def forward(query, key, value, *rest):
     def differentiated(query, key, value):
-      return function(query, key, value, segments)
+      return function(query, key, value, *rest)
 
     return jax.lax.optimization_barrier(jax.vjp(differentiated, query, key, value))
 
   def backward(pull, grad):
-    return (*pull(grad), None)
+    return (*pull(grad), None, None)
 
   run.defvjp(forward, backward)
   return run
