@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax import numpy as jnp
+from jax.extend import core
 
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.adapters import losses
@@ -64,6 +65,23 @@ def test_no_array_holds_a_history_for_every_block():
     texts[remat] = str(jax.make_jaxpr(jax.grad(loss))(params, base))
   assert squared in texts["dots"]  # as a scan is differentiated
   assert squared not in texts["full"]
+
+
+def test_going_back_one_array_holds_states_and_gradients():
+  loss, params, base = gradient(adapter_config.AdapterConfig(rank=4, atoms=8), "full")
+  (back,) = scans(jax.make_jaxpr(jax.grad(loss))(params, base).jaxpr, reverse=True)
+  carried = back.invars[back.params["num_consts"] :][: back.params["num_carry"]]
+  shapes = [each.aval.shape for each in carried]
+  assert shapes.count((SHAPE.blocks, ROWS, LENGTH, 4)) == 1
+
+
+def scans(jaxpr, reverse):
+  """The scans of a jaxpr, and of those in it, that run in one direction."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "scan" and equation.params["reverse"] == reverse:
+      yield equation
+    for inner in core.jaxprs_in_params(equation.params):
+      yield from scans(inner, reverse)
 
 
 def test_a_gradient_of_the_frozen_base_is_refused():
