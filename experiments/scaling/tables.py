@@ -33,8 +33,9 @@ def targets(checked: pd.DataFrame, folder: pathlib.Path = RESULTS) -> str:
       ["under 1 % more FLOPs", f"{guess['extra_flops_percent']:.3f} %", "(counts a loop once)"],
       [
         "under 1 % more HBM", f"{guess['extra_hbm_percent']:.2f} %",
-        f"{own['extra_peak_percent']:.2f} % alive at once; {_judged(own['extra_hbm_percent'])}"
-        f" {reserved} reserved, {own['lora_hbm'] / _GIB:.2f} to {own['hbm'] / _GIB:.2f} GiB",
+        f"{own['extra_peak_percent']:.2f} % alive at once;"
+        f" {_judged(own['extra_hbm_percent'])}{reserved} reserved,"
+        f" {own['lora_hbm'] / _GIB:.2f} to {own['hbm'] / _GIB:.2f} GiB",
       ],
       [
         "no collective on the routed path", "none",
@@ -45,7 +46,7 @@ def targets(checked: pd.DataFrame, folder: pathlib.Path = RESULTS) -> str:
 
 
 def _judged(percent: float) -> str:
-  return "" if percent < 1 else "**missed:**"
+  return "" if percent < 1 else "**missed:** "
 
 
 def _key(point: points.Point) -> list:
