@@ -20,7 +20,8 @@ class Domain:
   """What a factorial was made on.
 
   Attributes:
-    name: folder of its results; config: module that trains it.
+    name: folder of its results; config: module that trains it; place: of the instruction where
+      what is adapted reads it itself.
     known, unseen: columns of the test score, smaller is better, at wordings that training has seen
       and at others; unit: the score's.
     accuracy: column of the exact match at unseen wordings, or None.
@@ -31,6 +32,7 @@ class Domain:
   known: str
   unseen: str
   unit: str
+  place: str = "input"
   accuracy: str | None = None
 
 
@@ -41,7 +43,7 @@ DOMAINS = {
   ),
   "language": Domain(
     "factorial_language", "configs/factorial_language.py", "test_seen_nats", "test_nats",
-    "test nats an answer token", "test_accuracy",
+    "test nats an answer token", "prompt", "test_accuracy",
   ),
 }  # fmt: skip
 INSTRUCTIONS = ("none", "input", "query", "prior", "kl", "prior+query")
@@ -138,6 +140,16 @@ def contrasts(found: dict) -> list[tuple[str, str, str, dict]]:
           (1, (way, "on", truth)), (-1, ("none", "on", truth)),
           (-1, (way, other, truth)), (1, ("none", other, truth)),
         )  # fmt: skip
+    for way in told:
+      add(
+        "with routing on", truth, f"{way} − none, routing on",
+        (1, (way, "on", truth)), (-1, ("none", "on", truth)),
+      )  # fmt: skip
+    for way in ("none", "input"):
+      add(
+        "against LoRA", truth, f"on − LoRA, {way}",
+        (1, (way, "on", truth)), (-1, (way, "lora", truth)),
+      )  # fmt: skip
     for way in ("query", "prior+query"):
       add(
         "example", truth, f"on − example, {way}",

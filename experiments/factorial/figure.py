@@ -25,6 +25,11 @@ _TRUTHS = {
   "shuffled": "other rows' wordings",
 }  # fmt: skip
 
+# The effects that are drawn, in this order, with their markers.
+FAMILIES = {
+  "instruction": "o", "with routing on": "o", "routing": "s", "example": "v", "against LoRA": "^",
+  "interaction": "D",
+}  # fmt: skip
 _FILL = {"true": "none", "unseen": "full", "shuffled": "left"}
 
 
@@ -58,7 +63,8 @@ def _cells(axis, cells: pd.DataFrame, domain: analysis.Domain) -> None:
     )  # fmt: skip
   for place in range(1, len(_PLACES)):
     axis.axvline(place - 0.5, color=style.FAINT, linewidth=0.6)
-  axis.set_xticks(range(len(_PLACES)), _PLACES.values())
+  named = [text.replace("input", domain.place) for text in _PLACES.values()]
+  axis.set_xticks(range(len(_PLACES)), named)
   axis.set_xlim(-0.5, len(_PLACES) - 0.5)
   axis.set_ylim(bottom=0)
   axis.set_ylabel(domain.unit)
@@ -67,16 +73,16 @@ def _cells(axis, cells: pd.DataFrame, domain: analysis.Domain) -> None:
 
 
 def _effects(axis, effects: pd.DataFrame, domain: analysis.Domain) -> None:
-  families = ("instruction", "routing", "example", "interaction")
+  families = FAMILIES
   chosen = effects[(effects["truth"] == "unseen") & effects["family"].isin(families)]
-  chosen = chosen.iloc[np.argsort(chosen["family"].map(families.index), kind="stable")]
+  chosen = chosen.iloc[np.argsort(chosen["family"].map(list(families).index), kind="stable")]
   height, ticks, before = 0.0, {}, None
   for row in chosen.itertuples():
     height -= 1.6 if before not in (None, row.family) else 1.0
     before = row.family
     ticks[height] = row.effect
     color = style.INK if row.p_holm < 0.05 else style.MUTED
-    marker = {"instruction": "o", "routing": "s", "example": "v", "interaction": "D"}[row.family]
+    marker = FAMILIES[row.family]
     axis.plot([row.percent_low, row.percent_high], [height] * 2, color=color, linewidth=1.4)
     axis.plot(
       row.percent, height, marker, color=color, markersize=4.5,
@@ -84,7 +90,7 @@ def _effects(axis, effects: pd.DataFrame, domain: analysis.Domain) -> None:
     )  # fmt: skip
   axis.axvline(0, color=style.INK, linewidth=0.6)
   axis.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
-  axis.set_xlabel(f"change of {domain.unit.partition(' (')[0]}, % (×: of the ratio of two)")
+  axis.set_xlabel(f"change of {domain.unit.partition(' (')[0]}, %\n(×: of the ratio of two)")
   axis.set_title("Effects, unseen wordings", loc="left")
   axis.grid(axis="x")
 
@@ -98,5 +104,5 @@ def _handles(cells: pd.DataFrame) -> list[mlines.Line2D]:
     mlines.Line2D(
       [], [], color=style.INK, marker="o", linestyle="none", label=label,
       fillstyle=_FILL[truth], markerfacecoloralt=style.PAPER,
-    ) for truth, label in _TRUTHS.items()
+    ) for truth, label in _TRUTHS.items() if truth in {*cells["truth"], "unseen"}
   ]  # fmt: skip

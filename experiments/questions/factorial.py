@@ -41,8 +41,7 @@ def ends(row, name: str = "percent", digits: int = 1) -> str:
 def table(domain: analysis.Domain = REGRESSION) -> str:
   """Main effects and interactions at wordings that training has not seen."""
   rows = effects(domain)
-  families = ("instruction", "routing", "example", "interaction")
-  rows = rows[(rows["truth"] == "unseen") & rows["family"].isin(families)]
+  rows = rows[(rows["truth"] == "unseen") & rows["family"].isin(figure.FAMILIES)]
   return committed.markdown(
     ["family", "effect", f"change of {domain.unit.partition(' (')[0]}", "p (Holm)"],
     [
