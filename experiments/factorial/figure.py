@@ -49,10 +49,11 @@ def draw(
 
 def _cells(axis, cells: pd.DataFrame, domain: analysis.Domain) -> None:
   routings = [name for name in _ROUTING if name in set(cells["routing"])]
+  places = [name for name in _PLACES if name in set(cells["instruction"])]
   slots = [(routing, truth) for routing in routings for truth in _TRUTHS]
   for row in cells.itertuples():
     truth = "unseen" if row.truth == "absent" else row.truth
-    place = list(_PLACES).index(row.instruction)
+    place = places.index(row.instruction)
     offset = (slots.index((row.routing, truth)) + 0.5) / len(slots) - 0.5
     color, marker, _ = _ROUTING[row.routing]
     axis.errorbar(
@@ -61,11 +62,11 @@ def _cells(axis, cells: pd.DataFrame, domain: analysis.Domain) -> None:
       markersize=4.5, elinewidth=1, linestyle="none", markeredgewidth=1,
       fillstyle=_FILL[truth], markerfacecoloralt=style.PAPER,
     )  # fmt: skip
-  for place in range(1, len(_PLACES)):
+  for place in range(1, len(places)):
     axis.axvline(place - 0.5, color=style.FAINT, linewidth=0.6)
-  named = [text.replace("input", domain.place) for text in _PLACES.values()]
-  axis.set_xticks(range(len(_PLACES)), named)
-  axis.set_xlim(-0.5, len(_PLACES) - 0.5)
+  named = [_PLACES[name].replace("input", domain.place) for name in places]
+  axis.set_xticks(range(len(places)), named)
+  axis.set_xlim(-0.5, len(places) - 0.5)
   axis.set_ylim(bottom=0)
   axis.set_ylabel(domain.unit)
   axis.set_title("Error by the instruction's place and routing")
