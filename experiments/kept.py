@@ -13,6 +13,7 @@ import pandas as pd
 
 from experiments import command
 from qlora_jax import errors
+from qlora_jax.evaluation import statistics
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -84,6 +85,11 @@ def chosen(rows: pd.DataFrame) -> pd.DataFrame:
 def percent(log_ratio) -> np.ndarray:
   """A difference of logarithms as per cent more."""
   return 100 * np.expm1(log_ratio)
+
+
+def ends(name: str, interval: statistics.Interval) -> dict[str, float]:
+  """An interval as the columns `name`, `name`_low and `name`_high."""
+  return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def main(arguments: list[str] | None = None) -> None:

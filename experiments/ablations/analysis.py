@@ -52,11 +52,11 @@ def levels(rows: pd.DataFrame) -> pd.DataFrame:
         "task": task, "factor": factor, "level": level, "reference": against,
         **chosen.loc[method], "seeds": len(values),
         "matched": abs(chosen.loc[method, "trainable_params"] / budget - 1) <= sizing.TOLERANCE,
-        **_ends("mse", statistics.bootstrap_mean(values)),
+        **kept.ends("mse", statistics.bootstrap_mean(values)),
       }  # fmt: skip
       if against in errors and against != method:
         other = errors[against].to_numpy()
-        row |= _ends("percent", statistics.paired_bootstrap_relative(values, other))
+        row |= kept.ends("percent", statistics.paired_bootstrap_relative(values, other))
         row["p_value"] = statistics.paired_p_value(values, other)
       table.append(row)
   table = pd.DataFrame(table)
@@ -68,7 +68,3 @@ def levels(rows: pd.DataFrame) -> pd.DataFrame:
     table[compared].groupby(["task", "factor"])["p_value"].transform(statistics.holm)
   )
   return table
-
-
-def _ends(name: str, interval: statistics.Interval) -> dict[str, float]:
-  return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -86,7 +86,7 @@ def cells(rows: pd.DataFrame, domain: Domain) -> pd.DataFrame:
       **own[["rank", "atoms", "trainable_params", "learning_rate", "rate_at_edge"]],
       "seeds": len(values), "diverged": own["diverged"],
       "effective_support": own["effective_support"],
-      **_ends("error", _mean(values)),
+      **kept.ends("error", _mean(values)),
     }  # fmt: skip
     if domain.accuracy and truth != "true":
       own = kept.scores(rows, domain.accuracy)[f"{instruction}/{routing}/{trained}"]
@@ -94,7 +94,7 @@ def cells(rows: pd.DataFrame, domain: Domain) -> pd.DataFrame:
     untold, lora = found.get(("none", routing, truth)), found.get(("input", "lora", truth))
     for name, other in (("against_untold", untold), ("against_lora_input", lora)):
       if other is not None and other is not values:
-        row |= _ends(name, _relative(values, other))
+        row |= kept.ends(name, _relative(values, other))
     table.append(row)
   orders = {"instruction": INSTRUCTIONS, "routing": ROUTINGS, "truth": ("absent", *TRUTHS)}
   return pd.DataFrame(table).sort_values(
@@ -183,8 +183,8 @@ def effects(rows: pd.DataFrame, domain: Domain) -> pd.DataFrame:
     log, p_value = _contrast(np.log(values), given)
     table.append({
       "family": family, "effect": name, "truth": truth, "seeds": values.shape[1],
-      **_ends("error", plain),
-      **_ends("percent", statistics.Interval(*kept.percent(np.array(log)))),
+      **kept.ends("error", plain),
+      **kept.ends("percent", statistics.Interval(*kept.percent(np.array(log)))),
       "p_value": p_value,
     })  # fmt: skip
   table = pd.DataFrame(table)
@@ -211,7 +211,3 @@ def _relative(values: np.ndarray, other: np.ndarray) -> statistics.Interval:
     log = statistics.student(np.log(values / other))[0]
     return statistics.Interval(*kept.percent(np.array(log)))
   return statistics.paired_bootstrap_relative(values, other)
-
-
-def _ends(name: str, interval: statistics.Interval) -> dict[str, float]:
-  return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -32,7 +32,7 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
         "lora_learning_rate": chosen.loc[theirs, "learning_rate"],
         "rate_at_edge": bool(chosen.loc[[method, theirs], "rate_at_edge"].any()),
         "error": a.mean(), "lora_error": b.mean(),
-        **_ends("percent", statistics.paired_bootstrap_relative(a, b)),
+        **kept.ends("percent", statistics.paired_bootstrap_relative(a, b)),
         "effect_size": statistics.effect_size(a, b), "p_value": statistics.paired_p_value(a, b),
       })  # fmt: skip
   table = pd.DataFrame(table).sort_values(
@@ -63,7 +63,7 @@ def pooled(rows: pd.DataFrame) -> pd.DataFrame:
       percent = statistics.Interval(*kept.percent(np.array(statistics.bootstrap_mean(logs))))
       table.append({
         "task": task, "noise_level": float(level), "train_rows": int(count), "seeds": len(logs),
-        **_ends("percent", percent),
+        **kept.ends("percent", percent),
         "effect_size": statistics.effect_size(logs, np.zeros_like(logs)),
         "p_value": statistics.paired_p_value(logs, np.zeros_like(logs)),
       })  # fmt: skip
@@ -85,7 +85,3 @@ def _verdicts(table: pd.DataFrame) -> list[str]:
       table["p_holm"], table["percent_low"], table["percent_high"], strict=True
     )
   ]  # fmt: skip
-
-
-def _ends(name: str, interval: statistics.Interval) -> dict[str, float]:
-  return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
