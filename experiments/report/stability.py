@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report import inputs, style, tables
-from qlora_jax.evaluation import statistics
+from qlora_jax.evaluation import stability, statistics
 
 HEADINGS = {
   "search_runs": "Search runs", "diverged": "Diverged", "spikes": "Loss spikes", "basin": "Basin",
@@ -94,7 +94,7 @@ def spikes(study: inputs.Study) -> pd.DataFrame:
     part = part.sort_values(["run_id", "step"], kind="stable")
     losses = part["train_loss"].to_numpy().reshape(part["run_id"].nunique(), -1)
     counts.append(pd.DataFrame({
-      "run_id": part["run_id"].unique(), "spikes": statistics.loss_spikes(np.maximum(losses, 0)),
+      "run_id": part["run_id"].unique(), "spikes": stability.loss_spikes(np.maximum(losses, 0)),
     }))  # fmt: skip
   runs = study.results[["run_id", *names]].merge(pd.concat(counts), on="run_id")
   return runs[runs["method"] != "none"]

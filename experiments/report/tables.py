@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report import inputs, measure, style
-from qlora_jax.evaluation import statistics
+from qlora_jax.evaluation import stability, statistics
 
 BASELINES: Mapping[str, Sequence[str]] = {
   "": ("lora", "lora+prompt"),  # every task not named; what a study does not have is passed over
@@ -214,7 +214,7 @@ def _basin(searched: pd.DataFrame, of: measure.Measure) -> float:
   means = loss.groupby(searched["learning_rate"]).mean()
   if len(means) < 2 or not np.isfinite(means).any():
     return math.nan
-  return float(statistics.learning_rate_basin(means.index.to_numpy(), means.to_numpy()))
+  return float(stability.learning_rate_basin(means.index.to_numpy(), means.to_numpy()))
 
 
 def search_means(searched: pd.DataFrame, column: str) -> pd.DataFrame:

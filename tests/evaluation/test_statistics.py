@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
-from qlora_jax.evaluation import statistics
+from qlora_jax.evaluation import stability, statistics
 
 _VALUES = st.floats(-1e3, 1e3, allow_nan=False)
 _SAMPLES = st.lists(_VALUES, min_size=2, max_size=12)
@@ -176,27 +176,27 @@ def test_holm_is_monotone_between_raw_and_bonferroni_and_ignores_order(p, random
 def test_basin_of_a_parabola_matches_its_closed_form():
   decades = np.linspace(-4, 0, 401)
   losses = 2.0 * (1 + 0.2 * (decades + 2) ** 2)  # within 5 % for |decades + 2| <= .5
-  assert statistics.learning_rate_basin(10**decades, losses) == pytest.approx(1.0, abs=1e-4)
+  assert stability.learning_rate_basin(10**decades, losses) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_basin_edges_are_interpolated_in_log_rate():
   # Limit 1.05: a fifth of the way from 1.0 to 1.25 on the right, half of that to 1.5 on the left.
-  width = statistics.learning_rate_basin([1e-3, 1e-2, 1e-1], [1.5, 1.0, 1.25])
+  width = stability.learning_rate_basin([1e-3, 1e-2, 1e-1], [1.5, 1.0, 1.25])
   assert width == pytest.approx(0.1 + 0.2)
 
 
 def test_basin_is_contiguous_and_ends_at_the_grid_and_at_divergence():
   rates = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
-  assert statistics.learning_rate_basin(rates, [1.0] * 5) == pytest.approx(4)
-  assert statistics.learning_rate_basin(rates, [1, 1, np.nan, 1, 1]) == pytest.approx(1)
-  assert statistics.learning_rate_basin(rates, [np.inf, np.nan, 1, np.inf, 1]) == 0
-  assert statistics.learning_rate_basin(rates, [np.nan] * 5) == 0
-  assert statistics.learning_rate_basin([1e-3], [1.0]) == 0
+  assert stability.learning_rate_basin(rates, [1.0] * 5) == pytest.approx(4)
+  assert stability.learning_rate_basin(rates, [1, 1, np.nan, 1, 1]) == pytest.approx(1)
+  assert stability.learning_rate_basin(rates, [np.inf, np.nan, 1, np.inf, 1]) == 0
+  assert stability.learning_rate_basin(rates, [np.nan] * 5) == 0
+  assert stability.learning_rate_basin([1e-3], [1.0]) == 0
 
 
 def test_one_diverged_seed_rules_out_its_rate():
   losses = [[1, 1], [1, 1], [1, np.nan]]
-  assert statistics.learning_rate_basin([1e-3, 1e-2, 1e-1], losses) == pytest.approx(1)
+  assert stability.learning_rate_basin([1e-3, 1e-2, 1e-1], losses) == pytest.approx(1)
 
 
 @_FEW
@@ -205,17 +205,17 @@ def test_one_diverged_seed_rules_out_its_rate():
 )
 def test_basin_ignores_order_and_unit_and_grows_with_tolerance(losses, random):
   rates = 10.0 ** np.arange(-len(losses), 0)
-  width = statistics.learning_rate_basin(rates, losses)
+  width = stability.learning_rate_basin(rates, losses)
   assert 0 <= width <= len(losses) - 1 + 1e-9
   shuffle = random.sample(range(len(losses)), len(losses))
-  shuffled = statistics.learning_rate_basin(7 * rates[shuffle], np.array(losses)[shuffle])
+  shuffled = stability.learning_rate_basin(7 * rates[shuffle], np.array(losses)[shuffle])
   assert shuffled == pytest.approx(width, abs=1e-9)
-  assert statistics.learning_rate_basin(rates, losses, 0.2) >= width - 1e-12
+  assert stability.learning_rate_basin(rates, losses, 0.2) >= width - 1e-12
 
 
 def test_diverged_share_counts_non_finite_and_worse_than_the_base():
   losses = [[0.5, 1.0, 1.1], [np.nan, np.inf, 0.9]]
-  assert statistics.diverged_share(losses, 1.0) == pytest.approx(3 / 6)
+  assert stability.diverged_share(losses, 1.0) == pytest.approx(3 / 6)
 
 
 def test_seeds_needed_matches_the_textbook_and_simulation():
@@ -278,13 +278,13 @@ def test_bad_pairs_are_refused(function, a, b):
     lambda: statistics.holm([0.5, np.nan]),
     lambda: statistics.holm([1.5]),
     lambda: statistics.spread([1.0]),
-    lambda: statistics.learning_rate_basin([], []),
-    lambda: statistics.learning_rate_basin([1.0, 2.0], [1.0]),
-    lambda: statistics.learning_rate_basin([0.0, 2.0], [1.0, 1.0]),
-    lambda: statistics.learning_rate_basin([2.0, 2.0], [1.0, 1.0]),
-    lambda: statistics.learning_rate_basin([1.0, 2.0], [1.0, 1.0], -0.1),
-    lambda: statistics.diverged_share([], 1.0),
-    lambda: statistics.diverged_share([1.0], np.nan),
+    lambda: stability.learning_rate_basin([], []),
+    lambda: stability.learning_rate_basin([1.0, 2.0], [1.0]),
+    lambda: stability.learning_rate_basin([0.0, 2.0], [1.0, 1.0]),
+    lambda: stability.learning_rate_basin([2.0, 2.0], [1.0, 1.0]),
+    lambda: stability.learning_rate_basin([1.0, 2.0], [1.0, 1.0], -0.1),
+    lambda: stability.diverged_share([], 1.0),
+    lambda: stability.diverged_share([1.0], np.nan),
     lambda: statistics.seeds_needed([1.0], 1.0),
     lambda: statistics.seeds_needed([1.0, 2.0], 0.0),
     lambda: statistics.seeds_needed([1.0, 2.0], 1.0, power=1.0),
@@ -332,7 +332,7 @@ def test_spread_ratio_is_that_of_the_sample():
   ],
 )
 def test_loss_spikes(losses, spikes):
-  assert statistics.loss_spikes(losses) == spikes
+  assert stability.loss_spikes(losses) == spikes
 
 
 def test_loss_spikes_of_many_runs_match_a_plain_loop():
@@ -348,13 +348,13 @@ def test_loss_spikes_of_many_runs_match_a_plain_loop():
         jumped = len(before) > 0 and run[index] > 1.5 * np.median(before)
         high.append(jumped or not np.isfinite(run[index]))
       expected.append(sum(now and not was for was, now in itertools.pairwise([False, *high])))
-    np.testing.assert_array_equal(statistics.loss_spikes(losses, window=window), expected)
+    np.testing.assert_array_equal(stability.loss_spikes(losses, window=window), expected)
 
 
 def test_loss_spikes_refuses_what_has_no_meaning():
   for losses, more in (([], {}), ([1, -1], {}), ([1, 2], {"tolerance": 0}), ([1], {"window": 0})):
     with pytest.raises(ValueError):
-      statistics.loss_spikes(losses, **more)
+      stability.loss_spikes(losses, **more)
 
 
 def test_win_tie_loss_counts_intervals_by_their_side_of_zero():

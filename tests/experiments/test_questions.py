@@ -8,7 +8,7 @@ import pytest
 
 from experiments.questions import __main__ as command
 from experiments.questions import committed, every, question, stability
-from qlora_jax.evaluation import statistics
+from qlora_jax.evaluation import stability as evaluation_stability
 
 ROOT = pathlib.Path(__file__).parents[2]
 READY = [name for name, each in every.QUESTIONS.items() if each.ready]
@@ -94,7 +94,7 @@ def test_stability_is_counted_from_the_runs():
   uniform = study.results[study.results["method"] == "uniform"]["run_id"]
   curves = study.curves[study.curves["run_id"].isin(uniform)].sort_values(["run_id", "step"])
   spikes = sum(
-    int(statistics.loss_spikes(losses.to_numpy()))
+    int(evaluation_stability.loss_spikes(losses.to_numpy()))
     for _, losses in curves.groupby("run_id")["train_loss"]
   )
   assert rows.loc["uniform", "spikes"] == spikes > 0
