@@ -26,7 +26,8 @@ setup-dev: .venv/.ready-dev
 # The TPU compiler for `launch.py --plan`, in a folder that only the plan reads (690 MB).
 setup-tpu: .venv/libtpu/.ready
 .venv/libtpu/.ready: .venv/.ready requirements-tpu.txt
-	$(PIP) --no-compile --no-deps --require-hashes --upgrade --target .venv/libtpu \
+	rm -rf .venv/libtpu
+	$(PIP) --no-compile --no-deps --require-hashes --target .venv/libtpu \
 	  -r requirements-tpu.txt
 	touch $@
 

@@ -24,7 +24,10 @@ def of_sweep(name: str, about: str, results: pathlib.Path | None) -> argparse.Ar
   """For what `launch.py --sweep` has trained: `--from` keeps its results before they are read."""
   made = parser(name, about)
   made.add_argument("--results", type=pathlib.Path, default=results, help="where they are kept")
-  made.add_argument("--from", dest="workdir", type=pathlib.Path, help="a sweep to keep first")
+  made.add_argument(
+    "--from", dest="parts", type=pathlib.Path, action="append",
+    help="a sweep to keep first; several times if machines have shared its settings",
+  )  # fmt: skip
   return made
 
 

@@ -6,7 +6,7 @@ python -m experiments.kept --from=runs/stability --results=experiments/results/s
 import json
 import pathlib
 import re
-import shutil
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,39 +14,81 @@ import pandas as pd
 from experiments import command
 from qlora_jax import errors
 from qlora_jax.evaluation import statistics
+from qlora_jax.training import resume
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def keep(workdir: pathlib.Path, target: pathlib.Path, more: bool = False) -> None:
+def keep(
+  parts: pathlib.Path | Sequence[pathlib.Path], target: pathlib.Path, more: bool = False
+) -> None:
   """Copies `results.parquet` and `study.json` of a study, without paths of the machine it ran on.
 
   Args:
-    workdir: of the study.
+    parts: work directory of the study; or several, each with other settings of the same config, as
+      machines leave them that share a sweep. A folder that was kept before can be a part.
     target: folder, made if it is not there.
     more: whether curves and example answers are kept, too, where the study has them.
 
   Raises:
-    errors.UserError: there is no such study, or it has no final run yet.
+    errors.UserError: a part is no study or has no final run yet, the parts' configs differ, or two
+      of them hold the same setting.
   """
+  parts = [parts] if isinstance(parts, pathlib.Path) else list(parts)
+  tables = [_of_part(workdir) for workdir in parts]
+  study = _joined([json.loads((workdir / "study.json").read_text()) for workdir in parts], parts)
+  _check_apart(tables, parts)
+  extra = {
+    name: [pd.read_parquet(workdir / name) for workdir in parts if (workdir / name).is_file()]
+    for name in (("curves.parquet", "samples.parquet") if more else ())
+  }
+  target.mkdir(parents=True, exist_ok=True)
+  for name, found in {"results.parquet": tables, **extra}.items():
+    if found:
+      rows = pd.concat(found, ignore_index=True)
+      rows.to_parquet(target / name, index=False, compression="zstd")
+  (target / "study.json").write_text(json.dumps(study, indent=1) + "\n")
+
+
+def _of_part(workdir: pathlib.Path) -> pd.DataFrame:
   path = workdir / "results.parquet"
   if not path.is_file():
     raise errors.UserError(f"--from: {workdir} has no results.parquet; run the sweep first")
   rows = pd.read_parquet(path)
   if not (rows["stage"] == "final").any():
     raise errors.UserError(f"--from: {workdir} has no final run yet; let the sweep go on")
-  target.mkdir(parents=True, exist_ok=True)
-  rows.to_parquet(target / "results.parquet", index=False, compression="zstd")
-  for name in ("curves.parquet", "samples.parquet"):
-    if more and (workdir / name).is_file():
-      shutil.copyfile(workdir / name, target / name)
-  study = json.loads((workdir / "study.json").read_text())
-  study["command"] = re.sub(r"=/\S*/(?=[^/\s]+)", "=runs/", study["command"])
-  data = study["config"]["data"]
-  data["data_dir"] = "data"
-  if data.get("manual_folder"):
-    data["manual_folder"] = None
-  (target / "study.json").write_text(json.dumps(study, indent=1) + "\n")
+  return rows
+
+
+def _check_apart(tables: list[pd.DataFrame], parts: list[pathlib.Path]) -> None:
+  owner: dict[tuple[str, str], pathlib.Path] = {}
+  for rows, workdir in zip(tables, parts, strict=True):
+    for setting in set(zip(rows["task"], rows["method"], strict=True)):
+      first = owner.setdefault(setting, workdir)
+      if first != workdir:
+        raise errors.UserError(
+          f"--from: {first} and {workdir} both hold {'/'.join(setting)}; give each setting once"
+        )
+
+
+def _joined(studies: list[dict], parts: list[pathlib.Path]) -> dict:
+  """One study's description; what differs between its parts is listed, times are added."""
+  for study in studies:
+    study["command"] = re.sub(r"=/\S*/(?=[^/\s]+)", "=runs/", study["command"])
+    data = study["config"]["data"]
+    data["data_dir"] = "data"
+    if data.get("manual_folder"):
+      data["manual_folder"] = None
+  joined = studies[0]
+  for study, workdir in zip(studies[1:], parts[1:], strict=True):
+    if found := resume.differences(joined["config"], study["config"], resume.STUDY):
+      raise errors.UserError(
+        f"--from: {workdir} is of another config than {parts[0]}: {resume.told(found)}"
+      )
+  for field in ("commit", "date", "devices"):
+    joined[field] = ", ".join(dict.fromkeys(study[field] for study in studies))
+  joined["wall_seconds"] = sum(study["wall_seconds"] for study in studies)
+  return joined
 
 
 def read(folder: pathlib.Path) -> pd.DataFrame:
@@ -94,11 +136,11 @@ def ends(name: str, interval: statistics.Interval) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
   given = command.of_sweep("kept", __doc__, None).parse_args(arguments)
-  if given.workdir is None or given.results is None:
+  if not given.parts or given.results is None:
     raise errors.UserError(
       "--from and --results: give both, the sweep and the folder to keep it in"
     )
-  keep(given.workdir, given.results, more=True)
+  keep(given.parts, given.results, more=True)
   print(f"results: {given.results}")
 
 

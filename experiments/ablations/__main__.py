@@ -40,8 +40,8 @@ def summary(levels: pd.DataFrame) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
   given = command.of_sweep("ablations", __doc__, RESULTS).parse_args(arguments)
-  if given.workdir:
-    kept.keep(given.workdir, given.results)
+  if given.parts:
+    kept.keep(given.parts, given.results)
   levels = analysis.levels(kept.read(given.results))
   levels.to_csv(given.results / "levels.csv", index=False, float_format="%.6g")
   text = summary(levels)

@@ -60,8 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
   given = parser.parse_args(arguments)
   domain = analysis.DOMAINS[given.domain]
   results = given.results or kept.RESULTS / domain.name
-  if given.workdir:
-    kept.keep(given.workdir, results)
+  if given.parts:
+    kept.keep(given.parts, results)
   rows = kept.read(results)
   cells, effects = analysis.cells(rows, domain), analysis.effects(rows, domain)
   cells.to_csv(results / "cells.csv", index=False, float_format="%.6g")

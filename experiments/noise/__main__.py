@@ -43,8 +43,8 @@ def summary(pooled: pd.DataFrame, differences: pd.DataFrame) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
   given = command.of_sweep("noise", __doc__, RESULTS).parse_args(arguments)
-  if given.workdir:
-    kept.keep(given.workdir, given.results)
+  if given.parts:
+    kept.keep(given.parts, given.results)
   rows = kept.read(given.results)
   differences, pooled = analysis.differences(rows), analysis.pooled(rows)
   differences.to_csv(given.results / "differences.csv", index=False, float_format="%.6g")
