@@ -7,6 +7,7 @@
 #   slurm.sh stop DIR    ends its jobs and daemons
 #
 # CPUS (4) is how many cores the node claims. A requeued job waits for cred_expire, 10 seconds.
+# Jobs of the partition `urgent` preempt those of the default one, which get a minute to save.
 # Exit code 3: it cannot run here, and why.
 set -eu
 
@@ -73,7 +74,10 @@ KillWait=20
 MinJobAge=300
 MailProg=/bin/true
 NodeName=$host NodeAddr=127.0.0.1 CPUs=${CPUS:-4} State=UNKNOWN
-PartitionName=test Nodes=$host Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=test Nodes=$host Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=$host MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
   export SLURM_CONF="$dir/slurm.conf"
   slurmctld -c
@@ -92,8 +96,10 @@ CONF
 stop() {
   dir=$(cd "$1" && pwd)
   export SLURM_CONF="$dir/slurm.conf"
-  scancel --full --signal=KILL --partition=test 2>/dev/null || true
-  scancel --partition=test 2>/dev/null || true
+  scancel --full --signal=KILL --state=RUNNING 2>/dev/null || true
+  for partition in test urgent; do
+    scancel --partition=$partition 2>/dev/null || true
+  done
   for _ in $(seq 50); do
     [ -z "$(squeue -h 2>/dev/null)" ] && break
     sleep 0.1
@@ -114,5 +120,5 @@ command=${1:-}
 case "$command" in
   install) install ;;
   start | stop) "$command" "${2:?give a directory}" ;;
-  *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

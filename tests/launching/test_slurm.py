@@ -120,6 +120,34 @@ def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed
   assert records.read(workdir, rows[0].setting).job != again  # cancelled, not requeued
 
 
+def test_a_job_of_a_higher_partition_preempts_a_run_which_goes_on_after_it(
+  slurm, tmp_path, shared_data
+):
+  config, cluster = regression_config(shared_data)
+  config.adapter.name = "lora"
+  config.optimizer.steps = 400
+  cluster.slurm.cpus_per_task = 4  # all that the node has: nothing else fits beside it
+  workdir = tmp_path / "run"
+  launch(config, None, workdir, cluster)
+  job = until(lambda rows: rows[0].state == "running" and saves(workdir), workdir)[0].job
+  log = workdir / f"slurm/{job}_0_log.err"
+  done = tmp_path / "urgent"
+  subprocess.run(
+    ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", f"--wrap=touch {done}"],
+    check=True,
+  )
+  until(lambda rows: "after saving" in log.read_text(), workdir)
+  assert "stopped by SIGTERM after saving" in log.read_text()
+  rows = until(lambda rows: rows[0].state in ("done", "failed"), workdir)
+  assert done.exists()  # the other job did run
+  assert rows[0].state == "done", rows[0].reason
+  assert rows[0].job == job  # the same job
+  record = records.read(workdir, rows[0].setting)
+  lines = (workdir / "groups" / record.groups[0] / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == list(range(2, 401, 2))  # each one once
+  assert "lora/final: 1 point, 400 steps, from step " in log.read_text()
+
+
 def test_two_tasks_of_a_job_find_each_other_and_train_one_model(slurm, tmp_path, tiny_llama):
   config = llm.get_config()
   config.model.weights, config.model.layers_per_block = str(tiny_llama), 1
