@@ -1,6 +1,5 @@
 """Which parts of the routing matter? One is changed at a time."""
 
-import functools
 import pathlib
 
 import pandas as pd
@@ -9,15 +8,10 @@ from experiments.ablations import figure
 from experiments.questions import committed, factorial, question
 
 
-@functools.cache
-def levels() -> pd.DataFrame:
-  """A row a task and level, from the committed table."""
-  return pd.read_csv(committed.RESULTS / "ablations" / "levels.csv", keep_default_na=True)
-
-
 def compared() -> pd.DataFrame:
   """The levels that have a reference."""
-  return levels()[levels()["percent"].notna()]
+  levels = committed.csv("ablations", "levels")
+  return levels[levels["percent"].notna()]
 
 
 def table() -> str:
@@ -55,7 +49,7 @@ def answer() -> list[tuple[str, str, str]]:
 
 def draw(target: pathlib.Path) -> None:
   """Writes `target`.svg and .png."""
-  figure.draw(levels(), target)
+  figure.draw(committed.csv("ablations", "levels"), target)
 
 
 QUESTION = question.Question(

@@ -23,6 +23,12 @@ def summary(name: str) -> pd.DataFrame:
   return tables.summarize(study(name))
 
 
+@functools.cache
+def csv(study: str, name: str) -> pd.DataFrame:
+  """The table `experiments/results/<study>/<name>.csv`."""
+  return pd.read_csv(RESULTS / study / f"{name}.csv")
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
   """A table in Markdown."""
   rule = ["---"] * len(header)

@@ -1,6 +1,5 @@
 """Does the shared memory share structure across depth?"""
 
-import functools
 import pathlib
 
 import pandas as pd
@@ -18,12 +17,6 @@ _SHOWN = (
 )
 
 
-@functools.cache
-def summary() -> pd.DataFrame:
-  """Means with intervals, from the committed table."""
-  return pd.read_csv(_FOLDER / "summary.csv")
-
-
 def ends(row, digits: int = 2) -> str:
   """`mean [low, high]`."""
   return f"{row['mean']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]".replace(
@@ -32,7 +25,7 @@ def ends(row, digits: int = 2) -> str:
 
 
 def _rows(kind: str, what: str, quantity: str) -> pd.DataFrame:
-  rows = summary()
+  rows = committed.csv("depth", "summary")
   return rows[(rows["kind"] == kind) & (rows["what"] == what) & (rows["quantity"] == quantity)]
 
 
@@ -47,7 +40,7 @@ def table() -> str:
 
 def transfer() -> str:
   """Test error on a new task by what is taken from the source and what is trained."""
-  rows = summary()
+  rows = committed.csv("depth", "summary")
   rows = rows[(rows["kind"] == "transfer") & (rows["quantity"] == "test mse")]
   return committed.markdown(
     ["source → new task", "arm", "test MSE"],
@@ -75,7 +68,7 @@ def answer() -> list[tuple[str, str, str]]:
   learnt = _rows("similarity", "trained - untrained", "blocks, cosine, excess")
   serves = _rows("removal", "trained", "blocks an atom serves, excess")
   usage = _rows("removal", "trained", "usage and rise, blocks and atoms")
-  moved = summary()
+  moved = committed.csv("depth", "summary")
   moved = moved[
     (moved["kind"] == "transfer") & (moved["what"] == "source memory, all trained")
     & (moved["quantity"] == "difference to all from scratch, %")
@@ -94,7 +87,7 @@ def answer() -> list[tuple[str, str, str]]:
 
 def draw(target: pathlib.Path) -> None:
   """Writes `target`.svg and .png."""
-  figure.draw(tables.read(_FOLDER), summary(), target)
+  figure.draw(tables.read(_FOLDER), committed.csv("depth", "summary"), target)
 
 
 QUESTION = question.Question(

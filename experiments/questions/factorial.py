@@ -1,9 +1,6 @@
 """What does the instruction give, what does routing give, and do they need each other?"""
 
-import functools
 import pathlib
-
-import pandas as pd
 
 from experiments.factorial import analysis, figure
 from experiments.questions import committed, question
@@ -19,18 +16,6 @@ _TOLD = (
 )  # fmt: skip
 
 
-@functools.cache
-def cells(domain: analysis.Domain = REGRESSION) -> pd.DataFrame:
-  """A row a cell, from the committed table."""
-  return pd.read_csv(committed.RESULTS / domain.name / "cells.csv")
-
-
-@functools.cache
-def effects(domain: analysis.Domain = REGRESSION) -> pd.DataFrame:
-  """A row a main effect or interaction, from the committed table."""
-  return pd.read_csv(committed.RESULTS / domain.name / "effects.csv", keep_default_na=True)
-
-
 def ends(row, name: str = "percent", digits: int = 1) -> str:
   """`mean [low, high]` in per cent."""
   texts = (f"{row[f'{name}{end}']:+.{digits}f}".replace("-", "−") for end in ("", "_low", "_high"))
@@ -40,7 +25,7 @@ def ends(row, name: str = "percent", digits: int = 1) -> str:
 
 def table(domain: analysis.Domain = REGRESSION) -> str:
   """Main effects and interactions at wordings that training has not seen."""
-  rows = effects(domain)
+  rows = committed.csv(domain.name, "effects")
   rows = rows[(rows["truth"] == "unseen") & rows["family"].isin(figure.FAMILIES)]
   return committed.markdown(
     ["family", "effect", f"change of {domain.unit.partition(' (')[0]}", "p (Holm)"],
@@ -53,7 +38,7 @@ def table(domain: analysis.Domain = REGRESSION) -> str:
 
 def answer(domain: analysis.Domain = REGRESSION, told=_TOLD) -> list[tuple[str, str, str]]:
   """The prior, the routing, and whether the prior gains by routing."""
-  rows = effects(domain)
+  rows = committed.csv(domain.name, "effects")
   rows = rows[rows["truth"] == "unseen"].set_index("effect")
   return [
     (claim, verdict(rows.loc[name]), f"{ends(rows.loc[name])}, p {rows.loc[name, 'p_holm']:.3f}")
@@ -70,7 +55,8 @@ def verdict(row, alpha: float = 0.05) -> str:
 
 def draw(target: pathlib.Path, domain: analysis.Domain = REGRESSION) -> None:
   """Writes `target`.svg and .png."""
-  figure.draw(cells(domain), effects(domain), target, domain)
+  cells, effects = (committed.csv(domain.name, name) for name in ("cells", "effects"))
+  figure.draw(cells, effects, target, domain)
 
 
 QUESTION = question.Question(

@@ -1,33 +1,17 @@
 """Does routing still help with other noise, and with few training rows?"""
 
-import functools
 import pathlib
-
-import pandas as pd
 
 from experiments.noise import figure
 from experiments.questions import committed, factorial, question
 
 
-@functools.cache
-def differences() -> pd.DataFrame:
-  """A row a setting, from the committed table."""
-  return pd.read_csv(committed.RESULTS / "noise" / "differences.csv")
-
-
-@functools.cache
-def pooled() -> pd.DataFrame:
-  """A row a task, level and number of rows over all kinds of noise, from the committed table."""
-  return pd.read_csv(committed.RESULTS / "noise" / "pooled.csv")
-
-
 def table() -> str:
   """The mean over the kinds of noise, by task, level and number of training rows."""
-  kinds = (
-    differences().groupby(["task", "noise_level", "train_rows"])["percent"].agg(["min", "max"])
-  )
+  single = committed.csv("noise", "differences").groupby(["task", "noise_level", "train_rows"])
+  kinds = single["percent"].agg(["min", "max"])
   rows = []
-  for row in pooled().to_dict("records"):
+  for row in committed.csv("noise", "pooled").to_dict("records"):
     low, high = kinds.loc[(row["task"], row["noise_level"], row["train_rows"])]
     rows.append([
       row["task"], f"{row['noise_level']:g}", f"{row['train_rows']:,}", factorial.ends(row),
@@ -41,8 +25,8 @@ def table() -> str:
 def answer() -> list[tuple[str, str, str]]:
   """Whether the error is lower, by task and number of rows, at the levels of noise."""
   verdicts = {"better": "supported", "worse": "not supported", "not told apart": "inconclusive"}
-  found = []
-  for (task, count), own in pooled().groupby(["task", "train_rows"], sort=False):
+  found, pooled = [], committed.csv("noise", "pooled")
+  for (task, count), own in pooled.groupby(["task", "train_rows"], sort=False):
     words = [verdicts[word] for word in own["verdict"]]
     told = "; ".join(
       f"noise {row['noise_level']:g}: {factorial.ends(row)}" for row in own.to_dict("records")
@@ -58,7 +42,7 @@ def answer() -> list[tuple[str, str, str]]:
 
 def draw(target: pathlib.Path) -> None:
   """Writes `target`.svg and .png."""
-  figure.draw(differences(), target)
+  figure.draw(committed.csv("noise", "differences"), target)
 
 
 QUESTION = question.Question(

@@ -9,21 +9,10 @@ from experiments.questions import committed, question
 from experiments.scaling import figure
 
 _FOLDER = committed.RESULTS / "scaling"
-_SCALE, _ATOMS, _KEPT, _RANK = (
-  "70B",
-  64,
-  4,
-  16,
-)  # of the targets, `experiments.scaling.points.TARGET`
+_SCALE, _ATOMS, _KEPT, _RANK = "70B", 64, 4, 16  # `experiments.scaling.points.TARGET`
 _COLUMNS = [
   "scale", "atoms", "kept", "rank", "extra_hbm_percent", "extra_peak_percent", "routed_collectives",
 ]  # fmt: skip
-
-
-@functools.cache
-def analytic() -> pd.DataFrame:
-  """Every point of the grid, in per cent of LoRA of the same rank."""
-  return pd.read_csv(_FOLDER / "analytic.csv")
 
 
 @functools.cache
@@ -44,7 +33,7 @@ def checked() -> pd.DataFrame:
 
 def targets() -> pd.DataFrame:
   """The setting that the targets are for, at every size."""
-  rows = analytic()
+  rows = committed.csv("scaling", "analytic")
   chosen = (rows["atoms"] == _ATOMS) & (rows["kept"] == _KEPT) & (rows["rank"] == _RANK)
   return rows[chosen]
 
@@ -110,7 +99,7 @@ def answer() -> list[tuple[str, str, str]]:
 
 def draw(target: pathlib.Path) -> None:
   """Writes `target`.svg and .png."""
-  figure.draw(analytic(), checked(), target)
+  figure.draw(committed.csv("scaling", "analytic"), checked(), target)
 
 
 QUESTION = question.Question(

@@ -1,9 +1,6 @@
 """What is forgotten, and what helps, when tasks arrive one after another?"""
 
-import functools
 import pathlib
-
-import pandas as pd
 
 from experiments.questions import committed, depth, question
 from experiments.stream import figure, tables
@@ -13,15 +10,9 @@ _FREE, _DIFFERENCE = "Queryable, free atoms", " - LoRA"
 _FROZEN = "Queryable, atoms frozen after the first"
 
 
-@functools.cache
-def summary() -> pd.DataFrame:
-  """Means with intervals, from the committed table."""
-  return pd.read_csv(_FOLDER / "summary.csv")
-
-
 def table() -> str:
   """Every quantity of every arm, with the paired difference to LoRA where there is one."""
-  rows, found = summary(), []
+  rows, found = committed.csv("stream", "summary"), []
   index = rows.set_index(["task", "arm", "quantity"])
   for row in rows[~rows["quantity"].str.endswith(_DIFFERENCE)].to_dict("records"):
     key = (row["task"], row["arm"], row["quantity"] + _DIFFERENCE)
@@ -49,7 +40,7 @@ def answer() -> list[tuple[str, str, str]]:
 
 def _claim(claim: str, arm: str, quantity: str, up: bool) -> tuple[str, str, str] | None:
   """Judges a difference to LoRA stream by stream; `up` where more is better. None: not run yet."""
-  rows = summary()
+  rows = committed.csv("stream", "summary")
   rows = rows[(rows["arm"] == arm) & (rows["quantity"] == quantity + _DIFFERENCE)]
   if rows.empty:
     return None
@@ -68,7 +59,7 @@ def _claim(claim: str, arm: str, quantity: str, up: bool) -> tuple[str, str, str
 
 def draw(target: pathlib.Path) -> None:
   """Writes `target`.svg and .png."""
-  figure.draw(tables.read(_FOLDER), summary(), target)
+  figure.draw(tables.read(_FOLDER), committed.csv("stream", "summary"), target)
 
 
 QUESTION = question.Question(
