@@ -15,9 +15,7 @@ figure. Token against example routing is not here: an example of regression is o
 import ml_collections
 
 from configs import regression
-from qlora_jax import sweeps
 
-VARIANTS = ("", "runlocal")
 DEEP = {"model.layers": 8, "adapter.budget": 16_384}
 
 DEFAULT = {
@@ -101,14 +99,7 @@ LEVELS = {
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The base setting of the ablations; `runlocal` is small enough to look at."""
-  arg = arg or ""
-  sweeps.check_variant(arg, VARIANTS)
-  config = regression.get_config("runlocal" if arg else "")
-  config.variant = arg
-  config.protocol.update(search_seeds=(0,), least_runs=10)
-  if arg:
-    config.protocol.update(least_runs=1, final_seeds=(100, 101))
-  return config
+  return regression.of_study(arg)
 
 
 def get_hyper(hyper, arg: str | None = None) -> list[dict]:

@@ -13,9 +13,7 @@ that do not exist, and why, are in experiments/factorial/README.md.
 import ml_collections
 
 from configs import regression
-from qlora_jax import sweeps
 
-VARIANTS = ("", "runlocal")
 RANK = 6
 
 # Where the instruction enters. A penalty reaches training alone: no prediction reads it.
@@ -37,14 +35,8 @@ NO_QUERY = ("query", "prior+query")  # a static mixture has no query that could 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The base setting of the factorial; `runlocal` is small enough to look at."""
-  arg = arg or ""
-  sweeps.check_variant(arg, VARIANTS)
-  config = regression.get_config("runlocal" if arg else "")
-  config.variant = arg
+  config = regression.of_study(arg)
   config.data.task = "multi_target"
-  config.protocol.update(search_seeds=(0,), least_runs=10)
-  if arg:
-    config.protocol.update(least_runs=1, final_seeds=(100, 101))
   return config
 
 

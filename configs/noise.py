@@ -13,10 +13,8 @@ Adapters of 8,192 parameters (2 %).
 import ml_collections
 
 from configs import regression
-from qlora_jax import sweeps
 from qlora_jax.data import noise
 
-VARIANTS = ("", "runlocal")
 METHODS = ("lora", "queryable")
 LEVELS = (0.25, 0.5, 1.0)
 ROWS = (256, 1024, 8192)  # of training; 1,000 steps of 64 are 250, 62 and 8 epochs
@@ -25,14 +23,7 @@ OTHER_TASK = "friedman1"  # at the level 0.5 alone
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The base setting; `runlocal` is small enough to look at."""
-  arg = arg or ""
-  sweeps.check_variant(arg, VARIANTS)
-  config = regression.get_config("runlocal" if arg else "")
-  config.variant = arg
-  config.protocol.update(search_seeds=(0,), least_runs=10)
-  if arg:
-    config.protocol.update(least_runs=1, final_seeds=(100, 101))
-  return config
+  return regression.of_study(arg)
 
 
 def settings(arg: str | None = None) -> list[tuple[str, str, float, int]]:

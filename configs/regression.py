@@ -78,6 +78,22 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   return config
 
 
+def of_study(arg: str | None) -> ml_collections.ConfigDict:
+  """The base setting of a study in a file of its own: one search seed, ten runs trained at once.
+
+  Args:
+    arg: that file's variant: none, or `runlocal`, which is small enough to look at.
+  """
+  arg = arg or ""
+  sweeps.check_variant(arg, ("", "runlocal"))
+  config = get_config(arg)
+  config.variant = arg
+  config.protocol.update(search_seeds=(0,), least_runs=10)
+  if arg:
+    config.protocol.update(least_runs=1, final_seeds=(100, 101))
+  return config
+
+
 def get_hyper(hyper, arg: str | None = None) -> list[dict]:
   """The full search: tasks x methods x learning rates, then noise levels; seeds: `protocol`."""
   if arg == "runlocal":
