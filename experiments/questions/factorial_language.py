@@ -8,8 +8,8 @@ from experiments.questions import factorial, question
 LANGUAGE = analysis.DOMAINS["language"]
 _TOLD = (
   ("prior − none", "the instruction as a prior lowers the likelihood's nats"),
-  ("query − none, routing on", "the instruction in the query lowers them"),
-  ("input − none, routing on", "the instruction in the prompt lowers them"),
+  ("query − none", "the instruction in the query lowers them"),
+  ("input − none", "the instruction in the prompt lowers them"),
   ("on − LoRA, none", "routing lowers them against LoRA where nothing reads the instruction"),
   ("on − LoRA, input", "routing lowers them against LoRA where both have the prompt"),
   ("on − static", "routing by the input lowers them against a static mixture"),
