@@ -68,7 +68,7 @@ def _likelihoods() -> list[tuple[str, str, str]]:
 
 
 def pair(study: str) -> pd.DataFrame:
-  """LoRA and the routed method of a study of two, a row each, with Student's paired differences.
+  """The base, LoRA and the routed method of a study of two, with Student's paired differences.
 
   Columns: `label`, `trainable_params`, `learning_rate`, `seeds`, and for each of `test_nats`,
   `test_seen_nats` and `test_accuracy` the mean, and of the routed one `_difference`, `_low`,
@@ -78,7 +78,10 @@ def pair(study: str) -> pd.DataFrame:
   scores = [name for name in _SCORES if name in final]
   methods = sorted(final["method"].unique(), key=lambda name: not name.startswith("lora"))
   tables_of = {name: final.pivot(index="seed", columns="method", values=name) for name in scores}
-  rows = []
+  rows = [{
+    "label": "Frozen base + prompt", "trainable_params": 0,
+    **{name: _unit(name) * final[f"base_{name}"].mean() for name in scores},
+  }]  # fmt: skip
   for method in methods:
     own = final[final["method"] == method]
     row = {
@@ -86,10 +89,9 @@ def pair(study: str) -> pd.DataFrame:
       **own[["trainable_params", "learning_rate"]].iloc[0],
     }  # fmt: skip
     for name in scores:
-      unit = 100.0 if name.endswith("accuracy") else 1.0
-      row[name] = unit * own[name].mean()
+      row[name] = _unit(name) * own[name].mean()
       if method != methods[0]:
-        differences = unit * (tables_of[name][method] - tables_of[name][methods[0]])
+        differences = _unit(name) * (tables_of[name][method] - tables_of[name][methods[0]])
         interval, p_value = statistics.student(differences)
         row |= {
           f"{name}_difference": interval.mean, f"{name}_low": interval.low,
@@ -99,11 +101,16 @@ def pair(study: str) -> pd.DataFrame:
   return pd.DataFrame(rows)
 
 
+def _unit(score: str) -> float:
+  return 100.0 if score.endswith("accuracy") else 1.0
+
+
 def pair_table(study: str) -> str:
   """`pair` in Markdown."""
   rows = []
   for row in pair(study).to_dict("records"):
-    cells = [row["label"], f"{row['trainable_params']:,.0f}", f"{row['learning_rate']:g}"]
+    rate = f"{row['learning_rate']:g}" if pd.notna(row["learning_rate"]) else "–"
+    cells = [row["label"], f"{row['trainable_params']:,.0f}", rate]
     for name, (_, digits) in _SCORES.items():
       text = f"{row[name]:.{digits}f}"
       if pd.notna(row.get(f"{name}_difference")):
