@@ -4,10 +4,12 @@ import pathlib
 
 import nbclient
 import nbformat
+import pandas as pd
 import pytest
+from scipy import stats
 
 from experiments.questions import __main__ as command
-from experiments.questions import committed, every, question, stability
+from experiments.questions import committed, every, language, question, stability
 from qlora_jax.evaluation import stability as evaluation_stability
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -98,3 +100,20 @@ def test_stability_is_counted_from_the_runs():
     for _, losses in curves.groupby("run_id")["train_loss"]
   )
   assert rows.loc["uniform", "spikes"] == spikes > 0
+
+
+@pytest.mark.parametrize("study", list(language.PAIRS))
+def test_a_pair_of_methods_is_the_committed_runs_averages(study):
+  final = pd.read_parquet(committed.RESULTS / study / "results.parquet").query("stage == 'final'")
+  nats = final.pivot(index="seed", columns="method", values="test_nats")
+  lora, routed = sorted(nats.columns, key=lambda name: not name.startswith("lora"))
+  base, first, second = language.pair(study).to_dict("records")
+  assert base["test_nats"] == pytest.approx(final["base_test_nats"].mean())
+  assert first["test_nats"] == pytest.approx(nats[lora].mean()) and first["seeds"] == 3
+  differences = nats[routed] - nats[lora]
+  assert second["test_nats_difference"] == pytest.approx(differences.mean())
+  low, high = stats.t.interval(0.95, 2, differences.mean(), stats.sem(differences))
+  assert (second["test_nats_low"], second["test_nats_high"]) == pytest.approx((low, high))
+  assert second["test_accuracy"] == pytest.approx(
+    100 * final[final["method"] == routed]["test_accuracy"].mean()
+  )
