@@ -36,6 +36,7 @@ VARIANTS = (
   "", "demo", "pair", "induction", "reasons", "combined", "all", "all_grid", "gsm8k", "gsm8k_grid",
 )  # fmt: skip
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+INDUCTION_RATES = (*LEARNING_RATES, 3e-2)  # ways without a prompt choose a larger one
 GRID = tuple(float(f"{rate:.2g}") for rate in np.geomspace(1.1e-5, 6.3e-3, 12))  # for a GPU
 DEMO_TASKS = (
   "first_letter", "last_letter", "plural", "uppercase", "number_to_words", "next_number",
@@ -155,12 +156,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 def get_hyper(hyper, arg: str | None = None) -> list[dict]:
   """Ways to use the instruction x learning rates; seeds: `protocol`.
 
-  The pair that decides comes first and has all final seeds; the other ways have one.
+  The pair that decides comes first.
   """
   if arg == "reasons":
     return [{"label": label, **changes} for label, changes in REASONS.items()]
-  grid = (arg or "").endswith("_grid")
-  rates = hyper.sweep("optimizer.learning_rate", GRID if grid else LEARNING_RATES)
+  grid = INDUCTION_RATES if arg in ("induction", "combined") else LEARNING_RATES
+  if (arg or "").endswith("_grid"):
+    grid = GRID
+  rates = hyper.sweep("optimizer.learning_rate", grid)
   if arg in ("all", "all_grid", "gsm8k", "gsm8k_grid"):  # one task has nothing to route by a prior
     routed = "queryable" if arg.startswith("gsm8k") else "queryable_prior"
     return hyper.product(hyper.sweep("adapter.name", ("lora", routed)), rates)
@@ -172,12 +175,9 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
     ("lora", False, False), ("queryable", False, False), ("queryable_prior", False, False),
     ("queryable_prior", False, True),
   )  # fmt: skip
-  points = []
-  for name, in_prompt, shuffled in deciding if arg in ("demo", "pair") else deciding + others:
-    point = {
-      "adapter.name": name, "instruction.in_prompt": in_prompt, "instruction.shuffled": shuffled,
-    }  # fmt: skip
-    if not in_prompt:
-      point["protocol.final_seeds"] = (100,)
-    points.append(point)
+  ways = deciding if arg in ("demo", "pair") else deciding + others
+  points = [
+    {"adapter.name": name, "instruction.in_prompt": in_prompt, "instruction.shuffled": shuffled}
+    for name, in_prompt, shuffled in ways
+  ]
   return hyper.product(points, rates)
