@@ -53,6 +53,7 @@ study: setup
 	$(BIN)/python launch.py --config=configs/regression.py --workdir=runs/regression --sweep
 	$(BIN)/python launch.py --config=configs/factorial.py --workdir=runs/factorial --sweep
 	$(BIN)/python launch.py --config=configs/ablations.py --workdir=runs/ablations --sweep
+	$(BIN)/python launch.py --config=configs/bases.py --workdir=runs/bases --sweep
 	$(BIN)/python launch.py --config=configs/noise.py --workdir=runs/noise --sweep
 	$(BIN)/python launch.py --config=configs/regression.py:stability --workdir=runs/stability --sweep
 	$(BIN)/python -m experiments.depth --workdir=runs/depth --results=runs/depth/tables

@@ -134,6 +134,17 @@ def ends(name: str, interval: statistics.Interval) -> dict[str, float]:
   return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
+def verdicts(table: pd.DataFrame) -> list[str]:
+  """'better', 'worse' or 'not told apart': by `p_holm` and `percent_low` to `percent_high`."""
+  return [
+    "not told apart" if p >= statistics.SIGNIFICANCE or low <= 0 <= high
+    else "better" if high < 0 else "worse"
+    for p, low, high in zip(
+      table["p_holm"], table["percent_low"], table["percent_high"], strict=True
+    )
+  ]  # fmt: skip
+
+
 def main(arguments: list[str] | None = None) -> None:
   given = command.of_sweep("kept", __doc__, None).parse_args(arguments)
   if not given.parts or given.results is None:

@@ -52,9 +52,6 @@ TRUTHS = ("true", "unseen", "shuffled")
 PAIRED = ("on", "uniform")  # the routings that every way to give the instruction exists for
 
 
-_FEW = 6  # seeds below which the bootstrap is too narrow and the sign-flip test cannot reach .05
-
-
 def errors_of_cells(rows: pd.DataFrame, domain: Domain) -> dict[tuple[str, str, str], np.ndarray]:
   """Test error [seeds] of every cell that has been trained, seeds in one order.
 
@@ -86,7 +83,7 @@ def cells(rows: pd.DataFrame, domain: Domain) -> pd.DataFrame:
       **own[["rank", "atoms", "trainable_params", "learning_rate", "rate_at_edge"]],
       "seeds": len(values), "diverged": own["diverged"],
       "effective_support": own["effective_support"],
-      **kept.ends("error", _mean(values)),
+      **kept.ends("error", statistics.mean_interval(values)),
     }  # fmt: skip
     if domain.accuracy and truth != "true":
       own = kept.scores(rows, domain.accuracy)[f"{instruction}/{routing}/{trained}"]
@@ -193,21 +190,15 @@ def effects(rows: pd.DataFrame, domain: Domain) -> pd.DataFrame:
 
 
 def _contrast(values: np.ndarray, weights: list[float]) -> tuple[statistics.Interval, float]:
-  if values.shape[1] < _FEW:
+  if values.shape[1] < statistics.FEW:
     return statistics.student(weights @ values)
   p_value = statistics.paired_p_value(weights @ values, np.zeros(values.shape[1]))
   return statistics.paired_contrast(values, weights), p_value
 
 
-def _mean(values: np.ndarray) -> statistics.Interval:
-  if len(values) < _FEW:
-    return statistics.student(values)[0]
-  return statistics.bootstrap_mean(values)
-
-
 def _relative(values: np.ndarray, other: np.ndarray) -> statistics.Interval:
   """Per cent of the other's error; of few seeds, by the mean of their logarithms' differences."""
-  if len(values) < _FEW:
+  if len(values) < statistics.FEW:
     log = statistics.student(np.log(values / other))[0]
     return statistics.Interval(*kept.percent(np.array(log)))
   return statistics.paired_bootstrap_relative(values, other)

@@ -39,7 +39,7 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
     SETTING, key=lambda c: -c.eq("regimes") if c.name == "task" else c, ignore_index=True
   )
   table["p_holm"] = table.groupby(["task", "noise_level"])["p_value"].transform(statistics.holm)
-  table["verdict"] = _verdicts(table)
+  table["verdict"] = kept.verdicts(table)
   return table
 
 
@@ -69,19 +69,9 @@ def pooled(rows: pd.DataFrame) -> pd.DataFrame:
       })  # fmt: skip
   table = pd.DataFrame(table)
   table["p_holm"] = statistics.holm(table["p_value"])
-  table["verdict"] = _verdicts(table)
+  table["verdict"] = kept.verdicts(table)
   return table
 
 
 def _numbers(names: tuple[str, ...]) -> tuple[float, ...]:
   return tuple(map(float, names))
-
-
-def _verdicts(table: pd.DataFrame) -> list[str]:
-  return [
-    "not told apart" if p >= statistics.SIGNIFICANCE or low <= 0 <= high
-    else "better" if high < 0 else "worse"
-    for p, low, high in zip(
-      table["p_holm"], table["percent_low"], table["percent_high"], strict=True
-    )
-  ]  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from experiments.questions import (
   ablations,
+  bases,
   committed,
   depth,
   error,
@@ -25,6 +26,7 @@ QUESTIONS = {
   each.QUESTION.name: each.QUESTION
   for each in (
     error,
+    bases,
     noise,
     stability,
     language,

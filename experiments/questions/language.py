@@ -142,8 +142,8 @@ QUESTION = question.Question(
   name="language_accuracy",
   caption="Exact match of greedily generated answers in percent on 100 held-out inputs of each of"
   " six tasks of instruction-induction, SmolLM2-135M-Instruct after 50 steps, with new and with"
-  " known wordings of the instruction. Bars are 95 % bootstrap intervals where a method has more"
-  " than one seed; the broken lines are the model before training.",
+  " known wordings of the instruction. Bars are Student's 95 % intervals over three seeds; the"
+  " broken lines are the model before training.",
   study="induction",
   command="python launch.py --config=configs/llm.py:induction --workdir=runs/induction --sweep",
   draw=draw,

@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report import inputs, measure, style, tables
-
-FEW_SEEDS = 6  # with 5, the smallest possible p-value is 0.0625
+from qlora_jax.evaluation import statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _numbers(rows: pd.DataFrame, counts: tuple[int, int, int, int], of: measure.
     interval = f"{tables.with_interval(*ends, tables.contrast(of))} {of.contrast_unit}"
     how = "one seed: no interval"
     if np.isfinite(ends[1]):
-      how = f"paired, 95 % bootstrap interval over {seeds(pairs)}"
+      how = f"paired, 95 % {_kind(pairs)} interval over {seeds(pairs)}"
     return (
       f"The difference {'of the other runs ' if diverged else ''}is {interval} ({how}), with "
       f"{ratio}."
@@ -148,11 +147,17 @@ def _numbers(rows: pd.DataFrame, counts: tuple[int, int, int, int], of: measure.
   parts = [f"{better} {of.better}", f"{worse} {of.worse}", f"{unclear} not told apart"]
   parts += [f"{diverged} with a diverged run"] if diverged else []
   return (
-    f"Of {data_sets(len(rows))}: {', '.join(parts)}, by paired 95 % bootstrap intervals over "
+    f"Of {data_sets(len(rows))}: {', '.join(parts)}, by paired 95 % {_kind(pairs)} intervals over "
     f"{seeds(pairs)}. "
     f"The median difference {'over the runs that finished ' if diverged else ''}is "
     f"{tables.contrast(of)(rows[of.contrast].median())} {of.contrast_unit}, with {ratio}."
   )
+
+
+def _kind(pairs: pd.Series) -> str:
+  """The name of the intervals over so many seeds; see `statistics.paired_interval`."""
+  few = pairs < statistics.FEW
+  return "Student" if few.all() else "Student or bootstrap" if few.any() else "bootstrap"
 
 
 def _steadiness(rows: pd.DataFrame, summary: pd.DataFrame, of: measure.Measure) -> str:
@@ -230,10 +235,11 @@ def _warnings(summary: pd.DataFrame) -> list[str]:
     return []
   warnings = []
   fewest = paired.loc[paired["num_pairs"] > 1, "num_pairs"].min()  # one seed has no interval
-  if fewest < FEW_SEEDS:
+  if fewest < statistics.FEW:
     warnings.append(
-      f"With as few as {seeds([fewest])}, 95 % bootstrap intervals are too narrow and hold the "
-      "true value less often than they say: read the verdicts as provisional."
+      f"With as few as {seeds([fewest])}, the intervals and p-values are Student's: they suppose "
+      "that differences scatter about normally, and they are wide, so that 'no difference' says "
+      "little."
     )
   if len(paired) >= 20:
     warnings.append(

@@ -58,7 +58,7 @@ def splits(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
     "accuracy",
     "Exact match on inputs that training did not see",
     f"{of.meaning}. Known wordings: the same inputs under instructions that training used. "
-    f"Points are means over {panels.seeds_text(rows)}, bars 95 % bootstrap intervals where there "
+    f"Points are means over {panels.seeds_text(rows)}, bars 95 % intervals where there "
     "is more than one seed. The broken lines are the model before training.",
     figure,
   )

@@ -41,8 +41,8 @@ def forest(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   return panels.Drawn(
     "difference",
     f"Difference in {of.noun} to {usual}",
-    f"Mean paired difference in {of.noun} to {against}, in {unit}, with its 95 % bootstrap "
-    f"interval over {panels.seeds_text(compared)}. {'Left' if of.lower else 'Right'} of the line "
+    f"Mean paired difference in {of.noun} to {against}, in {unit}, with its 95 % interval "
+    f"over {panels.seeds_text(compared)}. {'Left' if of.lower else 'Right'} of the line "
     f"is a {of.better} {of.mean}. A filled point's interval leaves out zero; a hollow point's does "
     "not, so the data do not tell the two methods apart. Triangles at the edge stand for values "
     "beyond the axis."
@@ -134,7 +134,7 @@ def noise(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   return panels.Drawn(
     "noise",
     "Error against noise level",
-    "Mean test error at each level of the noise in the training targets; bars are 95 % bootstrap "
+    "Mean test error at each level of the noise in the training targets; bars are 95 % "
     "intervals over the seeds. A line that rises less than another loses less to the noise.",
     figure,
   )
@@ -179,7 +179,7 @@ def parameters(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str
     "parameters",
     "Error against trainable parameters",
     "Mean test error of each method against the number of parameters it trains; bars are 95 % "
-    "bootstrap intervals over the seeds. Further down is a lower error, further left is a smaller "
+    "intervals over the seeds. Further down is a lower error, further left is a smaller "
     "adapter." + panels.middle_level_note(study, shown),
     figure,
   )

@@ -1,7 +1,8 @@
 """The numbers of a report: one row for each setting, method and method it is compared with.
 
-Every interval is a bootstrap interval over the seeds of the final runs. A difference is paired: the
-two methods saw the same data in the same order at each seed, so that the seed's own luck cancels.
+Every interval is one over the seeds of the final runs: a bootstrap's, or Student's of fewer than
+six (`statistics.mean_interval` and its like). A difference is paired: the two methods saw the same
+data in the same order at each seed, so that the seed's own luck cancels.
 """
 
 import math
@@ -18,7 +19,7 @@ BASELINES: Mapping[str, Sequence[str]] = {
   "multi_target": ("lora", "lora_input"),
 }
 
-LEAST_FOR_SPREAD = 6  # pairs of seeds below which a ratio of spreads has no interval
+LEAST_FOR_SPREAD = statistics.FEW  # pairs of seeds below which a ratio of spreads has no interval
 
 _ENDS = ("", "_low", "_high")
 _NO_INTERVAL = (math.nan, math.nan, math.nan)
@@ -68,7 +69,7 @@ def _of_method(of: measure.Measure, key: str, runs: pd.DataFrame, searched: pd.D
   score = runs["score"].to_numpy()
   failed = _failed(runs, "score").to_numpy()
   score = score[~failed]
-  mean, low, high = _interval(statistics.bootstrap_mean, score)
+  mean, low, high = _interval(statistics.mean_interval, score)
   rates = runs.loc[runs["trainable_params"] > 0, "learning_rate"].dropna()
   rate = rates.mode().iloc[0] if len(rates) else math.nan
   tried = sorted(searched["learning_rate"].dropna().unique())
@@ -92,7 +93,7 @@ def _of_method(of: measure.Measure, key: str, runs: pd.DataFrame, searched: pd.D
   }
   for also in of.also:
     values = _also(runs[~failed], also).dropna().to_numpy()
-    ends = _interval(statistics.bootstrap_mean, values)
+    ends = _interval(statistics.mean_interval, values)
     row |= dict(zip((also.key, f"{also.key}_low", f"{also.key}_high"), ends, strict=True))
     if also.base:
       row[also.base] = runs[also.base].mean() * also.scale
@@ -122,13 +123,13 @@ def _against(of: measure.Measure, baseline: str, runs: pd.DataFrame, own: dict) 
   finished = runs[~_failed(runs, "score")]
   ours, theirs = _pairs(finished, finished["score"], key, baseline)
   row["num_pairs"] = len(ours)
-  difference = _interval(statistics.paired_bootstrap, ours, theirs)
+  difference = _interval(statistics.paired_interval, ours, theirs)
   relative = _NO_INTERVAL
   if of.relative:
-    relative = _interval(statistics.paired_bootstrap_relative, ours, theirs)
+    relative = _interval(statistics.paired_relative_interval, ours, theirs)
   row |= dict(zip(names, (*difference, *relative), strict=True))
   if len(ours) > 1:
-    row["p_value"] = float(statistics.paired_p_value(ours, theirs))
+    row["p_value"] = statistics.paired_test(ours, theirs)
     row["effect_size"] = statistics.effect_size(ours, theirs)
     resolution = of.resolution * abs(float(theirs.mean())) if of.relative else of.resolution
     if resolution > 0:
@@ -137,7 +138,7 @@ def _against(of: measure.Measure, baseline: str, runs: pd.DataFrame, own: dict) 
     row |= dict(zip(ratios, statistics.paired_spread_ratio(ours, theirs), strict=True))
   for also in of.also:
     ends = _interval(
-      statistics.paired_bootstrap, *_pairs(finished, _also(finished, also), key, baseline)
+      statistics.paired_interval, *_pairs(finished, _also(finished, also), key, baseline)
     )
     row |= dict(zip((f"{also.key}_difference{end}" for end in _ENDS), ends, strict=True))
   return row | {"verdict": verdict(difference, own["failed_runs"], of.lower)}

@@ -133,7 +133,7 @@ class Loop:
     return result
 
   def base(self, config: ml_collections.ConfigDict):
-    """The base network of a task, trained on its source once a work directory."""
+    """The base network of a task and `pretrain.seed`, trained once a work directory."""
     task = pipeline.describe_task(config.data.task)
     # Trained in blocks of one layer, whatever the adapter's blocks are: they share one base.
     shape = config.model.to_dict() | {"layers_per_block": 1}
@@ -141,7 +141,7 @@ class Loop:
     described = json.dumps([task.source_key, shape, config.pretrain.to_dict()], sort_keys=True)
     key = f"{task.source_key}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
     if key not in self._bases:
-      base = settings.random_base(model, 0)
+      base = settings.random_base(model, config.pretrain.seed)
       directory = self.workdir / "bases" / key
       with checkpoint.lock(directory):  # of several workers one trains it, the others find it
         self._bases[key] = self._trained_base(config, task, model, base, directory)
@@ -154,19 +154,19 @@ class Loop:
         task.name, data_dir=config.data.data_dir, feature_dim=model.inputs
       )
       settings_ = dict(config.pretrain)
-      rate = settings_.pop("learning_rate")
+      rate, seed = settings_.pop("learning_rate"), settings_.pop("seed")
       opt = optimizer.OptimizerConfig(**settings_)
       data = feed.Feed(
-        {0: arrays}, np.zeros((len(task.paraphrases), 1), np.float32), opt.batch_size, opt.steps
+        {seed: arrays}, np.zeros((len(task.paraphrases), 1), np.float32), opt.batch_size, opt.steps
       )
       network = mlp.MLP(model, adapter_config.AdapterConfig(method="full"))
       program = group_lib.program(network, opt)
       states, frozen = program.init(base, np.array([0]), np.array([rate]))
       row = np.zeros(1, np.int32)
       for start in range(0, opt.steps, 100):
-        batches = data.chunk((0,), start, min(100, opt.steps - start))
+        batches = data.chunk((seed,), start, min(100, opt.steps - start))
         states, _ = program.train(states, frozen, batches, row)
-      whole = step_lib.Batch(*(leaf[None] for leaf in data.whole(0, "validation")))
+      whole = step_lib.Batch(*(leaf[None] for leaf in data.whole(seed, "validation")))
       predictions = group_lib.predict_all(program, states, frozen, whole, row)
       error = float(np.mean(np.square(predictions[0] - arrays["validation"].targets)))
       self.display.log(f"base of {task.source_key}: source validation mse {error:.4f}")

@@ -55,10 +55,9 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
       f"instruction.encoder: {config.instruction.encoder!r} is unknown; use one of"
       f" {', '.join(encoders.NAMES)}"
     )
+  _check_pretrain(config.pretrain)
   optimizer = dict(config.optimizer)
-  rate = optimizer.pop("learning_rate")
-  if not 0 < rate < math.inf:
-    raise errors.UserError(f"optimizer.learning_rate: {rate} is not a finite number above 0")
+  _check_rate("optimizer", optimizer.pop("learning_rate"))
   for field in ("search_seeds", "final_seeds"):
     if not config.protocol[field]:
       raise errors.UserError(f"protocol.{field}: the list is empty; give at least one seed")
@@ -81,6 +80,19 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     optimizer_lib.OptimizerConfig(**optimizer),
     sizing.count(adapter, network),
   )
+
+
+def _check_rate(group: str, rate: float) -> None:
+  if not 0 < rate < math.inf:
+    raise errors.UserError(f"{group}.learning_rate: {rate} is not a finite number above 0")
+
+
+def _check_pretrain(pretrain: ml_collections.ConfigDict) -> None:
+  """The fields of the frozen network's training: by name, before they reach the optimiser."""
+  _check_rate("pretrain", pretrain.learning_rate)
+  for field, least in (("steps", 1), ("batch_size", 1), ("seed", 0)):
+    if pretrain[field] < least:
+      raise errors.UserError(f"pretrain.{field}: {pretrain[field]} is not at least {least}")
 
 
 def shapes(model: mlp.MLPConfig) -> sizing.Network:

@@ -96,6 +96,66 @@ def test_equal_differences_give_a_point_without_warnings(function):
   assert function(b, b) == (0, 0, 0)
 
 
+# Few seeds
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_intervals_of_few_seeds_hold_the_truth_as_often_as_they_say(n):
+  rng, hits = np.random.default_rng(6), np.zeros(4)
+  for _ in range(400):
+    b = 1.0 + rng.normal(0.0, 0.1, size=n)
+    a = 0.9 * b + rng.normal(0.0, 0.05, size=n)
+    for place, (interval, truth) in enumerate((
+      (statistics.mean_interval(b), 1.0), (statistics.paired_interval(a, b), -0.1),
+      (statistics.paired_relative_interval(a, b), -10.0), (statistics.bootstrap_mean(b), 1.0),
+    )):  # fmt: skip
+      hits[place] += interval.low <= truth <= interval.high
+  shares = hits / 400  # nominal .95, binomial error .011
+  assert (shares[:3] > 0.91).all() and (shares[:3] < 0.985).all()
+  assert shares[3] < 0.88  # why the bootstrap is not used here
+
+
+def test_many_seeds_are_resampled():
+  a, b = np.random.default_rng(7).uniform(1, 2, size=(2, statistics.FEW))
+  assert statistics.mean_interval(a) == statistics.bootstrap_mean(a)
+  assert statistics.paired_interval(a, b) == statistics.paired_bootstrap(a, b)
+  assert statistics.paired_relative_interval(a, b) == statistics.paired_bootstrap_relative(a, b)
+  assert statistics.paired_test(a, b) == statistics.paired_p_value(a, b)
+
+
+def test_few_seeds_are_students():
+  a, b = np.array([0.8, 0.9, 1.3]), np.array([1.0, 1.2, 1.4])
+  low, high = stats.t.interval(0.95, 2, np.mean(a - b), stats.sem(a - b))
+  assert statistics.paired_interval(a, b) == pytest.approx((np.mean(a - b), low, high))
+  assert statistics.paired_test(a, b) == pytest.approx(stats.ttest_rel(a, b).pvalue)
+
+
+def test_a_relative_interval_of_few_seeds_is_about_fiellers():
+  a, b = np.array([0.88, 0.91, 0.93, 0.9]), np.array([1.0, 1.02, 0.99, 1.01])
+  # Fieller: the ratios r for which mean(a - r b) is not told apart from zero.
+  quantile = stats.t.ppf(0.975, 3) ** 2 / 4
+  (aa, ab), (_, bb) = quantile * np.cov(a, b)
+  roots = np.roots([
+    b.mean() ** 2 - bb, -2 * (a.mean() * b.mean() - ab), a.mean() ** 2 - aa
+  ])  # fmt: skip
+  low, high = 100 * (np.sort(roots) - 1)
+  relative = statistics.paired_relative_interval(a, b)
+  assert relative.mean == pytest.approx(100 * (a.mean() / b.mean() - 1))
+  # They part by terms of second order in the baseline's scatter, here some hundredths.
+  assert (relative.low, relative.high) == pytest.approx((low, high), abs=0.02 * (high - low))
+
+
+def test_few_equal_differences_are_a_point_and_wrong_input_is_told():
+  b = np.array([0.1, 0.2, 0.7])
+  assert statistics.paired_interval(b + 0.3, b) == pytest.approx((0.3, 0.3, 0.3))
+  assert statistics.paired_relative_interval(1.1 * b, b) == pytest.approx((10, 10, 10))
+  assert statistics.paired_test(b, b) == 1.0
+  with pytest.raises(ValueError, match="positive"):
+    statistics.paired_relative_interval(b, -b)
+  with pytest.raises(ValueError, match="pair up"):
+    statistics.paired_interval(b, b[:2])
+
+
 # Tests and effect sizes
 
 

@@ -1,0 +1,53 @@
+"""Queryable LoRA against LoRA on five frozen networks a task, each with a search of its own.
+
+The main study trains all methods on one frozen network a task. Its intervals are over the seeds of
+the adapters' training, at the learning rate that one search chose: another network may favour
+another rate, and the verdict with it. Here `pretrain.seed` gives five others, on every task of the
+study at its main level of noise.
+
+  python launch.py --config=configs/bases.py:runlocal --workdir=runs/local-bases --sweep
+  python launch.py --config=configs/bases.py --workdir=runs/bases --sweep
+
+`python -m experiments.bases` makes tables and figure.
+"""
+
+import ml_collections
+
+from configs import regression
+from qlora_jax import sweeps
+
+SEEDS = (1, 2, 3, 4, 5)  # of the frozen networks; the main study's is 0
+PAIRS = {  # (routed method, its baseline) of each task
+  task: ("queryable_prior", "lora_input") if task == "multi_target" else ("queryable", "lora")
+  for task in (*regression.SYNTHETIC, *regression.TABLES)
+}  # fmt: skip
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """The main study's setting and its three search seeds; `runlocal` is small enough to look at."""
+  arg = arg or ""
+  sweeps.check_variant(arg, ("", "runlocal"))
+  config = regression.get_config(arg)
+  config.variant = arg
+  if arg:
+    config.protocol.update(search_seeds=(0,), final_seeds=(100, 101))
+  return config
+
+
+def label(method: str, seed: int) -> str:
+  """A setting's name in tables."""
+  return f"{method}/{seed}"
+
+
+def get_hyper(hyper, arg: str | None = None) -> list[dict]:
+  """Networks x tasks x methods x rates; real tables have no noise but their own."""
+  seeds, tasks = (SEEDS[:2], ("regimes",)) if arg else (SEEDS, tuple(PAIRS))
+  points = [
+    {
+      "pretrain.seed": seed, "data.task": task, "adapter.name": method,
+      "label": label(method, seed),
+      "data.noise_level": 0.0 if task in regression.TABLES else 0.5,
+    } for seed in seeds for task in tasks for method in PAIRS[task][::-1]
+  ]  # fmt: skip
+  rates = (3e-3, 1e-2) if arg else regression.LEARNING_RATES
+  return hyper.product(points, hyper.sweep("optimizer.learning_rate", rates))

@@ -1,0 +1,1 @@
+"""Queryable LoRA against LoRA on other frozen networks: see README.md."""

@@ -1,0 +1,65 @@
+"""Queryable LoRA against LoRA on each frozen network, and over the networks."""
+
+import numpy as np
+import pandas as pd
+
+from configs import bases as config
+from experiments import kept
+from qlora_jax.evaluation import statistics
+
+
+def differences(rows: pd.DataFrame) -> pd.DataFrame:
+  """One row a task and network: both errors, the rates chosen, and the difference in per cent.
+
+  The interval is over the seeds of the adapters' training, paired, on this network and at these
+  rates. A network that lacks a run of either method is left out.
+  """
+  table = []
+  for task, (ours, theirs) in config.PAIRS.items():
+    own = rows[rows["task"] == task]
+    errors = kept.scores(own, _column(own)) if len(own) else {}
+    for base in sorted({int(name.split("/")[1]) for name in errors}):
+      names = [config.label(method, base) for method in (ours, theirs)]
+      if not set(names) <= set(errors):
+        continue
+      a, b = (errors[name].to_numpy() for name in names)
+      rates = kept.chosen(own).loc[names, "learning_rate"]
+      table.append({
+        "task": task, "base": base, "seeds": len(a), "method": ours, "baseline": theirs,
+        "learning_rate": rates.iloc[0], "baseline_learning_rate": rates.iloc[1],
+        "error": a.mean(), "baseline_error": b.mean(),
+        **kept.ends("percent", statistics.paired_relative_interval(a, b)),
+      })  # fmt: skip
+  return pd.DataFrame(table)
+
+
+def pooled(differences: pd.DataFrame) -> pd.DataFrame:
+  """One row a task: the mean over its networks in per cent, with Student's interval and Holm's p.
+
+  A network is one value, the logarithm of the ratio of the two methods' mean errors: its search,
+  its rates and its seeds are inside. `scatter` is the standard deviation of these values,
+  `by_seeds` what the seeds' intervals would make it, both in per cent.
+  """
+  table = []
+  for task, own in differences.groupby("task", sort=False):
+    if len(own) < 2:
+      continue
+    logs = np.log(own["error"] / own["baseline_error"])
+    interval, p_value = statistics.student(logs)
+    errors = (own["percent_high"] - own["percent_low"]) / (2 * 1.96)
+    table.append({
+      "task": task, "bases": len(own), "method": own["method"].iloc[0],
+      "baseline": own["baseline"].iloc[0],
+      **kept.ends("percent", statistics.Interval(*kept.percent(np.array(interval)))),
+      "scatter": 100 * statistics.spread(logs), "by_seeds": float(np.sqrt(np.mean(errors**2))),
+      "p_value": p_value,
+    })  # fmt: skip
+  table = pd.DataFrame(table)
+  table["p_holm"] = statistics.holm(table["p_value"])
+  table["verdict"] = kept.verdicts(table)
+  return table
+
+
+def _column(rows: pd.DataFrame) -> str:
+  """The error free of noise, where the task has one."""
+  return "test_mse" if rows["test_mse"].notna().any() else "test_noisy_mse"

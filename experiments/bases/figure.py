@@ -1,0 +1,78 @@
+"""The figure: differences to LoRA by task, a mark a frozen network."""
+
+import pathlib
+from collections.abc import Mapping
+
+import pandas as pd
+from matplotlib import figure
+from matplotlib import lines as mlines
+
+from experiments.report import style
+
+_NETWORK, _MEAN, _OTHER = "#0072b2", style.INK, "#d55e00"
+_MARKERS = ("s", "^")  # of trainings on the main study's network
+
+
+def draw(
+  differences: pd.DataFrame,
+  pooled: pd.DataFrame,
+  target: pathlib.Path,
+  others: Mapping[str, pd.Series] | None = None,
+) -> None:
+  """Writes `target`.svg and .png from the two tables of `analysis`.
+
+  Args:
+    others: label to differences by task in per cent, of trainings on the main study's network.
+  """
+  others, tasks = others or {}, list(pooled.sort_values("percent")["task"])[::-1]
+  with style.context():
+    made = figure.Figure(figsize=(7.6, 0.42 * len(tasks) + 1.5), layout="constrained")
+    axis = made.subplots()
+    for place, task in enumerate(tasks):
+      _task(axis, place, differences[differences["task"] == task], pooled, others)
+    axis.axvline(0, color=style.INK, linewidth=0.8)
+    names = [
+      task.replace("_", " ") + ("\n(with the instruction)" if task == "multi_target" else "")
+      for task in tasks
+    ]
+    axis.set_yticks(range(len(tasks)), names)
+    axis.set_ylim(-0.6, len(tasks) - 0.4)
+    axis.set_xlabel("difference in test MSE to LoRA, %")
+    axis.grid(axis="x")
+    made.legend(handles=_handles(others), loc="outside lower center", ncols=2)
+    made.savefig(target.with_suffix(".svg"))
+    made.savefig(target.with_suffix(".png"), dpi=200)
+
+
+def _task(axis, place: int, own: pd.DataFrame, pooled: pd.DataFrame, others) -> None:
+  count = len(own)
+  for number, row in enumerate(own.sort_values("percent").itertuples()):
+    y = place + 0.34 * ((number + 0.5) / count - 0.5) + 0.16
+    axis.plot([row.percent_low, row.percent_high], [y, y], color=_NETWORK, linewidth=0.7, alpha=0.6)
+    axis.plot(row.percent, y, "o", color=_NETWORK, markersize=3)
+  row = pooled[pooled["task"] == own["task"].iloc[0]].iloc[0]
+  y = place - 0.12
+  axis.plot([row["percent_low"], row["percent_high"]], [y, y], color=_MEAN, linewidth=1.6)
+  axis.plot(
+    row["percent"], y, "D", color=_MEAN, markersize=5,
+    markerfacecolor=style.PAPER if row["verdict"] == "not told apart" else _MEAN,
+  )  # fmt: skip
+  for marker, values in zip(_MARKERS, others.values(), strict=False):
+    axis.plot(
+      values[row["task"]], place - 0.28, marker, color=_OTHER, markersize=4.5,
+      markerfacecolor=style.PAPER,
+    )  # fmt: skip
+
+
+def _handles(others) -> list[mlines.Line2D]:
+  return [
+    mlines.Line2D([], [], color=_NETWORK, marker="o", markersize=3, linewidth=0.7,
+                  label="a frozen network, interval over 10 seeds"),
+    mlines.Line2D([], [], color=_MEAN, marker="D", markersize=5, linewidth=1.6,
+                  label="mean over networks, Student's interval; hollow: not told apart (Holm)"),
+    *(
+      mlines.Line2D([], [], color=_OTHER, marker=marker, linestyle="none", label=label,
+                    markerfacecolor=style.PAPER)
+      for marker, label in zip(_MARKERS, others, strict=False)
+    ),
+  ]  # fmt: skip

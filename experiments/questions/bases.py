@@ -1,0 +1,122 @@
+"""Does a verdict hold on other frozen networks, and when the same training is done again?"""
+
+import functools
+import pathlib
+
+import pandas as pd
+
+from experiments.bases import figure
+from experiments.questions import committed, error, factorial, question
+from experiments.report import headline, inputs, style, tables
+
+_AGAIN = "main study's network, trained again"
+
+
+@functools.cache
+def repeated() -> pd.DataFrame:
+  """The main study's comparisons beside a second training of them on the same network.
+
+  The second is the stability study, at the main level of noise: its program records the loss every
+  ten steps, so that rounding differs, in the frozen networks, too. Columns of the second end in _2.
+  """
+  names = [*inputs.SETTING, "method", "baseline"]
+  second = headline.compared(committed.summary("stability")).groupby(inputs.SETTING).tail(1)
+  both = error.compared().merge(second, on=names, suffixes=("", "_2"))
+  for study, suffix in (("regression", ""), ("stability", "_2")):
+    rates = committed.summary(study).drop_duplicates([*inputs.SETTING, "method"])
+    rates = rates[[*inputs.SETTING, "method", "learning_rate"]].rename(
+      columns={"method": "baseline", "learning_rate": f"baseline_rate{suffix}"}
+    )
+    both = both.merge(rates, on=[*inputs.SETTING, "baseline"])
+  return both
+
+
+def repeated_table() -> str:
+  """Differences of both trainings, and the learning rates that their searches chose."""
+  rows = []
+  for row in repeated().to_dict("records"):
+    cells = [row["setting"], row["label"]]
+    for end in ("", "_2"):
+      ends = (row[f"relative{which}{end}"] for which in ("", "_low", "_high"))
+      cells += [
+        tables.with_interval(*ends, tables.percent).replace(" [", " % ["),
+        f"{row[f'learning_rate{end}']:g} / {row[f'baseline_rate{end}']:g}",
+      ]
+    rows.append(cells)
+  header = ["setting", "method", "difference", "rate / LoRA's", "trained again", "rate / LoRA's"]
+  return committed.markdown(header, rows)
+
+
+def table() -> str:
+  """The mean over five networks beside the main study's one, by task."""
+  main = error.compared().set_index("setting")["relative"]
+  rows = []
+  for row in committed.csv("bases", "pooled").to_dict("records"):
+    rows.append([
+      _setting(row["task"]), style.method(row["method"]).label, f"{row['bases']}",
+      factorial.ends(row), f"{row['scatter']:.1f}", f"{row['by_seeds']:.1f}",
+      f"{row['p_holm']:.3f}", row["verdict"], f"{tables.percent(main[_setting(row['task'])])} %",
+    ])  # fmt: skip
+  header = ["task", "method", "networks", "difference to LoRA, mean over the networks",
+            "scatter over networks, %", "expected of the seeds alone", "p (Holm)", "verdict",
+            "main study's network"]  # fmt: skip
+  return committed.markdown(header, rows)
+
+
+def _setting(task: str) -> str:
+  """A task's name in the main study, which has one of them at four levels of noise."""
+  return "regimes, noise 0.5" if task == "regimes" else task.replace("_", " ")
+
+
+def answer() -> list[tuple[str, str, str]]:
+  """The claim on test performance over networks, and how far one training can be trusted."""
+  pooled = committed.csv("bases", "pooled")
+  told = {verdict: own.to_dict("records") for verdict, own in pooled.groupby("verdict", sort=False)}
+  better, worse = told.get("better", []), told.get("worse", [])
+  verdict = "task-dependent" if better else "not supported"
+  if not worse and len(better) > len(pooled) / 2:
+    verdict = "supported"
+  parts = [f"{_setting(row['task'])} {factorial.ends(row)}" for row in (*better, *worse)]
+  evidence = (
+    f"lower on {len(better)} of {len(pooled)} tasks, higher on {len(worse)}"
+    + (f" ({'; '.join(parts)})" if parts else "")
+    + f", not told apart on {len(pooled) - len(better) - len(worse)}; Holm over the tasks"
+  )
+  rows = repeated()
+  same = rows["verdict"] == rows["verdict_2"]
+  changed = "".join(
+    f"; {row['setting']}: {row['verdict']}, then {row['verdict_2']}"
+    for row in rows[~same].to_dict("records")
+  )
+  return [
+    ("lower test error than LoRA over five frozen networks a task", verdict, evidence),
+    (
+      "the same verdict when the main study's comparisons are trained again",
+      "supported" if same.all() else "supported in part",
+      f"the same on {same.sum()} of {len(rows)}{changed}",
+    ),
+  ]
+
+
+def draw(target: pathlib.Path) -> None:
+  """Writes `target`.svg and .png."""
+  rows = repeated().set_index("task")
+  figure.draw(
+    committed.csv("bases", "differences"), committed.csv("bases", "pooled"), target,
+    {"main study's network": rows["relative"], _AGAIN: rows["relative_2"]},
+  )  # fmt: skip
+
+
+QUESTION = question.Question(
+  name="bases",
+  caption="Difference in test error of Queryable LoRA to LoRA in per cent by task. Dots: five"
+  " frozen networks, each with a learning-rate search of its own for both methods, with 95 %"
+  " bootstrap intervals over ten seeds. Diamonds: their mean with Student's 95 % interval; filled"
+  " where Holm's p over the tasks is below .05. Squares and triangles: two trainings on the main"
+  " study's network. On multi target both methods see the instruction.",
+  study="bases",
+  command="python launch.py --config=configs/bases.py --workdir=runs/bases --sweep",
+  draw=draw,
+  tables={"bases": table, "repeated": repeated_table},
+  answer=answer,
+)

@@ -1,0 +1,131 @@
+"""Several frozen networks: the grid, differences and means by hand, what is committed follows."""
+
+import filecmp
+
+import numpy as np
+import pandas as pd
+import pytest
+import study_of
+from scipy import stats
+
+from configs import bases as config
+from configs import regression
+from experiments import kept
+from experiments.bases import __main__ as study
+from experiments.bases import analysis
+from experiments.questions import bases as question
+from qlora_jax import sweeps
+from qlora_jax.models import mlp
+from qlora_jax.training import loop, progress
+
+
+def test_every_network_has_both_methods_at_every_rate():
+  points = pd.DataFrame(config.get_hyper(sweeps))
+  by = ["pretrain.seed", "data.task"]
+  counts = points.groupby(by)["adapter.name"].agg(["size", "nunique"])
+  assert (counts["size"] == 14).all() and (counts["nunique"] == 2).all()
+  assert len(counts) == 10 * len(config.SEEDS) and 0 not in config.SEEDS
+  # Tasks, levels, rates and seeds are the main study's.
+  main = pd.DataFrame(regression.get_hyper(sweeps))
+  level = main[main["data.noise_level"].isin((0.0, 0.5))].groupby("data.task")["data.noise_level"]
+  ours = points.groupby("data.task")["data.noise_level"].first()
+  assert ours.drop("regimes").equals(level.first()[ours.drop("regimes").index])
+  assert set(points["optimizer.learning_rate"]) == set(main["optimizer.learning_rate"])
+  assert config.get_config().protocol == regression.get_config().protocol
+  assert all(abs(count / 8192 - 1) <= 0.02 for *_, count, _ in study_of.settings_of(config))
+
+
+def test_the_seed_gives_another_network_and_0_the_main_studys(tmp_path):
+  base = regression.get_config("runlocal")
+  base.pretrain.steps = 5
+  found = {}
+  for seed in (0, 1):
+    base.pretrain.seed = seed
+    with progress.Display(total_points=1) as display:
+      trained = loop.Loop(tmp_path, display).base(base)
+    model = mlp.MLPConfig(**base.model)
+    found[seed] = np.concatenate([np.ravel(leaf) for leaf in _leaves(trained)])
+    assert len(found[seed]) == sum(
+      leaf.size for leaf in _leaves(loop.settings.random_base(model, 0))
+    )
+  assert np.abs(found[0] - found[1]).mean() > 0.01
+  assert len(list((tmp_path / "bases").iterdir())) >= 2  # neither is taken for the other
+
+
+def _leaves(tree):
+  import jax
+
+  return jax.tree.leaves(tree)
+
+
+def made_up(errors):
+  """Rows of a study; `errors` has (task, method, network) -> the error of a seed 1."""
+  found, rng = [], np.random.default_rng(0)
+  scale = np.exp(0.1 * rng.normal(size=10))
+  for (task, method, base), error in errors.items():
+    clean = task not in regression.TABLES
+    for stage, seeds in (("search", (0,)), ("final", range(100, 110))):
+      for place, seed in enumerate(seeds):
+        value = error * scale[place] * (1 + 0.001 * rng.normal())
+        found.append({
+          "stage": stage, "task": task, "seed": seed, "method": config.label(method, base),
+          "learning_rate": 0.01 * base, "rank": 7, "atoms": 9, "trainable_params": 8192,
+          "diverged": False, "router/effective_support": 2.0,
+          "test_mse": value if clean else np.nan, "test_noisy_mse": value,
+        })  # fmt: skip
+  return pd.DataFrame(found)
+
+
+def test_networks_are_compared_one_by_one_and_then_as_one_sample():
+  ratios, errors = {"regimes": (0.8, 0.82, 0.84), "bikeshare": (0.8, 1.3, 1.0)}, {}
+  for task, own in ratios.items():
+    for base, ratio in enumerate(own, start=1):
+      errors[task, "lora", base] = float(base)
+      errors[task, "queryable", base] = base * ratio
+  errors["regimes", "queryable", 4] = 1.0  # whose LoRA is not trained yet
+  found = analysis.differences(made_up(errors))
+  assert list(found["task"]) == ["regimes"] * 3 + ["bikeshare"] * 3
+  assert found["percent"].to_numpy() == pytest.approx([-20, -18, -16, -20, 30, 0], abs=0.2)
+  assert (found["percent_low"] < found["percent"]).all()
+  assert found["learning_rate"].tolist() == pytest.approx([0.01, 0.02, 0.03] * 2)
+  pooled = analysis.pooled(found).set_index("task")
+  for task, own in ratios.items():
+    logs, row = np.log(own), pooled.loc[task]
+    low, high = stats.t.interval(0.95, 2, logs.mean(), stats.sem(logs))
+    expected = 100 * np.expm1([logs.mean(), low, high])
+    assert row[["percent", "percent_low", "percent_high"]].tolist() == pytest.approx(
+      expected.tolist(), abs=0.4
+    )
+    assert row["scatter"] == pytest.approx(100 * np.std(logs, ddof=1), abs=0.2)
+    assert row["scatter"] > 10 * row["by_seeds"]  # seeds were made to agree
+  assert pooled["verdict"].to_dict() == {"regimes": "better", "bikeshare": "not told apart"}
+
+
+def test_what_is_committed_follows_from_the_committed_runs(tmp_path, capsys):
+  target = tmp_path / "bases"
+  kept.keep(study.RESULTS, target)
+  study.main([f"--results={target}"])
+  names = ["differences.csv", "pooled.csv", "summary.md"]
+  _, differing, missing = filecmp.cmpfiles(study.RESULTS, target, names, shallow=False)
+  assert not differing and not missing, "run python -m experiments.bases"
+  found = pd.read_csv(target / "differences.csv")
+  assert len(found) == 10 * len(config.SEEDS) and (found["seeds"] == 10).all()
+
+
+def test_intervals_quoted_in_the_readme_are_the_tables():
+  page = (study.RESULTS.parents[1] / "bases" / "README.md").read_text()
+  quoted = study_of.intervals_of(page)
+  assert quoted and quoted <= study_of.intervals_of((study.RESULTS / "summary.md").read_text())
+
+
+def test_a_second_training_stands_beside_the_first_of_the_same_comparison():
+  rows = question.repeated().set_index("task")
+  assert len(rows) == 10
+  for study_name, suffix in (("regression", ""), ("stability", "_2")):
+    runs = pd.read_parquet(kept.RESULTS / study_name / "results.parquet")
+    own = runs[(runs["task"] == "regimes") & (runs["noise_level"] == 0.5)]
+    own = own[own["stage"] == "final"].groupby("method")
+    errors, rates = own["test_mse"].mean(), own["learning_rate"].first()
+    percent = 100 * (errors["queryable"] / errors["lora"] - 1)
+    assert rows.loc["regimes", f"relative{suffix}"] == pytest.approx(percent)
+    assert rows.loc["regimes", f"baseline_rate{suffix}"] == rates["lora"]
