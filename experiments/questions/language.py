@@ -17,6 +17,7 @@ _SCORES = {
 }  # fmt: skip
 PAIRS = {"all_tasks": "24 tasks of instruction-induction", "gsm8k": "GSM8K"}  # studies of two
 _PAIR = ("queryable_prior+prompt", "lora+prompt")
+_SHUFFLED = "queryable_prior+shuffled"
 
 
 def answer() -> list[tuple[str, str, str]]:
@@ -26,7 +27,9 @@ def answer() -> list[tuple[str, str, str]]:
   ends = [with_prompt[f"difference{end}"] for end in ("", "_low", "_high")]
   own = rows.drop_duplicates("method").set_index("method")["test_accuracy"]
   verdicts = {"better": "supported", "worse": "not supported"}
-  carried = own["queryable_prior"] - own["queryable"]
+  carried, replaced, shuffled = (
+    _points("queryable_prior", other) for other in ("queryable", "lora+prompt", _SHUFFLED)
+  )
   return [
     (
       "the prior adds to a prompt that the model reads",
@@ -36,16 +39,32 @@ def answer() -> list[tuple[str, str, str]]:
     ),
     (
       "the prior carries an instruction that the prompt does not hold",
-      "supported, one seed" if carried > 0 else "not supported",
+      "supported" if min(carried.low, shuffled.low) > 0
+      else "not supported" if carried.high < 0 else "inconclusive",
       f"exact match {own['queryable_prior']:.1f} % with the prior, {own['queryable']:.1f} % without"
-      f" it, {own['queryable_prior+shuffled']:.1f} % with shuffled wordings",
+      f" it ({_told(carried)} points), {own[_SHUFFLED]:.1f} % with shuffled wordings"
+      f" ({_told(shuffled)})",
     ),
     (
-      "the prior replaces the prompt", "not supported",
-      f"{own['queryable_prior']:.1f} % against {own['lora+prompt']:.1f} % of LoRA with the prompt",
+      "the prior replaces the prompt",
+      "not supported" if replaced.high < 0 else "supported" if replaced.low > 0 else "inconclusive",
+      f"{own['queryable_prior']:.1f} % against {own['lora+prompt']:.1f} % of LoRA with the prompt:"
+      f" {_told(replaced)} points",
     ),
     *_likelihoods(),
   ]  # fmt: skip
+
+
+def _points(ours: str, theirs: str) -> statistics.Interval:
+  """The paired difference of two ways in points of exact match in new wordings."""
+  final = committed.study("induction").stage("final")
+  scores = final.pivot(index="seed", columns="method", values="test_accuracy")
+  both = 100 * scores[[ours, theirs]].dropna()
+  return statistics.paired_interval(both[ours], both[theirs])
+
+
+def _told(ends: statistics.Interval) -> str:
+  return tables.with_interval(*ends, tables.percent)
 
 
 def _likelihoods() -> list[tuple[str, str, str]]:

@@ -113,7 +113,7 @@ def test_a_plan_is_checked_before_anything_is_trained():
   config = llm.get_config("induction")
   points = llm.get_hyper(sweeps, "induction")
   lines = protocol.check(protocol.planned(config, points), protocol.rules_of(config))
-  assert lines[0].startswith("too few learning rates: 3") and "lora+prompt" in lines[0]
+  assert lines[0].startswith("too few learning rates: 4") and "lora+prompt" in lines[0]
 
 
 def test_the_command_tells_and_with_strict_fails(tmp_path, capsys):

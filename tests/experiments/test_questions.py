@@ -117,3 +117,35 @@ def test_a_pair_of_methods_is_the_committed_runs_averages(study):
   assert second["test_accuracy"] == pytest.approx(
     100 * final[final["method"] == routed]["test_accuracy"].mean()
   )
+
+
+def test_what_the_prior_carries_is_the_paired_difference_of_the_committed_runs():
+  runs = pd.read_parquet(committed.RESULTS / "induction" / "results.parquet")
+  final = runs[(runs["stage"] == "final") & ~runs["in_prompt"]]
+  way = final["method"] + final["shuffled"].map({True: " shuffled", False: ""})
+  scores = 100 * final.assign(way=way).pivot(index="seed", columns="way", values="test_accuracy")
+  assert len(scores) == 3
+  claims = {claim: (verdict, told) for claim, verdict, told in language.answer()}
+  verdict, told = claims["the prior carries an instruction that the prompt does not hold"]
+  lows = []
+  for other in ("queryable", "queryable_prior shuffled"):
+    differences = scores["queryable_prior"] - scores[other]
+    low, high = stats.t.interval(0.95, 2, differences.mean(), stats.sem(differences))
+    signed = [f"{x:+.1f}".replace("-", "−") for x in (differences.mean(), low, high)]
+    assert f"({signed[0]} [{signed[1]}, {signed[2]}]" in told
+    lows.append(low)
+  assert (verdict == "supported") == (min(lows) > 0)
+
+
+def test_loss_spikes_are_counted_from_the_recorded_losses():
+  rows = stability.spikes()
+  study = committed.study("stability")
+  for side, method in (("theirs", "lora"), ("ours", "queryable")):
+    runs = study.results[(study.results["task"] == "regimes") & (study.results["method"] == method)]
+    curves = study.curves[study.curves["run_id"].isin(runs["run_id"])]
+    counted = sum(
+      int(evaluation_stability.loss_spikes(own.sort_values("step")["train_loss"].to_numpy()))
+      for _, own in curves.groupby("run_id")
+    )
+    assert rows.loc["regimes", ("sum", side)] == counted > 0
+    assert rows.loc["regimes", ("count", side)] == len(runs) == 31

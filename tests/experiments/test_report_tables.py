@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import rich.console
+from scipy import stats
 
 from experiments.report import headline, inputs, tables, terminal
 
@@ -25,7 +26,7 @@ def _errors(results, task, method, column="test_mse"):
 
 
 def test_means_and_paired_differences_match_the_raw_rows(tmp_path, make_study):
-  results = make_study(tmp_path, seeds=4)
+  results = make_study(tmp_path, seeds=6)
   summary = tables.summarize(inputs.read(tmp_path))
   ours, theirs = _errors(results, "regimes", "queryable"), _errors(results, "regimes", "lora")
   row = _row(summary, task="regimes", method="queryable")
@@ -34,18 +35,31 @@ def test_means_and_paired_differences_match_the_raw_rows(tmp_path, make_study):
   assert row["difference"] == pytest.approx((ours - theirs).mean())
   assert row["relative"] == pytest.approx(100 * (ours.mean() / theirs.mean() - 1))
   assert row["spread"] == pytest.approx(ours.std(ddof=1))
-  # Four seeds have 4^4 equally likely resamples: enumerate them all.
-  draws = np.stack(np.meshgrid(*[(ours - theirs).to_numpy()] * 4)).reshape(4, -1).mean(axis=0)
+  # Six seeds have 6^6 equally likely resamples: enumerate them all.
+  draws = np.stack(np.meshgrid(*[(ours - theirs).to_numpy()] * 6)).reshape(6, -1).mean(axis=0)
   low, high = np.quantile(draws, [0.025, 0.975])
   width = high - low
   assert row["difference_low"] == pytest.approx(low, abs=0.05 * width)
   assert row["difference_high"] == pytest.approx(high, abs=0.05 * width)
-  # The sign-flip test of four equal signs: 2 of 16.
-  assert (np.sign(ours - theirs) == -1).all()
-  assert row["p_value"] == pytest.approx(2 / 16)
-  assert row["p_holm"] == pytest.approx(3 * 2 / 16)  # three methods compared with LoRA
+  # The sign-flip test: how many of the 64 flips have as large a mean.
+  flips = np.stack(np.meshgrid(*[(-1, 1)] * 6)).reshape(6, -1).T
+  means = np.abs((flips * (ours - theirs).to_numpy()).mean(axis=1))
+  expected = np.mean(means >= abs((ours - theirs).mean()) - 1e-12)
+  assert row["p_value"] == pytest.approx(expected)
+  # Holm's, of three methods compared with LoRA: the others differ clearly, this one does not.
+  assert row["p_holm"] == pytest.approx(expected)
   assert row["trainable_params"] == 7288
   assert row["learning_rate"] == 0.01
+
+
+def test_few_seeds_have_students_intervals_and_p_values(tmp_path, make_study):
+  results = make_study(tmp_path, seeds=4)
+  row = _row(tables.summarize(inputs.read(tmp_path)), task="regimes", method="queryable")
+  differences = _errors(results, "regimes", "queryable") - _errors(results, "regimes", "lora")
+  expected = stats.ttest_1samp(differences, 0.0)
+  ends = expected.confidence_interval(0.95)
+  assert (row["difference_low"], row["difference_high"]) == pytest.approx((ends.low, ends.high))
+  assert row["p_value"] == pytest.approx(expected.pvalue)
 
 
 def test_a_task_without_noise_free_target_is_compared_on_the_observed_one(tmp_path, make_study):

@@ -193,6 +193,12 @@ def test_every_point_of_every_variant_resolves_within_two_percent(variant):
       "model.layers_per_block",
     ),
     (["--config=configs/regression.py:runlocal", "--config.data.task=nope"], "nope"),
+    (["--config=configs/regression.py", "--config.pretrain.steps=0"], "pretrain.steps: 0"),
+    (["--config=configs/regression.py", "--config.pretrain.seed=-1"], "pretrain.seed: -1"),
+    (
+      ["--config=configs/regression.py", "--config.pretrain.learning_rate=0.0"],
+      "pretrain.learning_rate: 0.0",
+    ),
     (["--config=configs/absent.py"], "absent"),
     (["--config=configs/absent.py:demo", "--config.adapter.rank=4"], "absent"),
     ([], "--config"),
