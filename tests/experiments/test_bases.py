@@ -118,6 +118,16 @@ def test_intervals_quoted_in_the_readme_are_the_tables():
   assert quoted and quoted <= study_of.intervals_of((study.RESULTS / "summary.md").read_text())
 
 
+def test_the_front_page_quotes_the_tasks_that_are_told_apart():
+  page = " ".join((study.RESULTS.parents[2] / "README.md").read_text().split())
+  pooled = pd.read_csv(study.RESULTS / "pooled.csv")
+  clear = pooled[pooled["verdict"] != "not told apart"]
+  assert len(clear) == 4
+  for row in clear.itertuples():
+    ends = (f"{x:+.1f}" for x in (row.percent, row.percent_low, row.percent_high))
+    assert "{} % [{}, {}]".format(*ends).replace("-", "−") in page, row.task
+
+
 def test_a_second_training_stands_beside_the_first_of_the_same_comparison():
   rows = question.repeated().set_index("task")
   assert len(rows) == 10
