@@ -47,7 +47,7 @@ def _call(name: str, rest: list[str]) -> int:
   package = importlib.util.find_spec(name).submodule_search_locations is not None
   module = importlib.import_module(f"{name}.__main__" if package else name)
   if not hasattr(module, "cli"):
-    return module.main(rest)
+    return module.main(rest) or 0
   values = getattr(module, "_FLAGS", flags.FLAGS)
   saved = flagsaver.save_flag_values(values)
   try:

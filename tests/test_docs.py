@@ -6,6 +6,7 @@ import pathlib
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -16,7 +17,8 @@ import pytest
 from qlora_jax.training import records
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")])
+RESULTS = ROOT / "experiments" / "results"
 COMMAND = re.compile(r"^ *((?:make|python|pip|pytest)\b.*)$")
 FENCED = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 SMALL = [
@@ -38,7 +40,7 @@ def commands():
       for line in block.replace("\\\n", " ").splitlines():
         if matched := COMMAND.match(line):
           text = " ".join(re.sub(r"\s#.*", "", matched[1]).split())
-          found.setdefault(text, page.name)
+          found.setdefault(text, str(page.relative_to(ROOT)))
   return [pytest.param(text, id=f"{name}: {text}") for text, name in found.items()]
 
 
@@ -68,6 +70,24 @@ def for_tiny_model(arguments, folder, tiny_llama):
   kept = [f"--config.data.name={mine}" if "mine.jsonl" in each else each for each in kept]
   small = [f"--config.{name}={value}" for name, value in TINY.items()]
   return [*kept, *small, f"--workdir={folder}/run", f"--config.model.weights={tiny_llama}"]
+
+
+def trained(arguments):
+  """Whether an experiment's command reads what has been trained, and does not train by itself."""
+  return not any(each.startswith(("--workdir", "--compile")) for each in arguments)
+
+
+def on_committed_results(arguments, folder):
+  """An experiment's command on the committed runs instead of a sweep's, its results in `folder`."""
+  name = arguments[1].rpartition(".")[2]
+  given = [each for each in arguments if each.startswith("--from=")]
+  study = given[0].rpartition("/")[2].replace("-", "_") if given else name
+  if given:
+    made = [f"--from={RESULTS / study}", f"--results={folder}"]
+  else:
+    shutil.copytree(RESULTS / study, folder, dirs_exist_ok=True)
+    made = [f"--results={folder}"]
+  return [each for each in arguments if each not in given] + made
 
 
 @pytest.fixture(scope="session")
@@ -152,8 +172,11 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data, reques
     told = "/instruction Say it.\n7\n/adapter off\n7\n/quit\n"
     done = execute([sys.executable, *own, "--max_tokens=2"], tmp_path, told)
     assert "error:" not in done.stdout + done.stderr
-  elif arguments[0] == "-m" and arguments[1].startswith("benchmarks."):
-    # Measuring takes minutes: it is loaded with all it needs, and knows its arguments.
+  elif arguments[0] == "-m" and arguments[1].startswith("experiments.") and trained(arguments):
+    done = execute([sys.executable, *on_committed_results(arguments, tmp_path)], tmp_path)
+    assert "| --- |" in done.stdout and f"results: {tmp_path}" in done.stdout
+  elif arguments[0] == "-m" and arguments[1].startswith(("benchmarks.", "experiments.")):
+    # Training and measuring take minutes: it is loaded with all it needs, and knows its arguments.
     given = mock.patch.object(sys, "argv", [*arguments[1:], "--help"])
     with given, pytest.raises(SystemExit) as end:
       runpy.run_module(arguments[1], run_name="__main__")
