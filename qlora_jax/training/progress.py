@@ -77,6 +77,8 @@ class Display:
 
   Args:
     total_points: the sweep's points, finished ones included.
+    earlier_points: how many of them an earlier process finished, each to be told by `skip`; the
+      time left leaves them out from the beginning.
     unit: what `rate` counts: `examples`, `tokens`.
     stream: where to write; standard error unless told.
     plain: True for lines, False for bars; None decides by whether `stream` is a terminal.
@@ -92,6 +94,7 @@ class Display:
     plain: bool | None = None,
     every_seconds: float = 10.0,
     clock: Callable[[], float] = time.monotonic,
+    earlier_points: int = 0,
   ):
     self._stream = sys.stderr if stream is None else stream
     self._plain = _is_plain(self._stream) if plain is None else plain
@@ -99,6 +102,7 @@ class Display:
     self._every_seconds = every_seconds if self._plain else _LIVE_SECONDS
     self._clock = clock
     self._total_points = total_points
+    self._earlier = earlier_points
     self._points = 0  # finished, earlier ones included
     self._work = 0.0  # points trained by this process, parts of points included
     self._began = clock()
@@ -152,6 +156,7 @@ class Display:
   def skip(self, name: str, num_points: int) -> None:
     """Counts a group that an earlier process finished."""
     self._points += num_points
+    self._earlier = max(0, self._earlier - num_points)
     self.log(f"{name}: {_count(num_points, 'point')} finished earlier")
     self._refresh_overall()
 
@@ -187,7 +192,7 @@ class Display:
 
   def _seconds_left(self) -> float | None:
     """Time to the last point, if those to come take as long as those this process trained."""
-    done, work = float(self._points), self._work
+    done, work = float(self._points + self._earlier), self._work
     for group in self._active:
       done += group.num_points * group._fraction(group.step)
       work += group.num_points * group._fraction(group.step - group.start_step)

@@ -177,8 +177,9 @@ def run(
   total = sum(len(search_runs(own, rates)) + len(own.protocol.final_seeds) for own, rates in pairs)
   results: list[list[dict]] = [[] for _ in pairs]
   with progress.Display(
-    total_points=total, unit="tokens" if is_language(config) else "examples"
-  ) as display:
+    total_points=total, unit="tokens" if is_language(config) else "examples",
+    earlier_points=sum(_finished_points(workdir, own, rates) for own, rates in pairs),
+  ) as display:  # fmt: skip
     last = time.monotonic()
     for index, (found, trained) in workers.run(
       make_loop, (workdir, is_language(config)), train_setting, pairs, num_workers, display
@@ -189,6 +190,26 @@ def run(
         write_tables(workdir, [each for done in results for each in done], now - last)
         last = now
     write_tables(workdir, [each for done in results for each in done], 0.0)
+
+
+def _finished_points(workdir: pathlib.Path, config: ml_collections.ConfigDict, rates) -> int:
+  """How many of a setting's points earlier processes have finished."""
+  runs, best = search_runs(config, rates), rates[0]
+  if runs:
+    found = _stored(workdir, loop.GroupSpec(config, "search", runs))
+    if found is None:
+      return 0
+    kind = language_loop.Loop if is_language(config) else loop.Loop
+    best = choose(found["rows"], kind.objective)
+  spec = loop.GroupSpec(
+    config, "final", tuple((seed, best) for seed in config.protocol.final_seeds)
+  )
+  return len(runs) + (0 if _stored(workdir, spec) is None else len(spec.runs))
+
+
+def _stored(workdir: pathlib.Path, spec: loop.GroupSpec) -> dict | None:
+  path = workdir / "groups" / spec.identity / "result.json"
+  return json.loads(path.read_text()) if path.exists() else None
 
 
 def make_loop(display: progress.Display, workdir: pathlib.Path, language: bool):

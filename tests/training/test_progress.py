@@ -119,3 +119,18 @@ def test_a_display_without_points_or_steps_does_not_divide_by_zero():
       group.update(0)
     assert display._points == 0
   assert "none: done in 0:00" in stream.getvalue()
+
+
+def test_the_time_left_leaves_out_what_was_finished_earlier():
+  clock, stream = _Clock(), io.StringIO()
+  with progress.Display(
+    10, stream=stream, plain=True, clock=clock, earlier_points=6
+  ) as display:  # fmt: skip
+    display.skip("a", 2)
+    with display.group("b", 2, 10) as group:
+      clock.now += 20.0
+      group.update(10)
+    # 2 of the 4 points that nobody had trained took 20 s, although 4 are still to be passed.
+    assert "b: done in 0:20 (4 of 10 points, 0:20 left in all)" in stream.getvalue()
+    display.skip("c", 4)
+    assert display._seconds_left() == 20

@@ -131,7 +131,16 @@ def test_a_sweep_writes_tables_and_a_report_and_skips_what_is_finished(tiny, tmp
   np.testing.assert_allclose(sums, 1.0, atol=1e-5)
   assert report.write_report(tmp_path).stat().st_size > 10_000
   monkeypatch.setattr(loop.Loop, "train", None)  # training anything again would now fail
+  expected, shown = [], progress.Display
+  monkeypatch.setattr(
+    progress, "Display", lambda **given: expected.append(given["earlier_points"]) or shown(**given)
+  )
   study.run(tiny, points, tmp_path)
+  last = final[final.method == "lora"].run_id.iloc[0].split("-")[0]
+  (tmp_path / "groups" / last / "result.json").unlink()
+  with pytest.raises(TypeError):  # LoRA's final runs are not there, and training is None
+    study.run(tiny, points, tmp_path)
+  assert expected == [len(rows), len(rows) - 2]
 
 
 def test_runs_sharded_over_two_devices_equal_one_device(tmp_path):
