@@ -15,6 +15,11 @@ _SCORES = {
   "test_seen_nats": ("known wordings", 3),
   "test_accuracy": ("exact match, new wordings, %", 1),
 }  # fmt: skip
+_COMBINED = {
+  "validation_nats": ("validation nats", 3),
+  "test_accuracy": ("exact match, new wordings, %", 1),
+  "test_seen_accuracy": ("known wordings, %", 1),
+}  # fmt: skip
 PAIRS = {"all_tasks": "24 tasks of instruction-induction", "gsm8k": "GSM8K"}  # studies of two
 _PAIR = ("queryable_prior+prompt", "lora+prompt")
 _SHUFFLED = "queryable_prior+shuffled"
@@ -142,6 +147,32 @@ def pair_table(study: str) -> str:
   return committed.markdown(header, rows)
 
 
+def combined_table() -> str:
+  """The changes that helped, made at once, beside the deciding pair; differences to its LoRA."""
+  pair_of, own = (committed.study(name).stage("final") for name in ("induction", "combined"))
+  final = pd.concat([pair_of[pair_of["method"].isin(_PAIR)], own], ignore_index=True)
+  tables_of = {name: final.pivot(index="seed", columns="method", values=name) for name in _COMBINED}
+  rows = []
+  for method in (_PAIR[1], _PAIR[0], *own["method"].unique()):
+    first = final[final["method"] == method].iloc[0]
+    cells = [
+      style.method(method.removesuffix("+prompt")).label if method in set(own["method"])
+      else style.method(method).label,
+      f"{first['trainable_params']:,.0f}", f"{first['learning_rate']:g}",
+    ]  # fmt: skip
+    for name, (_, digits) in _COMBINED.items():
+      values = _unit(name) * tables_of[name]
+      text = f"{values[method].mean():.{digits}f}"
+      if method != _PAIR[1]:
+        ends = statistics.paired_interval(values[method], values[_PAIR[1]])
+        mean, low, high = (f"{end:+.{digits}f}" for end in ends)
+        text += f" ({mean} [{low}, {high}])".replace("-", "−")
+      cells.append(text)
+    rows.append(cells)
+  header = ["method", "trainable", "rate", *(heading for heading, _ in _COMBINED.values())]
+  return committed.markdown(header, rows)
+
+
 def table() -> str:
   """Every method's exact match and likelihood."""
   from experiments import documents  # which lists the questions' tables, too
@@ -168,6 +199,7 @@ QUESTION = question.Question(
   draw=draw,
   tables={
     "language_deciding": table,
+    "language_combined": combined_table,
     **{f"language_{study}": functools.partial(pair_table, study) for study in PAIRS},
   },
   answer=answer,

@@ -134,6 +134,10 @@ def test_what_the_prior_carries_is_the_paired_difference_of_the_committed_runs()
     signed = [f"{x:+.1f}".replace("-", "−") for x in (differences.mean(), low, high)]
     assert f"({signed[0]} [{signed[1]}, {signed[2]}]" in told
     lows.append(low)
+    for page in ("README.md", "docs/language_results.md"):
+      text = " ".join((ROOT / page).read_text().split()).replace("-", "−")
+      quoted = f"{signed[0]} points [{signed[1]}, {signed[2]}]"
+      assert other != "queryable" or quoted in text, page
   assert (verdict == "supported") == (min(lows) > 0)
 
 
