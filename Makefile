@@ -62,6 +62,7 @@ study: setup
 study-language: setup-llm
 	$(BIN)/python launch.py --config=configs/llm.py:induction --workdir=runs/induction --sweep
 	$(BIN)/python launch.py --config=configs/llm.py:reasons --workdir=runs/reasons --sweep
+	$(BIN)/python launch.py --config=configs/llm.py:combined --workdir=runs/combined --sweep
 	$(BIN)/python launch.py --config=configs/factorial_language.py --workdir=runs/factorial-language --sweep
 	$(BIN)/python launch.py --config=configs/llm.py:all --workdir=runs/all-tasks --sweep
 	$(BIN)/python launch.py --config=configs/llm.py:gsm8k --workdir=runs/gsm8k --sweep

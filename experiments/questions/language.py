@@ -156,8 +156,7 @@ def combined_table() -> str:
   for method in (_PAIR[1], _PAIR[0], *own["method"].unique()):
     first = final[final["method"] == method].iloc[0]
     cells = [
-      style.method(method.removesuffix("+prompt")).label if method in set(own["method"])
-      else style.method(method).label,
+      "the three changes" if method in set(own["method"]) else style.method(method).label,
       f"{first['trainable_params']:,.0f}", f"{first['learning_rate']:g}",
     ]  # fmt: skip
     for name, (_, digits) in _COMBINED.items():

@@ -155,3 +155,19 @@ def test_loss_spikes_are_counted_from_the_recorded_losses():
     assert rows.loc["regimes", ("count", side)] == len(runs) == 31
   ours, theirs = (rows["sum", side].sum() for side in ("ours", "theirs"))
   assert f"({ours:.0f} against {theirs:.0f} in 310 runs each)" in (ROOT / "README.md").read_text()
+
+
+def test_the_combined_changes_are_compared_with_the_pairs_lora():
+  runs = [
+    pd.read_parquet(committed.RESULTS / study / "results.parquet").query("stage == 'final'")
+    for study in ("induction", "combined")
+  ]
+  lora = runs[0][(runs[0]["method"] == "lora") & runs[0]["in_prompt"]].set_index("seed")
+  ours = runs[1].set_index("seed")
+  assert list(ours.index) == list(lora.index) == [100, 101, 102]
+  differences = ours["validation_nats"] - lora["validation_nats"]
+  low, high = stats.t.interval(0.95, 2, differences.mean(), stats.sem(differences))
+  mean, low, high = (f"{x:+.3f}".replace("-", "−") for x in (differences.mean(), low, high))
+  row = language.combined_table().strip().splitlines()[-1]
+  assert f"| {ours['validation_nats'].mean():.3f} ({mean} [{low}, {high}]) |" in row
+  assert f"| {100 * ours['test_accuracy'].mean():.1f} (" in row
