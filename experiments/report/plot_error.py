@@ -120,8 +120,7 @@ def noise(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
         line["noise_level"], line["test_mse"], _error_bars(line), color=look.color,
         linestyle=look.line, marker=look.marker, elinewidth=0.8,
       )  # fmt: skip
-    ends = group[["test_mse", "test_mse_low", "test_mse_high"]].to_numpy()
-    panels.log_axis(panel.yaxis, np.nanmin(ends), np.nanmax(ends))
+    panels.log_axis(panel.yaxis, *_limits(group))
     levels = sorted(group["noise_level"].unique())
     if levels[0] > 0 and levels[-1] > 5 * levels[0]:
       panels.log_axis(panel.xaxis, levels[0], levels[-1])
@@ -163,8 +162,7 @@ def parameters(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str
         color=look.color, marker=look.marker, linestyle="none", elinewidth=0.8, markersize=size,
         zorder=3 if row["method"] in front else 2,
       )  # fmt: skip
-    ends = here[["test_mse", "test_mse_low", "test_mse_high"]].to_numpy()
-    panels.log_axis(panel.yaxis, np.nanmin(ends), np.nanmax(ends))
+    panels.log_axis(panel.yaxis, *_limits(here))
     panels.log_axis(panel.xaxis, fewest, most)
     panel.set_title(study.setting_label(setting))
     panel.grid(True)
@@ -183,6 +181,16 @@ def parameters(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str
     "adapter." + panels.middle_level_note(study, shown),
     figure,
   )
+
+
+def _limits(rows: pd.DataFrame) -> tuple[float, float]:
+  """What a log axis shows of means and intervals: a factor of 10 beyond the means at most.
+
+  Student's interval of two or three seeds can be that wide, and its lower end below zero.
+  """
+  ends, means = rows[["test_mse", "test_mse_low", "test_mse_high"]], rows["test_mse"]
+  low, high = np.nanmin(ends), np.nanmax(ends)
+  return max(low, means.min() / 10), min(high, means.max() * 10)
 
 
 def _error_bars(rows: pd.DataFrame) -> np.ndarray:

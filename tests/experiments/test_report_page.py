@@ -191,3 +191,20 @@ def test_log_axes_get_a_few_round_labels_apart(low, high):
   assert 2 <= len(ticks) <= 6
   assert all(low * 0.999 <= tick <= high * 1.001 for tick in ticks)
   assert len({panels.short(tick) for tick in ticks}) == len(ticks) or high / low < 1.01
+
+
+def test_intervals_of_two_seeds_that_reach_below_zero_are_drawn(tmp_path, make_study):
+  results = make_study(
+    tmp_path, tasks=("regimes",), methods=("lora", "queryable", "lora_xs"), seeds=2,
+    levels=(0.1, 1.0),
+  )  # fmt: skip
+  final = results["stage"] == "final"
+  results.loc[final & (results["seed"] % 2 == 0), "test_mse"] *= 2
+  results.to_parquet(tmp_path / "results.parquet")
+  summary = tables.summarize(inputs.read(tmp_path))
+  assert (summary["test_mse_low"] < 0).any()
+  assert report.write_report(tmp_path).stat().st_size > 10_000
+  drawn, _ = figures.draw(inputs.read(tmp_path), summary, tmp_path / "figures")
+  own = next(each for each in drawn if each.name == "parameters")
+  low, high = own.figure.axes[0].get_ylim()
+  assert 0 < low < summary["test_mse"].min() and summary["test_mse"].max() < high
