@@ -148,7 +148,7 @@ def pair_table(study: str) -> str:
 
 
 def combined_table() -> str:
-  """The changes that helped, made at once, beside the deciding pair; differences to its LoRA."""
+  """Three changes of `reasons` at once, beside the deciding pair; differences to its LoRA."""
   pair_of, own = (committed.study(name).stage("final") for name in ("induction", "combined"))
   final = pd.concat([pair_of[pair_of["method"].isin(_PAIR)], own], ignore_index=True)
   tables_of = {name: final.pivot(index="seed", columns="method", values=name) for name in _COMBINED}
