@@ -8,7 +8,8 @@
 is a built-in data set or a .jsonl file. `induction` compares six ways to use the instruction on
 six tasks of instruction-induction; `pair` is the two of them that decide, on the word tasks, which
 need no download; `reasons` changes one thing at a time in the Queryable LoRA of the deciding pair,
-and `combined` makes at once three changes that looked helpful there, with the pair's search and seeds.
+and `combined` makes at once three changes that looked helpful there, with the pair's search
+and seeds.
 
   python launch.py --config=configs/llm.py:reasons --workdir=runs/llm-reasons --sweep
   python launch.py --config=configs/llm.py:combined --workdir=runs/llm-combined --sweep
