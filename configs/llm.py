@@ -6,11 +6,13 @@
 
 `model.weights` is a built-in name, a Hugging Face folder or hub id, or a .gguf file; `data.name`
 is a built-in data set or a .jsonl file. `induction` compares six ways to use the instruction on
-six tasks of instruction-induction; `pair` is the two of them that decide, on the word tasks, which
-need no download; `reasons` changes one thing at a time in the Queryable LoRA of the deciding pair,
-and `combined` makes at once three changes that looked helpful there, with the pair's search
-and seeds.
+six tasks of instruction-induction; `deciding` is the two of them that have the instruction in the
+prompt, at the seven learning rates of the protocol and with what the routing gains; `pair` is these
+two on the word tasks, which need no download; `reasons` changes one thing at a time in the
+Queryable LoRA of the deciding pair, and `combined` makes at once three changes that looked helpful
+there, with the pair's search and seeds.
 
+  python launch.py --config=configs/llm.py:deciding --workdir=runs/llm-deciding --sweep
   python launch.py --config=configs/llm.py:reasons --workdir=runs/llm-reasons --sweep
   python launch.py --config=configs/llm.py:combined --workdir=runs/llm-combined --sweep
 
@@ -34,10 +36,22 @@ from qlora_jax.launching import options
 from qlora_jax.parallel import mesh
 
 VARIANTS = (
-  "", "demo", "pair", "induction", "reasons", "combined", "all", "all_grid", "gsm8k", "gsm8k_grid",
-)  # fmt: skip
+  "",
+  "demo",
+  "pair",
+  "induction",
+  "deciding",
+  "reasons",
+  "combined",
+  "all",
+  "all_grid",
+  "gsm8k",
+  "gsm8k_grid",
+)
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 INDUCTION_RATES = (*LEARNING_RATES, 3e-2)  # without a prompt the best is 1e-2: one more above
+# Two decades, close where `induction` left the optimum unresolved.
+DECIDING_RATES = (3e-4, 1e-3, 3e-3, 5e-3, 7e-3, 1e-2, 3e-2)
 GRID = tuple(float(f"{rate:.2g}") for rate in np.geomspace(1.1e-5, 6.3e-3, 12))  # for a GPU
 DEMO_TASKS = (
   "first_letter", "last_letter", "plural", "uppercase", "number_to_words", "next_number",
@@ -102,6 +116,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.cluster = options.default()
   config.protocol = dict(search_seeds=(0,), final_seeds=(100, 101, 102))
   config.eval = dict(every=10, validation=100, examples=60, max_tokens=24, batch_size=32)
+  # What the routing gains: validation examples per task (0 for none), and steps between two
+  # measurements of the final runs (0 for the end alone).
+  config.eval.update(routing=20, routing_every=0)
   config.checkpoint = dict(  # seconds: least time between two; validate_every: steps, 0 for never
     seconds=60.0, keep=2, keep_best=1, validate_every=0
   )
@@ -118,7 +135,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg == "pair":
     config.optimizer.steps = 60
     config.eval.examples = 30
-  if arg in ("induction", "reasons", "combined"):
+  if arg in ("induction", "deciding", "reasons", "combined"):
     config.data.name = "instruction_induction"
     config.data.tasks = INDUCTION_TASKS
     config.data.train_rows = 200
@@ -127,7 +144,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optimizer.batch_size = 4
     config.optimizer.steps = 50
     config.eval.update(every=5, validation=40, examples=100, max_tokens=16, batch_size=50)
-  if arg in ("reasons", "combined"):
+  if arg == "deciding":
+    config.eval.routing_every = 10
+  if arg in ("deciding", "reasons", "combined"):
     config.instruction.in_prompt = True
     config.adapter.name = "queryable_prior"
   if arg in ("all", "all_grid", "gsm8k", "gsm8k_grid"):
@@ -162,6 +181,8 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
   if arg == "reasons":
     return [{"label": label, **changes} for label, changes in REASONS.items()]
   grid = INDUCTION_RATES if arg in ("induction", "combined") else LEARNING_RATES
+  if arg == "deciding":
+    grid = DECIDING_RATES
   if (arg or "").endswith("_grid"):
     grid = GRID
   rates = hyper.sweep("optimizer.learning_rate", grid)
@@ -176,7 +197,7 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
     ("lora", False, False), ("queryable", False, False), ("queryable_prior", False, False),
     ("queryable_prior", False, True),
   )  # fmt: skip
-  ways = deciding if arg in ("demo", "pair") else deciding + others
+  ways = deciding if arg in ("demo", "pair", "deciding") else deciding + others
   points = [
     {"adapter.name": name, "instruction.in_prompt": in_prompt, "instruction.shuffled": shuffled}
     for name, in_prompt, shuffled in ways

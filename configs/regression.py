@@ -57,7 +57,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.protocol = dict(search_seeds=(0, 1, 2), final_seeds=tuple(range(100, 110)))
   # Groups of fewer runs are filled up with copies: search and final runs then share one program.
   config.protocol.least_runs = 1
-  config.eval = dict(every=200)
+  # routing_every: steps between two measurements of what the routing gains, 0 for the end alone.
+  config.eval = dict(every=200, routing_every=200)
   config.checkpoint = dict(seconds=15.0, keep=2)  # least time between two; newest ones kept
   config.mesh = dict(runs=1)
   config.cluster = options.default()

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments import units
 from experiments.depth import quantities
-from qlora_jax.adapters import removal
+from qlora_jax.adapters import rerouting
 from qlora_jax.training import group as group_lib
 from qlora_jax.training import optimizer, study
 from qlora_jax.training import step as step_lib
@@ -201,7 +201,7 @@ def look(bench, name: str, config: ml_collections.ConfigDict) -> dict[str, list[
   def without(params, kept, frozen, batch):  # [n]
     variables = step_lib.variables(program.model, params, frozen)
     given = (batch.features, batch.instruction)
-    return removal.apply(program.model, variables, kept, *given).values
+    return rerouting.without_atoms(program.model, variables, kept, *given).values
 
   weights, without = jax.jit(weights), jax.jit(jax.vmap(without, in_axes=(0, None, None, None)))
   found = {"usage": [], "effects": [], "routing": []}

@@ -143,7 +143,29 @@ class LoRAXS(Branch):
     return base + functional.low_rank_output(low_rank, lora_b, self.scaling), None
 
 
-class CoMoL(Branch):
+class RoutedBranch(Branch):
+  """A branch with a router of its map's own, [R, M], on x A."""
+
+  def router_kernel(self) -> Array:
+    """Declares `router` [R, M]."""
+    return self.param(
+      "router",
+      nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("rank", "atoms")),
+      (self.rank, self.config.atoms),
+    )
+
+  def route(self, state: Array, kernel: Array, atoms: Array | None = None) -> router.Routing:
+    """Weights [*batch, M] over the softmax of state [*batch, R] times the router's kernel.
+
+    `atoms` [M, R, R] are those that the weights mix, where they do; an intervention that replaces
+    the weights (`rerouting.py`) builds the operator C from them.
+    """
+    del atoms
+    logits = state @ kernel
+    return router.Routing(functional.sparse_weights(logits, self.config.kept_atoms), logits, None)
+
+
+class CoMoL(RoutedBranch):
   """y = x W + scaling (x A) (sum_m w_m U_m) B with the map's own cores and router on x A."""
 
   @nn.compact
@@ -157,39 +179,27 @@ class CoMoL(Branch):
       ),
       (cfg.atoms, self.rank, self.rank),
     )
-    kernel_of_router = self.param(
-      "router",
-      nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("rank", "atoms")),
-      (self.rank, cfg.atoms),
-    )
+    kernel_of_router = self.router_kernel()
     low_rank = sharding.tokens(functional.project(x, lora_a))
-    logits = functional.rms_norm(low_rank) @ kernel_of_router
-    weights = functional.sparse_weights(logits, cfg.kept_atoms)
-    mixed = sharding.tokens(contraction.contract(cfg, 1, low_rank, weights, None, cores))
-    update = functional.low_rank_output(mixed, lora_b, self.scaling)
-    return base + update, router.Routing(weights, logits, None)
+    made = self.route(functional.rms_norm(low_rank), kernel_of_router, cores)
+    mixed = contraction.contract(cfg, 1, low_rank, made.weights, made.operator, cores)
+    update = functional.low_rank_output(sharding.tokens(mixed), lora_b, self.scaling)
+    return base + update, made
 
 
-class Lily(Branch):
+class Lily(RoutedBranch):
   """y = x W + scaling (x A) (sum_e w_e B_e): own A and router, experts B shared over layers."""
 
   @nn.compact
   def __call__(self, x, base, kernel, routing, shared):
-    cfg = self.config
-    lora_a = self.factor_a()
-    kernel_of_router = self.param(
-      "router",
-      nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("rank", "atoms")),
-      (self.rank, cfg.atoms),
-    )
+    lora_a, kernel_of_router = self.factor_a(), self.router_kernel()
     low_rank = sharding.tokens(functional.project(x, lora_a))
-    logits = low_rank @ kernel_of_router
-    weights = functional.sparse_weights(logits, cfg.kept_atoms)
+    made = self.route(low_rank, kernel_of_router)
     experts = shared[f"lily_b_{self.name_of_map}"]
     # One [.., E R] x [E R, D] product: the weighted copies of x A against all experts at once.
-    spread = jnp.einsum("...e,...r->...er", weights, low_rank)
+    spread = jnp.einsum("...e,...r->...er", made.weights, low_rank)
     update = self.scaling * jnp.einsum("...er,erd->...d", spread, experts)
-    return base + update, router.Routing(weights, logits, None)
+    return base + update, made
 
 
 BRANCHES = {

@@ -20,7 +20,8 @@ METHODS = {
   "lily": "own A, shared experts B, routed on x A (arXiv 2407.09946)",
   "queryable": "one shared, queryable memory of atoms (arXiv 2605.08423)",
 }
-ROUTED = ("queryable",)  # families with one routed operator a block
+ROUTED = ("queryable",)  # families with one routed operator per block
+ROUTED_MAPS = ("comol", "lily")  # families with a router in every map
 CHOICES = {
   "method": tuple(METHODS),
   "scaling": ("rank", "sqrt_rank"),
@@ -140,6 +141,11 @@ class AdapterConfig:
   def routed(self) -> bool:
     """Whether the blocks share one memory and one routed operator each."""
     return self.method in ROUTED
+
+  @property
+  def has_router(self) -> bool:
+    """Whether there are routing weights at all, of blocks or of single maps."""
+    return self.method in (*ROUTED, *ROUTED_MAPS)
 
   @property
   def uses_prior(self) -> bool:

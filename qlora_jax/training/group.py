@@ -15,7 +15,8 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.adapters import statistics
+from qlora_jax.adapters import rerouting, statistics
+from qlora_jax.evaluation import routing as routing_lib
 from qlora_jax.models import mlp
 from qlora_jax.training import feed
 from qlora_jax.training import optimizer as optimizer_lib
@@ -147,6 +148,43 @@ class Program:
       return jax.vmap(lambda state: one(state.params))(states)
 
     return jax.jit(route, static_argnames="num_groups", compiler_options=_ONCE)
+
+  @functools.cached_property
+  def _routing_gain(self):
+    def one_run(params, initial, frozen, batch, other):
+      def loss(output):
+        return jnp.sum(jnp.square(output.values - batch.targets))
+
+      rows = jnp.ones_like(batch.targets)
+      trained, drawn = (step_lib.variables(self.model, tree, frozen) for tree in (params, initial))
+      inputs = (batch.features, batch.instruction)
+      probed = routing_lib.probe(
+        self.model, trained, drawn, loss, other, rows, float(len(rows)), *inputs
+      )
+      mixtures = routing_lib.one_mixture(self.model, trained, loss, probed.mean_weights, *inputs)
+      return probed, mixtures, rerouting.movement(initial, params)
+
+    return jax.jit(jax.vmap(one_run, in_axes=(0, 0, None, None, None)), compiler_options=_ONCE)
+
+  def routing_gain(
+    self, params: PyTree, initial: PyTree, frozen: step_lib.Frozen, batch: step_lib.Batch
+  ) -> list[dict[str, float]]:
+    """`evaluation.routing.COLUMNS` of each of R runs, in mean squared error.
+
+    Args:
+      params, initial: the trained trees [R, ..] now and before the first step.
+      batch: rows [n, ..] with the targets to measure the error by.
+    """
+    other = routing_lib.other_rows(len(batch.targets))
+    probed, mixtures, moved = jax.device_get(
+      self._routing_gain(params, initial, frozen, batch, other)
+    )
+    return [
+      routing_lib.columns(
+        *jax.tree.map(lambda leaf, run=run: leaf[run], (probed, *mixtures, moved))
+      )
+      for run in range(len(probed.trained))
+    ]
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,8 +20,9 @@ from flax import serialization
 from jax import numpy as jnp
 
 from qlora_jax.adapters import config as adapter_config
-from qlora_jax.adapters import statistics
+from qlora_jax.adapters import rerouting, statistics
 from qlora_jax.data.text import formatting, pipeline, records, scoring
+from qlora_jax.evaluation import routing as routing_lib
 from qlora_jax.instructions import cache, projection
 from qlora_jax.models import decoder, fast_attention, generation
 from qlora_jax.parallel import mesh as mesh_lib
@@ -174,8 +175,13 @@ class Run:
     state, frozen = self.shards.draw(
       self.model, self.base, optimizer, config.optimizer.learning_rate, config.seed
     )
+    # Training gives up its state's memory: the start, which routing is compared with, is a copy.
+    measured = self.model.adapter.has_router and config.eval.routing
+    initial = jax.tree.map(jnp.copy, state.params) if measured else None
     with metrics.MetricWriter(processes.own_directory(self.directory)) as writer:
-      state, best = self._fit(label, split, state, frozen, writer)
+      state, best = self._fit(
+        label, split, state, frozen, writer, initial if by_generation else None
+      )
     variables = step_lib.variables(self.model, state.params, frozen)
     result = {
       "adapter": config.adapter.name, "trainable_params": self.settings.trainable_params,
@@ -183,6 +189,8 @@ class Run:
       "steps": optimizer.steps, "packing_efficiency": efficiency, "before": before,
       "after": self._likelihood(variables, self.model),
     }  # fmt: skip
+    if initial is not None:
+      result["after"] |= self.routing_gain(state.params, initial, frozen)
     if by_generation:
       result["after"] |= self.scores(variables, self.model)
       result["samples"] = _compare(before.pop(_ANSWERS, []), result["after"].pop(_ANSWERS, []))
@@ -200,9 +208,12 @@ class Run:
       shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
 
   def _fit(
-    self, label, split, state, frozen, writer
+    self, label, split, state, frozen, writer, initial
   ) -> tuple[step_lib.TrainState, checkpoint.Restored | None]:
-    """Trains to the last step; returns its state, and the best one's where it was measured."""
+    """Trains to the last step; returns its state, and the best one's where it was measured.
+
+    What the routing gains is measured on the way against `initial`, where that is given.
+    """
     config, optimizer, parts = self.config, self.settings.optimizer, self.settings.micro_batches
     every = config.checkpoint.validate_every
     index, count = self.shards.own_rows
@@ -244,6 +255,9 @@ class Run:
               variables = step_lib.variables(self.model, state.params, frozen)
               scalars |= self._likelihood(variables, self.model, during=True)
               nats = scalars.get("validation/nats")
+            routing_every = config.eval.routing_every
+            if initial is not None and routing_every and not last and done % routing_every == 0:
+              scalars |= self.routing_gain(state.params, initial, frozen, during=True)
             writer.write(done, scalars)
             shown.update(done, loss=scalars["train/loss"], rate=scalars["train/tokens_per_second"])
             losses = []
@@ -366,6 +380,49 @@ class Run:
     means = {name: float(np.mean([each[name] for each in routing])) for name in routing[0]}
     return total / max(count, 1.0), means
 
+  def routing_gain(
+    self, params, initial, frozen: step_lib.Frozen, during: bool = False
+  ) -> dict[str, float]:
+    """`evaluation.routing.COLUMNS` in nats per answer token, on part of the validation split.
+
+    Args:
+      params, initial: the trained tree now and before the first step.
+      frozen: what both share.
+      during: of training: nothing is shown, and a request to stop waits for the checkpoint.
+    """
+    examples = some(self.data.splits.get("validation", ()), self.config.eval.routing)
+    if len(examples) < 2:
+      return {}
+    # Shuffled, so that the examples of a batch, which exchange their weights, are of many tasks.
+    order = np.random.default_rng(0).permutation(len(examples))
+    split = self._tokens([examples[index] for index in order])
+    trained, drawn = (step_lib.variables(self.model, tree, frozen) for tree in (params, initial))
+    batches, probes = [], []
+    for text in pipeline.packed_evaluation_batches(
+      split, batch_size=self.config.optimizer.batch_size
+    ):
+      if not during:
+        stop.check()
+      batch = self.shards.batch(self.shards.share(text), self.table)
+      other = routing_lib.other_examples(text.segment_ids, text.loss_mask)
+      with self.shards.use():
+        probes.append(jax.device_get(_probe_routing(self.model, trained, drawn, batch, other)))
+      batches.append(batch)
+    total = routing_lib.merge(probes)
+    mixtures = np.zeros(2)
+    for batch in batches:
+      if not during:
+        stop.check()
+      with self.shards.use():
+        mixtures += jax.device_get(
+          _probe_mixtures(self.model, trained, batch, total.mean_weights)
+        )
+    found = routing_lib.columns(total, *mixtures, jax.device_get(_movement(initial, params)))
+    if not during:
+      shown = ", ".join(f"{found[name]:+.4f} {name.split('_')[1]}" for name in routing_lib.GAINS)
+      self.display.log(f"routing gain in nats per answer token against other weights: {shown}")
+    return found
+
   def _save(self, params, frozen, result, folder: str = ADAPTER) -> None:
     tree = {"params": serialization.to_state_dict(sharding.gathered(params))}
     if jax.tree.leaves(frozen.factors):
@@ -416,6 +473,41 @@ def _compare(before: list[dict], after: list[dict]) -> list[dict]:
      "before": said.get((each["instruction"], each["prompt"])), "after": each["said"]}
     for each in after
   ]  # fmt: skip
+
+
+def _nats_of(model, variables, batch):
+  """The loss that `evaluation.routing` asks for: summed nats of a batch's answer tokens."""
+
+  def loss(output):
+    each = language_step.answer_losses(model, variables, output.hidden, batch)
+    return jnp.sum(each * batch.weights)
+
+  return loss
+
+
+def _inputs(batch):
+  return batch.tokens, batch.positions, batch.segments, batch.instruction
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probe_routing(model, variables, initial, batches: language_step.LanguageBatch, other):
+  batch = jax.tree.map(lambda leaf: leaf[0], batches)
+  mask = (batch.segments > 0).astype(jnp.float32)
+  return routing_lib.probe(
+    model, variables, initial, _nats_of(model, variables, batch), other, mask,
+    jnp.sum(batch.weights), *_inputs(batch),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probe_mixtures(model, variables, batches: language_step.LanguageBatch, mean):
+  batch = jax.tree.map(lambda leaf: leaf[0], batches)
+  return routing_lib.one_mixture(
+    model, variables, _nats_of(model, variables, batch), mean, *_inputs(batch)
+  )
+
+
+_movement = jax.jit(rerouting.movement)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+from qlora_jax.evaluation import routing
 from qlora_jax.parallel import processes
 from qlora_jax.training import language, loop, metrics, progress, stop
 
@@ -56,7 +57,8 @@ class Loop:
       result["rows"].append(self._row(spec, run, found, f"{spec.identity}-{name}"))
       result["curves"] += [
         {"run_id": f"{spec.identity}-{name}", "step": line["step"],
-         "train_loss": line["train/loss"]}
+         "train_loss": line["train/loss"],
+         **{column: line[column] for column in routing.COLUMNS if column in line}}
         for line in metrics.read_metrics(run.directory)
       ]  # fmt: skip
       result["samples"] += [
@@ -98,6 +100,7 @@ class Loop:
           f"{prefix}{name}": value for name, value in side.items()
           if name.startswith(f"{split}/") and name.count("/") == 2
         }  # fmt: skip
-    row |= {name: value for name, value in after.items() if name.startswith("router/")}
+    routed = ("router/", "routing/")
+    row |= {name: value for name, value in after.items() if name.startswith(routed)}
     row["directory"] = str(run.directory.relative_to(self.workdir))
     return row

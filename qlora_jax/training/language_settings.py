@@ -63,6 +63,9 @@ def resolve(config: ml_collections.ConfigDict, abstract: bool = False) -> Settin
     for name in names:
       if config[section][name] < 1:
         raise errors.UserError(f"{section}.{name}: {config[section][name]} is not at least 1")
+  for name in ("routing", "routing_every"):
+    if config.eval[name] < 0:
+      raise errors.UserError(f"eval.{name}: {config.eval[name]} is below 0; use 0 for none")
   template = config.data.get("template")
   if template is not None and "{prompt}" not in template:
     raise errors.UserError(f"data.template: {template!r} has no {{prompt}}, where the prompt goes")

@@ -19,6 +19,7 @@ import numpy as np
 
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.data import pipeline
+from qlora_jax.evaluation import routing as routing_lib
 from qlora_jax.instructions import cache, projection
 from qlora_jax.models import mlp
 from qlora_jax.parallel import processes
@@ -123,8 +124,8 @@ class Loop:
     data = self._feed(spec, resolved)
     base = self.base(spec.config)
     program = group_lib.program(resolved.network, resolved.optimizer, spec.config.mesh.runs)
-    states, frozen, curves = self._fit(spec, program, base, data, directory)
-    result = self._evaluate(spec, resolved, program, states, frozen, data)
+    states, initial, frozen, curves = self._fit(spec, program, base, data, directory)
+    result = self._evaluate(spec, resolved, program, states, initial, frozen, data)
     result["curves"] = curves
     for row in result["rows"]:
       row["seconds"] = (time.monotonic() - began) / len(spec.runs)
@@ -214,9 +215,12 @@ class Loop:
 
   def _fit(self, spec, program, base, data, directory):
     seeds, runs, row = spec.layout
-    states, frozen = program.init(
-      base, np.array([seed for seed, _ in runs]), np.array([rate for _, rate in runs])
-    )
+    drawn = (base, np.array([seed for seed, _ in runs]), np.array([rate for _, rate in runs]))
+    states, frozen = program.init(*drawn)
+    # Training gives up its state's memory: the start, which routing is compared with, is a copy.
+    initial = program.init(*drawn)[0].params if program.model.adapter.has_router else None
+    every = spec.config.eval.routing_every if initial is not None and spec.stage == "final" else 0
+    some = data.some(seeds[0], "validation", ROUTING_ROWS) if every else None
     steps = program.optimizer.steps if jax.tree.leaves(states.params) else 0
     validation = step_lib.Batch(
       *(np.stack(leaves) for leaves in zip(*(data.whole(s, "validation") for s in seeds),
@@ -242,10 +246,13 @@ class Loop:
         error = np.mean(np.square(predictions - validation.targets[row]), axis=1)
         done += count
         losses = np.asarray(values["train/loss"])
+        routing = [{}] * len(runs)
+        if every and (done // every > (done - count) // every or done == steps):
+          routing = program.routing_gain(states.params, initial, frozen, some)
         for index, (seed, rate) in enumerate(spec.runs):
           writer.write(
             done,
-            {"train/loss": losses[index], "validation/mse": error[index]},
+            {"train/loss": losses[index], "validation/mse": error[index], **routing[index]},
             f"seed={seed},lr={rate:g}",
           )
         elapsed = time.monotonic() - began
@@ -268,15 +275,16 @@ class Loop:
         "step": line["step"],
         "train_loss": line["train/loss"],
         "validation_mse": line["validation/mse"],
+        **{name: line[name] for name in routing_lib.COLUMNS if name in line},
       }
       for line in metrics.read_metrics(directory / metrics.FILE_NAME)
     ]
-    return states, frozen, curves
+    return states, initial, frozen, curves
 
   def _run_id(self, spec, seed, rate) -> str:
     return f"{spec.identity}-{seed}-{rate:g}"
 
-  def _evaluate(self, spec, resolved, program, states, frozen, data) -> dict:
+  def _evaluate(self, spec, resolved, program, states, initial, frozen, data) -> dict:
     cfg, task = spec.config, pipeline.describe_task(spec.config.data.task)
     seeds, runs, row = spec.layout
     validation = np.stack([data.splits[s]["validation"].targets for s in seeds])[row]
@@ -320,6 +328,13 @@ class Loop:
       if resolved.adapter.method == "none":
         rows[-1]["diverged"] = False
     routing = self._routing(spec, task, program, states, frozen, test, test_batch, rows)
+    if initial is not None:
+      targets = test.clean if task.has_clean else test.targets
+      some = test_batch._replace(targets=targets)
+      some = step_lib.Batch(*(leaf[:ROUTING_ROWS] for leaf in some))
+      gained = program.routing_gain(states.params, initial, frozen, some)
+      for row, columns in zip(rows, gained[: len(rows)], strict=True):  # the rest are copies
+        row |= columns
     return {"rows": rows, "routing": routing}
 
   def _unadapted_error(self, resolved, spec, test, test_batch, frozen) -> float:

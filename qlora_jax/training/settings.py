@@ -67,6 +67,10 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     )
   if config.eval.every < 1:
     raise errors.UserError(f"eval.every: {config.eval.every} is not at least 1")
+  if config.eval.routing_every < 0:
+    raise errors.UserError(
+      f"eval.routing_every: {config.eval.routing_every} is below 0; use 0 for the end alone"
+    )
   checkpoint.check_config(config)
   overrides = dict(config.adapter)
   name, budget = overrides.pop("name"), overrides.pop("budget")
