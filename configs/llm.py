@@ -16,6 +16,13 @@ there, with the pair's search and seeds.
   python launch.py --config=configs/llm.py:reasons --workdir=runs/llm-reasons --sweep
   python launch.py --config=configs/llm.py:combined --workdir=runs/llm-combined --sweep
 
+The rule of `deciding`, written before its runs. "Queryable LoRA lowers the nats" is supported if
+Student's 95 % interval of the paired difference to LoRA over the final seeds lies below zero, not
+supported if it lies above. "The routing lowers the nats" is supported only if, besides, the
+interval of `routing/gain_uniform` lies above zero. Where it does not, a difference or a tie says
+nothing about routing; a tie counts as one between routing and no routing only where the gain is at
+least 0.01 nats.
+
 `all` is the deciding pair on the 24 tasks of instruction-induction, `gsm8k` LoRA and Queryable LoRA
 on grade-school problems: reduced grids that two cores train in half an hour each. `all_grid` and
 `gsm8k_grid`, for a GPU, have twelve learning rates and more steps.
