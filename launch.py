@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     from qlora_jax.launching import tpu
 
     if not _DRY_RUN.value:  # a mistake is told before anything is created
-      from qlora_jax.training import study
+      from qlora_jax.studies import study
 
       study.resolve(config)
     arguments = tpu.arguments_of_workers(sys.argv[1:])
@@ -70,7 +70,8 @@ def main(argv: list[str]) -> None:
       "python " + shlex.join(sys.argv), _DRY_RUN.value,
     )  # fmt: skip
     return
-  from qlora_jax.training import loop, study  # after the flags: a mistake there answers fast
+  from qlora_jax.studies import study  # after the flags: a mistake there answers fast
+  from qlora_jax.workloads import workload
 
   points = _points(config) if _SWEEP.value else [{}]
   if _CLUSTER.value == "slurm":
@@ -82,11 +83,11 @@ def main(argv: list[str]) -> None:
       adapter = resolved.model.adapter if study.is_language(own) else resolved.adapter
       for rate in rates:
         print(
-          f"{loop.data_name(own)}/{loop.method_name(own)} lr {rate:g}: "
+          f"{workload.task_name(own)}/{workload.arm_name(own)} lr {rate:g}: "
           f"{resolved.trainable_params} trainable parameters, rank {adapter.rank}"
         )
     if _SWEEP.value:
-      from qlora_jax.evaluation import protocol
+      from qlora_jax.studies import protocol
 
       for line in protocol.check(protocol.planned(config, points), protocol.rules_of(config)):
         print(f"protocol: {line}")
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> None:
 
 def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
   from qlora_jax.parallel import processes
-  from qlora_jax.training import study
+  from qlora_jax.studies import study
 
   study.resolve(config)
   with study.claimed(workdir, config, "python " + shlex.join(sys.argv)):
@@ -111,15 +112,16 @@ def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
       count = _WORKERS.value or (1 if study.is_language(config) else _default_workers())
       study.run(config, points, workdir, count)
     else:
-      row, summary = study.single(config, workdir)
+      _, summary = study.single(config, workdir)
   if not _SWEEP.value:
     if not processes.is_first():
       return
     print(summary)
     if study.is_language(config):
-      from qlora_jax.training import language_loop
+      from qlora_jax.workloads import language
 
-      print(f"adapter: {language_loop.publish(workdir, row)}")
+      if (workdir / language.ADAPTER).is_dir():  # else nothing was trained
+        print(f"adapter: {workdir / language.ADAPTER}")
     _report(workdir)
     return
   if processes.is_first():
@@ -175,7 +177,7 @@ def _points(config) -> list[dict]:
 def _default_workers() -> int:
   import jax
 
-  from qlora_jax.training import workers
+  from qlora_jax.studies import workers
 
   return workers.default_count() if jax.default_backend() == "cpu" else 1
 

@@ -53,8 +53,8 @@ def rows_of(config, rows: int, length: int):
   import numpy as np
 
   from qlora_jax.data.text import packing, pipeline
-  from qlora_jax.training import language
   from qlora_jax.weights import sources
+  from qlora_jax.workloads import language
 
   tokenizer = sources.open_source(config.model.weights).tokenizer()
   data = pipeline.load("word_tasks", seed=SEED, tasks=config.data.tasks)
@@ -89,8 +89,10 @@ class Ours:
     import numpy as np
     from jax import numpy as jnp
 
-    from qlora_jax.training import language_settings, language_step, optimizer, step
+    from qlora_jax.training import optimizer, step
     from qlora_jax.weights import hf_layout
+    from qlora_jax.workloads import language_config as language_settings
+    from qlora_jax.workloads import language_step
 
     settings = language_settings.resolve(config)
     base = hf_layout.load_base(settings.source, settings.model.config)
@@ -127,7 +129,7 @@ class Ours:
   def gradients(self):
     import jax
 
-    from qlora_jax.training import language_step
+    from qlora_jax.workloads import language_step
 
     compute = jax.jit(language_step.gradients, static_argnums=3)
     return compute(self.state.params, self.frozen, self.batch, self.model)
@@ -274,7 +276,7 @@ def flops_a_token(options, shape: str) -> float:
   Forward and gradient in the inputs of the frozen maps, 2 + 2 a weight; the factors, 2 + 4;
   causal attention, (2 + 4) K H T / 2 for each of its two products; logits of answers, 2 + 2.
   """
-  from qlora_jax.training import language_settings
+  from qlora_jax.workloads import language_config as language_settings
 
   config = config_of(options, "LoRA")
   rows, length = map(int, shape.split("x"))

@@ -15,7 +15,9 @@ import numpy as np
 
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.models import mlp
-from qlora_jax.training import group, optimizer, settings, step
+from qlora_jax.training import optimizer, step
+from qlora_jax.workloads import cohort_program as group
+from qlora_jax.workloads import regression_config as settings
 
 STEPS, BATCH, RANK, REPEATS = 50, 64, 8, 5
 

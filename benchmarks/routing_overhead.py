@@ -27,8 +27,8 @@ from qlora_jax.adapters import contraction
 from qlora_jax.models import decoder
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.planning import flops
-from qlora_jax.training import language_shards, language_step
 from qlora_jax.training import optimizer as optimizer_lib
+from qlora_jax.workloads import language_shards, language_step
 
 ATOMS, KEPT, RANKS = (16, 64, 256, 1024, 4096), (2, 4, 8, 0), (8, 16, 64)
 

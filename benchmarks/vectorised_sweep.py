@@ -17,7 +17,9 @@ from jax import numpy as jnp
 
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.models import mlp
-from qlora_jax.training import group, optimizer, settings, step
+from qlora_jax.training import optimizer, step
+from qlora_jax.workloads import cohort_program as group
+from qlora_jax.workloads import regression_config as settings
 
 POINTS, STEPS, CHUNK, BATCH, FEW = 70, 200, 100, 64, 7
 SHAPE = mlp.MLPConfig(inputs=24, layers=4, layers_per_block=1)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from experiments import command
 from qlora_jax import errors
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 from qlora_jax.training import resume
 
 RESULTS = pathlib.Path(__file__).parent / "results"

@@ -7,6 +7,7 @@ it once a work directory, so that a killed experiment goes on at the first unit 
 import functools
 import json
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,22 +16,16 @@ import jax
 import ml_collections
 import numpy as np
 
+from qlora_jax import files
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.data import functions, pipeline
 from qlora_jax.models import mlp
-from qlora_jax.training import (
-  checkpoint,
-  compiled,
-  feed,
-  group,
-  loop,
-  progress,
-  settings,
-  study,
-)
+from qlora_jax.studies import study
+from qlora_jax.training import checkpoint, compiled, loop, progress
 from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.training import step as step_lib
 from qlora_jax.typing import PyTree
+from qlora_jax.workloads import cohort_program, feed, regression, regression_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -70,7 +65,9 @@ class Bench:
     self.config, self.workdir, self.left = config, workdir, limit
     self._total, self._done = total, 0
     self._unadapted: dict[tuple, np.ndarray] = {}
-    self._loop = loop.Loop(workdir, progress.Display(total_points=total, plain=True))
+    self._display = progress.Display(total_points=total, plain=True)
+    self._resources = regression.Resources(workdir, self._display)
+    self._unit, self._trainings = "", 0  # names the checkpoints of a training
 
   def once(self, name: str, make: Callable[[], dict]) -> dict:
     """The result of a unit of work, from the work directory or made now, which prints a line; {}
@@ -84,9 +81,10 @@ class Bench:
         return {}
       self.left -= 1
     began = time.monotonic()
+    self._unit, self._trainings = name, 0
     found = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    loop.write_json(path, found)
+    files.write_json(path, found)
     took = time.monotonic() - began
     print(f"{self._done}/{self._total} {name}: {took:.0f} s", file=sys.stderr, flush=True)
     return json.loads(path.read_text())
@@ -99,16 +97,16 @@ class Bench:
 
   def program(
     self, config: ml_collections.ConfigDict, steps: int | None = None, frozen: Sequence[str] = ()
-  ) -> group.Program:
+  ) -> cohort_program.Program:
     """The compiled functions of a config, with other steps and with frozen parameter groups."""
-    resolved = settings.resolve(config)
+    resolved = regression_config.resolve(config)
     fields = {**vars(resolved.optimizer), "frozen": tuple(frozen)}
     if steps is not None:
       fields["steps"] = steps
-    return group.program(resolved.network, optimizer_lib.OptimizerConfig(**fields))
+    return cohort_program.program(resolved.network, optimizer_lib.OptimizerConfig(**fields))
 
   def base(self, config: ml_collections.ConfigDict) -> PyTree:
-    return self._loop.base(config)
+    return self._resources.base(config)
 
   def arrays(self, config: ml_collections.ConfigDict, seed: int) -> dict[str, pipeline.Arrays]:
     """A seed's splits, whole."""
@@ -120,7 +118,7 @@ class Bench:
   def data(
     self,
     config: ml_collections.ConfigDict,
-    program: group.Program,
+    program: cohort_program.Program,
     trained: dict[int, Sequence[int] | None],
   ) -> feed.Feed:
     """The data of a group: for each seed the parts that are trained on, None for all of them."""
@@ -130,12 +128,30 @@ class Bench:
       if wanted is not None:
         own = parts(config.data.task, splits[seed]["train"])
         splits[seed]["train"] = splits[seed]["train"].take(np.isin(own, list(wanted)))
-    table = self._loop.instructions(config, program.model.adapter)
+    table = self._resources.instructions(config, program.model.adapter)
     optimizer = program.optimizer
     return feed.Feed(splits, table, optimizer.batch_size, optimizer.steps)
 
+  def train(
+    self,
+    program: cohort_program.Program,
+    states: step_lib.TrainState,
+    frozen: step_lib.Frozen,
+    data: feed.Feed,
+    trials: Sequence[tuple[int, float]],
+  ) -> step_lib.TrainState:
+    """Trains from given states to the last step; a killed training goes on where it was."""
+    self._trainings += 1
+    folder = self.workdir / "trainings" / f"{self._unit}, {self._trainings}"
+    training = regression.Training(
+      self._unit, program, data, seeds_of(trials), seed_rows(trials), states, frozen
+    )
+    states, _ = loop.fit(training, training.init(), loop.Saving(folder), self._display)
+    shutil.rmtree(folder)
+    return states
+
   def errors(
-    self, config: ml_collections.ConfigDict, program: group.Program, states, frozen,
+    self, config: ml_collections.ConfigDict, program: cohort_program.Program, states, frozen,
     data: feed.Feed, runs: Sequence[tuple[int, float]], split: str,
   ) -> np.ndarray:  # fmt: skip
     """Mean squared errors [R, parts] of a whole split, against noisy targets on validation and
@@ -143,9 +159,9 @@ class Bench:
     own = [data.splits[seed][split] for seed in seeds_of(runs)]
     same = split == "test"  # every seed's test rows are the same
     wholes = [data.whole(seed, split) for seed in seeds_of(runs)][: 1 if same else None]
-    batch = step_lib.Batch(*(np.stack(leaves) for leaves in zip(*wholes, strict=True)))
+    batch = step_lib.stack(wholes)
     row = np.zeros(len(runs), np.int32) if same else seed_rows(runs)
-    predictions = group.predict_all(program, states, frozen, batch, row)
+    predictions = cohort_program.predict_all(program, states, frozen, batch, row)
     found = []
     for prediction, place in zip(predictions, row, strict=True):
       arrays = own[place]
@@ -162,13 +178,13 @@ class Bench:
 
   def _of_base(self, config):
     none = mlp.MLP(mlp.MLPConfig(**config.model), adapter_config.AdapterConfig(method="none"))
-    program = group.program(none, optimizer_lib.OptimizerConfig())
+    program = cohort_program.program(none, optimizer_lib.OptimizerConfig())
     runs = [(config.protocol.final_seeds[0], 0.0)]
     data = self.data(config, program, {runs[0][0]: None})
     states, frozen = program.init(self.base(config), *_axes(runs))
     return self.errors(config, program, states, frozen, data, runs, "test")[0]
 
-  def init(self, config, program: group.Program, runs):
+  def init(self, config, program: cohort_program.Program, runs):
     """States [R] and frozen trees of fresh runs."""
     return program.init(self.base(config), *_axes(runs))
 
@@ -191,9 +207,9 @@ def search_and_final(
     train: (seed, learning rate) of the runs -> their rows, with `learning_rate` and
       `validation_mse`.
   """
-  searched = train(study.search_runs(config, list(rates)))
+  searched = train(study.search_trials(config, list(rates)))
   best = study.choose(searched)
-  final = train(tuple((seed, best) for seed in config.protocol.final_seeds))
+  final = train(study.final_trials(config, best))
   return [
     {"stage": stage, **row} for stage, rows in (("search", searched), ("final", final))
     for row in rows

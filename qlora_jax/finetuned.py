@@ -12,9 +12,8 @@ from qlora_jax.adapters import config as adapter_config
 from qlora_jax.data.text import formatting, records
 from qlora_jax.instructions import cache, projection
 from qlora_jax.models import decoder, families, generation
-from qlora_jax.training import language
 from qlora_jax.typing import PyTree
-from qlora_jax.weights import adapter_file, hf_layout, sources
+from qlora_jax.weights import adapter_file, chat, hf_layout, sources
 
 
 class FineTuned:
@@ -60,7 +59,7 @@ class FineTuned:
   def tokens_of(self, prompt: str, instruction: str = "") -> np.ndarray:
     """The prompt as tokens [n], in the form that the adapter was trained on."""
     example = records.Example(instruction, prompt, ("",), "chat", 0)
-    render = language.render_with(
+    render = formatting.renderer(
       self.tokenizer, self.metadata.get("system"), self.metadata.get("template")
     )
     encoded = formatting.encode_example(
@@ -101,7 +100,7 @@ class FineTuned:
     embedding = self.embedding_of(instruction) if adapter_on else None
     if not adapter_on:
       model, variables = self.base, {"base": self.variables["base"]}
-    stop, made, told = set(language.stop_ids(self.tokenizer)), [], ""
+    stop, made, told = set(chat.stop_ids(self.tokenizer)), [], ""
     for tokens in generation.stream(
       model, variables, [self.tokens_of(prompt, instruction)], sorted(stop), sampling, embedding
     ):

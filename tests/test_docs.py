@@ -14,7 +14,7 @@ from unittest import mock
 import in_process
 import pytest
 
-from qlora_jax.training import records
+from qlora_jax.studies import records
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")])
@@ -154,7 +154,7 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data, reques
     execute([sys.executable, "launch.py", *small, data], tmp_path)
     execute([sys.executable, "-m", "experiments.report", f"--workdir={tmp_path}/run"], tmp_path)
     assert (tmp_path / "run/report/report.html").stat().st_size > 10_000
-  elif arguments[:2] == ["-m", "qlora_jax.evaluation.protocol"]:
+  elif arguments[:2] == ["-m", "qlora_jax.studies.protocol"]:
     done = execute([sys.executable, *arguments], tmp_path)
     assert "learning rate at the edge of the grid" in done.stdout
   elif arguments[:2] == ["-m", "qlora_jax.data.text.metamath"]:

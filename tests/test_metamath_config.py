@@ -7,8 +7,7 @@ import pytest
 from configs import metamath
 from qlora_jax import errors, sweeps
 from qlora_jax.data.text import formatting, records
-from qlora_jax.evaluation import protocol
-from qlora_jax.training import study
+from qlora_jax.studies import protocol, study
 
 PUBLISHED = 9_175_040  # num_trainable_params of PEFT's result file
 

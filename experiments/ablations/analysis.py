@@ -4,7 +4,7 @@ import pandas as pd
 
 from experiments import kept
 from qlora_jax.adapters import sizing
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 
 TASKS = ("regimes", "multi_target")
 # What a level is compared with, where that is not the task's default: the same rank or depth.

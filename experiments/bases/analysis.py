@@ -5,7 +5,7 @@ import pandas as pd
 
 from configs import bases as config
 from experiments import kept
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 
 
 def differences(rows: pd.DataFrame) -> pd.DataFrame:

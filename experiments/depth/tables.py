@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.depth import quantities
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 
 FILES = {
   "runs": "runs.csv",

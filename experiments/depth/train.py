@@ -10,8 +10,8 @@ import numpy as np
 from experiments import units
 from experiments.depth import quantities
 from qlora_jax.adapters import rerouting
-from qlora_jax.training import group as group_lib
-from qlora_jax.training import optimizer, study
+from qlora_jax.studies import study
+from qlora_jax.training import optimizer
 from qlora_jax.training import step as step_lib
 
 
@@ -161,9 +161,7 @@ def transfer(bench, pair: Pair, arm: Arm, source: str, rates) -> list[dict]:
 def _fit(bench, config, program, states, frozen, runs, wanted):
   """Trains runs on the wanted parts; their rows (means over these parts) and their weights."""
   data = bench.data(config, program, {seed: wanted for seed, _ in runs})
-  states = group_lib.train_all(
-    program, states, frozen, data, units.seeds_of(runs), units.seed_rows(runs)
-  )
+  states = bench.train(program, states, frozen, data, runs)
   chosen = list(range(len(units.part_names(config.data.task)))) if wanted is None else wanted
   base = bench.unadapted(config)[list(chosen)].mean()
   validation, test = (

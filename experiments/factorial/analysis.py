@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from experiments import kept
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 
 
 @dataclasses.dataclass(frozen=True)

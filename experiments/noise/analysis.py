@@ -5,7 +5,7 @@ import pandas as pd
 
 from experiments import kept
 from qlora_jax.data import noise
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 
 SETTING = ["task", "noise_kind", "noise_level", "train_rows"]
 

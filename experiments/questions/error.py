@@ -8,7 +8,7 @@ from matplotlib import patches as mpatches
 
 from experiments.questions import committed, question
 from experiments.report import headline, inputs, style, tables
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 
 _LOWER, _TIE, _HIGHER = "#0072b2", style.FAINT, "#d55e00"
 _LOOKS = (

@@ -7,7 +7,7 @@ import pandas as pd
 
 from experiments.questions import committed, question
 from experiments.report import plot_accuracy, style, tables
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 
 # Column -> heading and digits.
 _SCORES = {

@@ -10,7 +10,7 @@ from matplotlib import lines as mlines
 
 from experiments.questions import committed, error, question
 from experiments.report import inputs, panels, stability, style, tables
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 
 _RATIO = ["spread_ratio", "spread_ratio_low", "spread_ratio_high"]
 

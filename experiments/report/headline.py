@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report import inputs, measure, style, tables
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 
 
 @dataclasses.dataclass(frozen=True)

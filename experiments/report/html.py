@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report import headline, inputs, measure, panels, stability, style, tables
-from qlora_jax.evaluation import protocol
+from qlora_jax.studies import protocol
 
 _MOST_SVG_BYTES = 2_500_000  # a larger drawing goes in as PNG
 _MEANINGS = {

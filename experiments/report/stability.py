@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report import inputs, style, tables
-from qlora_jax.evaluation import stability, statistics
+from qlora_jax.studies import stability, statistics
 
 HEADINGS = {
   "search_runs": "Search runs", "diverged": "Diverged", "spikes": "Loss spikes", "basin": "Basin",

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report import inputs, measure, style
-from qlora_jax.evaluation import stability, statistics
+from qlora_jax.studies import stability, statistics
 
 BASELINES: Mapping[str, Sequence[str]] = {
   "": ("lora", "lora+prompt"),  # every task not named; what a study does not have is passed over

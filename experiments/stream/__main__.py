@@ -8,7 +8,7 @@ import pathlib
 
 from experiments import command, units
 from experiments.stream import figure, tables, train
-from qlora_jax.training import study
+from qlora_jax.studies import study
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "stream"
 

@@ -8,7 +8,7 @@ from matplotlib import figure
 
 from experiments.report import style
 from experiments.stream import tables
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 
 # Colour, marker and line of each arm; Okabe-Ito, told apart in grey by marker and line.
 _LOOKS = {

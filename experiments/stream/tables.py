@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.stream import quantities
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 
 FILES = {"runs": "runs.csv", "errors": "errors.parquet"}
 BASELINE = "LoRA"  # the arm that others are compared with

@@ -6,8 +6,8 @@ import ml_collections
 import numpy as np
 
 from experiments import units
-from qlora_jax.training import group as group_lib
-from qlora_jax.training import optimizer, study
+from qlora_jax.studies import study
+from qlora_jax.training import optimizer
 
 # The adapter of each family on each task: where the parts differ by the instruction alone, the one
 # that reads it.
@@ -129,8 +129,7 @@ def _errors(bench, config, arm: Arm, runs) -> tuple[np.ndarray, np.ndarray, list
     trained.append(optimizer.count_trained(states.params, program.optimizer.frozen) // len(runs))
     wanted = {seed: None if arm.order == "joint" else (orders[seed][stage],) for seed in seeds}
     data = bench.data(config, program, wanted)
-    row = units.seed_rows(runs)
-    states = group_lib.train_all(program, states, frozen, data, seeds, row)
+    states = bench.train(program, states, frozen, data, runs)
     for split, rows in found.items():
       matrix = bench.errors(config, program, states, frozen, data, runs, split)
       rows.append([own[orders[seed]] for own, (seed, _) in zip(matrix, runs, strict=True)])

@@ -11,9 +11,9 @@ from typing import Any
 import ml_collections
 import submitit
 
-from qlora_jax import errors
+from qlora_jax import errors, files
 from qlora_jax.launching import options, status, task
-from qlora_jax.training import records, study
+from qlora_jax.studies import records, study
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -103,10 +103,10 @@ def launch(
   options.require_slurm()
   pairs = check(config, points, slurm)
   study.prepare(workdir, config, command)
-  settings = [study.describe_single(config)] if points is None else study.describe(config, points)
-  records.write_list(workdir, settings)
+  arms = [study.describe_single(config)] if points is None else study.describe(config, points)
+  records.write_list(workdir, arms)
   told = submit(workdir, tasks(workdir, pairs, slurm, report), slurm, max_parallel)
-  with records.locked(workdir):
+  with files.lock(workdir / records.LIST):
     return told, study.gather(workdir)
 
 
@@ -130,7 +130,7 @@ def check(
   """(config, learning rates) of every job, rates None for a single run.
 
   Raises:
-    errors.UserError: a setting or an option of Slurm is wrong.
+    errors.UserError: an arm or an option of Slurm is wrong.
   """
   options.check_slurm(slurm)
   pairs = [(config, None)] if points is None else study.expand(config, points)
@@ -151,11 +151,11 @@ def submit(
   slurm: ml_collections.ConfigDict,
   max_parallel: int | None = None,
 ) -> str:
-  """Submits the tasks whose settings are neither done nor in the queue.
+  """Submits the tasks whose arms are neither done nor in the queue.
 
   Args:
-    workdir: prepared; its list of settings is written.
-    jobs_of: tasks by the key of their setting.
+    workdir: prepared; its list of arms is written.
+    jobs_of: tasks by the key of their arm.
     slurm: the config's `cluster.slurm`.
     max_parallel: see `make_executor`.
 
@@ -171,16 +171,16 @@ def submit(
   rows = status.look(workdir)
   states = [row.state for row in rows]
   queued = sum(row.queued for row in rows)
-  left = [row.setting.key for row in rows if row.state != "done" and not row.queued]
+  left = [row.arm.key for row in rows if row.state != "done" and not row.queued]
   told = f"{states.count('done')} done, {queued} in the queue"
   if not left:
-    return f"nothing to submit: of {len(rows)} settings {told}"
+    return f"nothing to submit: of {len(rows)} arms {told}"
   jobs = _sbatch(executor, folder, [jobs_of[key] for key in left])
   submitted = {key: job.job_id for key, job in zip(left, jobs, strict=True)}
   status.write_jobs(workdir, {**status.read_jobs(workdir), **submitted})
   first = jobs[0].job_id.split("_")[0]
   return (
-    f"submitted {len(left)} of {len(rows)} settings as job {first} ({told}); logs: {folder}\n"
+    f"submitted {len(left)} of {len(rows)} arms as job {first} ({told}); logs: {folder}\n"
     f"python launch.py --status --workdir={workdir}"
   )
 
@@ -218,7 +218,7 @@ def _outside() -> Iterator[None]:
 def tasks(
   workdir: pathlib.Path, pairs: list[tuple], slurm: ml_collections.ConfigDict, report: Any
 ) -> dict[str, task.Task]:
-  """A task for each of the pairs of `check`, by the key of its setting."""
+  """A task for each of the pairs of `check`, by the key of its arm."""
   found = {}
   for own, rates in pairs:
     key = study.describe_single(own).key if rates is None else records.key(own, rates)

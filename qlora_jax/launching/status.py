@@ -1,4 +1,4 @@
-"""What every setting of a work directory is doing: pending, running, done or failed, and why.
+"""What every arm of a work directory is doing: pending, running, done or failed, and why.
 
 Asks Slurm's queue, then its accounting where there is any, then the files that a job left: its
 record, its results, the last line of its log. For a local run the files and the process table say.
@@ -15,7 +15,8 @@ import rich.console
 import rich.markup
 import rich.table
 
-from qlora_jax.training import records
+from qlora_jax import files
+from qlora_jax.studies import records
 
 STATES = ("pending", "running", "done", "failed")
 SLURM_FOLDER = "slurm"
@@ -45,9 +46,9 @@ _COLORS = {"pending": "yellow", "running": "cyan", "done": "green", "failed": "r
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A setting, one of `STATES`, why or how far, its job, and whether that is in the queue."""
+  """An arm, one of `STATES`, why or how far, its job, and whether that is in the queue."""
 
-  setting: records.Setting
+  arm: records.Arm
   state: str
   reason: str = ""
   job: str = ""
@@ -55,57 +56,52 @@ class Row:
 
 
 def show(workdir: pathlib.Path, console: rich.console.Console | None = None) -> None:
-  """Prints a table of the settings of `workdir`, and how many are in which state."""
+  """Prints a table of the arms of `workdir`, and how many are in which state."""
   rows = look(workdir)
   console = console or rich.console.Console()
   if not console.is_terminal:
     console.width = 200  # a log file has no width of its own
   table = rich.table.Table(box=None, header_style="dim", pad_edge=False)
-  table.add_column("setting", overflow="fold")
-  table.add_column("runs", justify="right")
+  table.add_column("arm", overflow="fold")
+  table.add_column("trials", justify="right")
   table.add_column("state", no_wrap=True)
   table.add_column("job", no_wrap=True)
   table.add_column("reason", overflow="fold", ratio=1)
   for row in rows:
-    name, reason = (rich.markup.escape(text) for text in (row.setting.name, row.reason))
+    name, reason = (rich.markup.escape(text) for text in (row.arm.name, row.reason))
     state = f"[{_COLORS[row.state]}]{row.state}[/]"
-    table.add_row(name, str(row.setting.runs), state, row.job, reason)
+    table.add_row(name, str(row.arm.trials), state, row.job, reason)
   console.print(table)
   states = [row.state for row in rows]
   counts = ", ".join(f"{states.count(state)} {state}" for state in STATES)
-  console.print(f"{len(rows)} settings: {counts}")
+  console.print(f"{len(rows)} arms: {counts}")
 
 
 def look(workdir: pathlib.Path) -> list[Row]:
-  """The settings of `workdir`, in order.
+  """The arms of `workdir`, in order.
 
   Raises:
     errors.UserError: it holds no run.
   """
-  settings, jobs = records.read_list(workdir), read_jobs(workdir)
-  known = {setting.key: records.read(workdir, setting) for setting in settings}
+  arms, jobs = records.read_list(workdir), read_jobs(workdir)
+  known = {arm.key: records.read(workdir, arm) for arm in arms}
   unclear = {
     jobs[key] for key, record in known.items()
     if key in jobs and (record is None or record.state != "done")
   }  # fmt: skip
   queue = ask_slurm(sorted(unclear))
-  return [
-    _row(workdir, setting, known[setting.key], jobs.get(setting.key), queue) for setting in settings
-  ]
+  return [_row(workdir, arm, known[arm.key], jobs.get(arm.key), queue) for arm in arms]
 
 
 def read_jobs(workdir: pathlib.Path) -> dict[str, str]:
-  """The Slurm job of each setting that was submitted, by key."""
+  """The Slurm job of each arm that was submitted, by key."""
   path = workdir / SLURM_FOLDER / _JOBS
   return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_jobs(workdir: pathlib.Path, jobs: dict[str, str]) -> None:
-  """Stores the Slurm job of each setting."""
-  path = workdir / SLURM_FOLDER / _JOBS
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(jobs, indent=1))
-  temporary.replace(path)
+  """Stores the Slurm job of each arm."""
+  files.write_json(workdir / SLURM_FOLDER / _JOBS, jobs, every_process=True)
 
 
 def ask_slurm(jobs: list[str]) -> dict[str, tuple[str, str]]:
@@ -137,32 +133,32 @@ def _run_for_jobs(command: list[str], jobs: list[str]) -> dict[str, tuple[str, s
   return {job: found[job] for job in jobs if job in found}
 
 
-def _row(workdir, setting, record, job, queue) -> Row:
+def _row(workdir, arm, record, job, queue) -> Row:
   if record is not None and record.state == "done":
-    return Row(setting, "done", _duration(record), record.job or "")
+    return Row(arm, "done", _duration(record), record.job or "")
   if record is not None and record.job is None and (job is None or records.alive(record)):
-    return Row(setting, *_local(workdir, record))
+    return Row(arm, *_local(workdir, record))
   if job is None:
-    return Row(setting, "pending", "not started")
+    return Row(arm, "pending", "not started")
   state, reason = queue.get(job, ("", ""))
   own = record if record is not None and record.job == job else None
   if state in _WAITING:
     told = _QUEUE_REASONS.get(reason, reason)
     if own is not None:
       told = f"requeued, goes on from its checkpoint ({told})"
-    return Row(setting, "pending", told, job, True)
+    return Row(arm, "pending", told, job, True)
   if own is not None and own.state == "failed":
-    return Row(setting, "failed", own.reason, job)
+    return Row(arm, "failed", own.reason, job)
   if state in _RUNNING:
     started = own is not None and own.state == "running"
-    return Row(setting, "running", _progress(workdir, own) if started else "starts", job, True)
+    return Row(arm, "running", _progress(workdir, own) if started else "starts", job, True)
   why = _ENDED.get(state, f"lost: Slurm no longer knows job {job}, and it left no result")
   if own is not None and own.state == "stopped":
     why += f"; {own.reason}"
   else:
     line = last_line(workdir, job)
     why += f"; its log ends: {line}" if line else f"; no log in {workdir / SLURM_FOLDER}"
-  return Row(setting, "failed", why, job)
+  return Row(arm, "failed", why, job)
 
 
 def _local(workdir: pathlib.Path, record: records.Record) -> tuple[str, str]:
@@ -193,11 +189,11 @@ def last_line(workdir: pathlib.Path, job: str) -> str:
 
 
 def _progress(workdir: pathlib.Path, record: records.Record) -> str:
-  stage = "final runs" if record.groups else "search"
-  folder = workdir / "groups" / record.group
-  # Of the group, or of each of its runs; what a run removes meanwhile is not looked at.
-  files = [path for pattern in ("", "*/") for path in folder.glob(f"{pattern}metrics.jsonl")]
-  step = max((_last_step(path) for path in files), default=0)
+  stage = "final trials" if record.cohorts else "search"
+  folder = workdir / records.COHORTS / record.cohort
+  # Of one process, or of each of several; what a training removes meanwhile is not looked at.
+  paths = [path for pattern in ("", "*/") for path in folder.glob(f"{pattern}metrics.jsonl")]
+  step = max((_last_step(path) for path in paths), default=0)
   return f"{stage}, step {step} of {record.steps}"
 
 

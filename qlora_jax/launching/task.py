@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from qlora_jax import errors
-from qlora_jax.training import records, stop
+from qlora_jax import errors, files
+from qlora_jax.studies import records
+from qlora_jax.training import stop
 
 
 @dataclasses.dataclass
@@ -61,20 +62,21 @@ class Task:
 
   def _train(self) -> str:
     from qlora_jax.parallel import processes
-    from qlora_jax.training import progress, study
+    from qlora_jax.studies import study
+    from qlora_jax.training import progress
 
     told = "done"
     if self.rates is None:
       _, told = study.single(self.config, self.workdir)
     else:
-      language = study.is_language(self.config)
-      runs = len(study.search_runs(self.config, self.rates))
+      trials = len(study.search_trials(self.config, self.rates))
       with progress.Display(
-        total_points=runs + len(self.config.protocol.final_seeds),
-        unit="tokens" if language else "examples", stream=processes.terminal(),
-      ) as display:  # fmt: skip
-        trainer = study.make_loop(display, self.workdir, language)
-        study.train_setting(trainer, (self.config, self.rates))
+        total_points=trials + len(self.config.protocol.final_seeds),
+        unit=study.unit(self.config),
+        stream=processes.terminal(),
+      ) as display:
+        resources = study.make_resources(display, self.workdir, study.is_language(self.config))
+        study.train_arm(resources, (self.config, self.rates))
     if processes.is_first():
       gather(self.workdir, self.report)
     return told
@@ -82,9 +84,9 @@ class Task:
 
 def gather(workdir: pathlib.Path, report: Callable[[pathlib.Path], Any] | None) -> None:
   """Writes a sweep's tables from what is done; the report too if no setting is left to train."""
-  from qlora_jax.training import study
+  from qlora_jax.studies import study
 
-  with records.locked(workdir):
+  with files.lock(workdir / records.LIST):
     found = study.gather(workdir)
     states = [records.read(workdir, each) for each in records.read_list(workdir)]
     left = any(state is None or state.state in ("running", "stopped") for state in states)

@@ -15,7 +15,7 @@ from qlora_jax.adapters import contraction
 from qlora_jax.models import decoder
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.parallel import sharding
-from qlora_jax.training import language_step
+from qlora_jax.workloads import language_step
 
 FLOAT32 = 4
 RESERVED = 0.03  # share of a chip's memory that the runtime and fragments take

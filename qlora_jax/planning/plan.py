@@ -16,7 +16,7 @@ from qlora_jax import errors
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.planning import compile as compile_lib
 from qlora_jax.planning import estimate, flops, hardware, hlo, program, search
-from qlora_jax.training import language_settings
+from qlora_jax.workloads import language_config as language_settings
 
 TRIES = 2  # suggestions that are compiled before the rest is left an estimate
 

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.planning import compile as compile_lib
 from qlora_jax.planning import hlo, program
-from qlora_jax.training import language_shards
+from qlora_jax.workloads import language_shards
 
 
 def devices(topology) -> list[Any]:

@@ -1,1 +1,1 @@
-"""Training: settings, feed, step, group, loop, study, and what they record."""
+"""Training: the one loop, the step, the optimizer, checkpoints, metrics, progress and stopping."""

@@ -1,9 +1,9 @@
 """What a sweep shows while it runs: bars on a terminal, plain lines everywhere else.
 
-A sweep has points; points that compile to one program train together as a group. A terminal gets
-one bar for the points and one for the steps of every group that trains now. A log file, a pipe or
-a dumb terminal gets a line at the start and end of a group and one every few seconds in between,
-without control characters.
+A sweep has points, one per trial; a cohort is points that train together. A terminal gets one bar
+for the points and one for the steps of every cohort that trains now. A log file, a pipe or a dumb
+terminal gets a line at the start and end of a cohort and one every few seconds in between, without
+control characters.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ import rich.text
 _LIVE_SECONDS = 0.1  # a bar needs no newer numbers than this
 
 
-class Group:
-  """Points that train together now. Made by `Display.group`."""
+class Cohort:
+  """Points that train together now. Made by `Display.cohort`."""
 
   def __init__(
     self, display: "Display", name: str, num_points: int, total_steps: int, start_step: int
@@ -82,7 +82,7 @@ class Display:
     unit: what `rate` counts: `examples`, `tokens`.
     stream: where to write; standard error unless told.
     plain: True for lines, False for bars; None decides by whether `stream` is a terminal.
-    every_seconds: the least time between two plain lines of a group.
+    every_seconds: the least time between two plain lines of a cohort.
     clock: seconds, monotonic; tests set it.
   """
 
@@ -107,7 +107,7 @@ class Display:
     self._work = 0.0  # points trained by this process, parts of points included
     self._began = clock()
     self._live: rich.live.Live | None = None
-    self._active: list[Group] = []
+    self._active: list[Cohort] = []
 
   def __enter__(self) -> "Display":
     self._began = self._clock()
@@ -121,40 +121,41 @@ class Display:
       self._live = None
 
   @contextlib.contextmanager
-  def group(
+  def cohort(
     self, name: str, num_points: int, total_steps: int, start_step: int = 0
-  ) -> Iterator[Group]:
-    """Shows one group while the body runs.
+  ) -> Iterator[Cohort]:
+    """Shows one cohort while the body runs.
 
-    `start_step` is above zero for a group that resumes. The group's points count as finished
+    `start_step` is above zero for a cohort that resumes. The cohort's points count as finished
     only when the body ends without an exception.
     """
-    group = Group(self, name, num_points, total_steps, start_step)
+    cohort = Cohort(self, name, num_points, total_steps, start_step)
     resumed = f", from step {start_step}" if start_step else ""
-    points = _count(num_points, "point")
-    if self._plain:
+    points = _count(num_points, "point") if num_points else "preparation"
+    if self._plain and num_points:  # what comes before the points is shown where it takes long
       self._line(f"{name}: {points}, {_count(total_steps, 'step')}{resumed}")
-    else:
-      group._task = self._group_bar.add_task(
+    elif not self._plain:
+      cohort._task = self._cohort_bar.add_task(
         f"{name} ({points}{resumed})", total=total_steps, completed=start_step, left="", values=""
       )
-    self._active.append(group)
+    self._active.append(cohort)
     try:
-      yield group
-      self._active.remove(group)
+      yield cohort
+      self._active.remove(cohort)
       self._points += num_points
-      self._work += num_points * group._fraction(total_steps - start_step)
-      took = _duration(self._clock() - group._began)
-      self.log(f"{name}: done in {took} ({self._overall()})")
+      self._work += num_points * cohort._fraction(total_steps - start_step)
+      took = _duration(self._clock() - cohort._began)
+      if num_points:
+        self.log(f"{name}: done in {took} ({self._overall()})")
     finally:
-      if group in self._active:
-        self._active.remove(group)
+      if cohort in self._active:
+        self._active.remove(cohort)
       if not self._plain:
-        self._group_bar.remove_task(group._task)
+        self._cohort_bar.remove_task(cohort._task)
         self._refresh_overall()
 
   def skip(self, name: str, num_points: int) -> None:
-    """Counts a group that an earlier process finished."""
+    """Counts a cohort that an earlier process finished."""
     self._points += num_points
     self._earlier = max(0, self._earlier - num_points)
     self.log(f"{name}: {_count(num_points, 'point')} finished earlier")
@@ -167,20 +168,20 @@ class Display:
     else:
       self._live.console.print(rich.text.Text(_clean(text)), soft_wrap=True)
 
-  def _show(self, group: Group) -> None:
-    left = group.seconds_left()
+  def _show(self, cohort: Cohort) -> None:
+    left = cohort.seconds_left()
     if self._plain:
-      percent = round(100 * group._fraction(group.step))
-      parts = [f"{group.name}: step {group.step}/{group.total_steps} ({percent} %)"]
-      parts += [group._values] if group._values else []
+      percent = round(100 * cohort._fraction(cohort.step))
+      parts = [f"{cohort.name}: step {cohort.step}/{cohort.total_steps} ({percent} %)"]
+      parts += [cohort._values] if cohort._values else []
       parts += [f"{_duration(left)} left"] if left is not None else []
       parts += [self._overall()]
       self._line(", ".join(parts))
     elif self._live is not None:
-      self._group_bar.update(
-        group._task,
-        completed=group.step,
-        values=group._values,
+      self._cohort_bar.update(
+        cohort._task,
+        completed=cohort.step,
+        values=cohort._values,
         left="" if left is None else f"{_duration(left)} left",
       )
       self._refresh_overall()
@@ -193,9 +194,9 @@ class Display:
   def _seconds_left(self) -> float | None:
     """Time to the last point, if those to come take as long as those this process trained."""
     done, work = float(self._points + self._earlier), self._work
-    for group in self._active:
-      done += group.num_points * group._fraction(group.step)
-      work += group.num_points * group._fraction(group.step - group.start_step)
+    for cohort in self._active:
+      done += cohort.num_points * cohort._fraction(cohort.step)
+      work += cohort.num_points * cohort._fraction(cohort.step - cohort.start_step)
     if work <= 0 or done >= self._total_points:
       return None
     return (self._clock() - self._began) / work * (self._total_points - done)
@@ -213,7 +214,7 @@ class Display:
     self._overall_bar = rich.progress.Progress(
       name, rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), left, console=console
     )
-    self._group_bar = rich.progress.Progress(
+    self._cohort_bar = rich.progress.Progress(
       name,
       rich.progress.BarColumn(),
       rich.progress.MofNCompleteColumn(),
@@ -222,7 +223,7 @@ class Display:
       console=console,
     )
     self._overall_task = self._overall_bar.add_task("points", total=self._total_points, left="")
-    bars = rich.console.Group(self._overall_bar, self._group_bar)
+    bars = rich.console.Group(self._overall_bar, self._cohort_bar)
     self._live = rich.live.Live(bars, console=console, refresh_per_second=8)
     self._live.start()
 

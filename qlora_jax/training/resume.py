@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-# A whole work directory: fields that change no result, see `loop.GroupSpec.identity`.
+# A whole work directory: fields that change no result, see `workloads.workload.Cohort.identity`.
 STUDY = ("checkpoint", "mesh", "model.attention", "data.data_dir")
 # One run that goes on: also what is asked of it when it is done, and which runs there are.
 RUN = (*STUDY, "data.manual_folder", "eval", "protocol", "variant")

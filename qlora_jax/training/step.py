@@ -1,10 +1,11 @@
 """The train state and the pure train step. Letters as in `qlora_jax/typing.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.struct
 import jax
+import numpy as np
 import optax
 from flax import linen as nn
 from jax import numpy as jnp
@@ -36,6 +37,11 @@ class Batch(NamedTuple):
   features: Array
   targets: Array
   instruction: Array
+
+
+def stack(batches: Sequence[Batch]) -> Batch:
+  """Batches of one shape as one with a leading axis."""
+  return Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
 
 
 class Frozen(NamedTuple):

@@ -153,3 +153,9 @@ def _plain(value: Any, where: str) -> Any:
 
 def _line(error: Exception) -> str:
   return " ".join(str(error).split())[:200]
+
+
+def stop_ids(tokenizer) -> list[int]:
+  """Tokens that end an answer."""
+  named = (tokenizer.token_id(name) for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>"))
+  return sorted({token for token in (tokenizer.eos_id, *named) if token is not None})

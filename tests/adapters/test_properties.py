@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from qlora_jax import errors
 from qlora_jax.adapters import config, factory, functional, sizing, statistics, summary
 from qlora_jax.models import mlp
-from qlora_jax.training import settings, step
+from qlora_jax.training import step
+from qlora_jax.workloads import regression_config as settings
 
 SHAPE = mlp.MLPConfig(inputs=5, width=16, hidden=12, layers=4, layers_per_block=1)
 RNG = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import re
 from qlora_jax import sweeps
 from qlora_jax.adapters import factory, sizing
 from qlora_jax.models import mlp
-from qlora_jax.training import settings
+from qlora_jax.workloads import regression_config as settings
 
 
 @functools.cache

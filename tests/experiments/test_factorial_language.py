@@ -13,8 +13,8 @@ from experiments import kept
 from experiments.factorial import __main__ as study
 from experiments.factorial import analysis
 from qlora_jax import sweeps
-from qlora_jax.evaluation import protocol
-from qlora_jax.training import study as study_lib
+from qlora_jax.studies import protocol
+from qlora_jax.studies import study as study_lib
 
 DOMAIN = analysis.DOMAINS["language"]
 RESULTS = kept.RESULTS / DOMAIN.name

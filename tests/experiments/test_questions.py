@@ -10,7 +10,7 @@ from scipy import stats
 
 from experiments.questions import __main__ as command
 from experiments.questions import committed, every, language, question, stability
-from qlora_jax.evaluation import stability as evaluation_stability
+from qlora_jax.studies import stability as evaluation_stability
 
 ROOT = pathlib.Path(__file__).parents[2]
 READY = [name for name, each in every.QUESTIONS.items() if each.ready]

@@ -7,7 +7,8 @@ from configs import depth, stream
 from experiments import command, units
 from qlora_jax import errors, sweeps
 from qlora_jax.data import functions, pipeline
-from qlora_jax.training import settings, study
+from qlora_jax.studies import study
+from qlora_jax.workloads import regression_config as settings
 
 
 def test_a_unit_is_made_once_and_the_limit_leaves_the_rest(tmp_path, capsys):

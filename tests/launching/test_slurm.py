@@ -13,7 +13,7 @@ from configs import llm, regression
 from experiments import report
 from qlora_jax import errors
 from qlora_jax.launching import options, slurm, status
-from qlora_jax.training import records, study
+from qlora_jax.studies import records, study
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 ROOT = pathlib.Path(__file__).parents[2]

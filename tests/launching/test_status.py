@@ -12,7 +12,8 @@ import rich.console
 
 from qlora_jax import errors
 from qlora_jax.launching import status, task
-from qlora_jax.training import records, stop, study
+from qlora_jax.studies import records, study
+from qlora_jax.training import stop
 
 ROOT = pathlib.Path(__file__).parents[2]
 SETTING = records.Setting("k1", "adapter.name=lora", 3)

@@ -28,9 +28,9 @@ from qlora_jax.data.text import packing
 from qlora_jax.models import decoder, generation, mlp
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.parallel import sharding
-from qlora_jax.training import language_shards, language_step
 from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.training import step as step_lib
+from qlora_jax.workloads import language_shards, language_step
 
 BLOCKS = 3  # no other axis has this length, so that it is known in compiled programs
 MESHES = {

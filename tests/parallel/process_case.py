@@ -10,7 +10,8 @@ import sys
 
 from configs import llm
 from qlora_jax.parallel import processes
-from qlora_jax.training import language, progress
+from qlora_jax.training import progress
+from qlora_jax.workloads import language
 
 
 def fields(weights: str, data: str) -> dict:

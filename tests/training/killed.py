@@ -23,15 +23,8 @@ import jax
 from configs import llm
 from qlora_jax import errors
 from qlora_jax.parallel import processes
-from qlora_jax.training import (
-  checkpoint,
-  checksums,
-  language,
-  language_shards,
-  loop,
-  progress,
-  stop,
-)
+from qlora_jax.training import checkpoint, checksums, loop, progress, stop
+from qlora_jax.workloads import language, language_shards
 
 STEPS = 20
 # (what the run does, how often before, seconds that the kill comes later at most, or None where

@@ -8,7 +8,10 @@ from qlora_jax import errors
 from qlora_jax.adapters import factory
 from qlora_jax.data import pipeline
 from qlora_jax.models import mlp
-from qlora_jax.training import feed, group, optimizer, settings
+from qlora_jax.training import optimizer
+from qlora_jax.workloads import cohort_program as group
+from qlora_jax.workloads import feed
+from qlora_jax.workloads import regression_config as settings
 
 SHAPE = mlp.MLPConfig(inputs=5, width=16, hidden=12, layers=2, layers_per_block=1)
 SEEDS = (0, 1)

@@ -17,8 +17,9 @@ from configs import llm
 from qlora_jax import errors, finetuned
 from qlora_jax import generate as talk
 from qlora_jax.data.text import pipeline
-from qlora_jax.training import language, language_step, progress, stop
+from qlora_jax.training import progress, stop
 from qlora_jax.training import step as step_lib
+from qlora_jax.workloads import language, language_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 

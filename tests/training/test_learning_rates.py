@@ -6,7 +6,7 @@ from configs import llm
 from qlora_jax import errors, sweeps
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.adapters import factory
-from qlora_jax.training import study
+from qlora_jax.studies import study
 
 
 def test_every_method_has_a_default_and_full_fine_tunings_is_a_tenth_of_loras():

@@ -15,7 +15,9 @@ import pytest
 from experiments import report
 from qlora_jax import errors, sweeps
 from qlora_jax.adapters import factory
-from qlora_jax.training import loop, progress, settings, study
+from qlora_jax.studies import study
+from qlora_jax.training import loop, progress
+from qlora_jax.workloads import regression_config as settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -149,7 +151,9 @@ import jax; jax.config.update("jax_num_cpu_devices", 2)
 import jax.numpy as jnp, numpy as np
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.models import mlp
-from qlora_jax.training import group, optimizer, settings, step
+from qlora_jax.training import optimizer, step
+from qlora_jax.workloads import cohort_program as group
+from qlora_jax.workloads import regression_config as settings
 shape = mlp.MLPConfig(inputs=4, width=8, hidden=8, layers=2, layers_per_block=1)
 model = mlp.MLP(shape, adapter_config.AdapterConfig(rank=2, atoms=3))
 base = settings.random_base(shape, 0)

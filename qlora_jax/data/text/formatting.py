@@ -18,6 +18,7 @@ import numpy as np
 
 from qlora_jax import errors
 from qlora_jax.data.text import records
+from qlora_jax.weights import chat
 
 Render = Callable[[Sequence[records.Message], bool], str]
 
@@ -54,6 +55,34 @@ class Encoded:
   def prompt(self) -> np.ndarray:
     """int32 [prompt_length]."""
     return self.tokens[: self.prompt_length]
+
+
+def renderer(tokenizer, system: str | None = None, template: str | None = None) -> Render:
+  """How a conversation becomes text: the model's chat template, or plain lines without one.
+
+  Args:
+    tokenizer: of the model.
+    system: system message of conversations that have none; None leaves it to the template, which
+      may write one of its own.
+    template: text around a prompt instead of the model's chat template, with `{prompt}`.
+  """
+  if template is not None:
+    return template_render(template, tokenizer.bos_token or "")
+
+  def render(messages, add_generation_prompt):
+    if system is not None and messages[0]["role"] != "system":
+      messages = ({"role": "system", "content": system}, *messages)
+    if not tokenizer.chat_template:
+      return plain_render(messages, add_generation_prompt)
+    return chat.render(
+      tokenizer.chat_template,
+      messages,
+      add_generation_prompt,
+      tokenizer.bos_token,
+      tokenizer.eos_token,
+    )
+
+  return render
 
 
 def plain_render(messages: Sequence[records.Message], add_generation_prompt: bool) -> str:

@@ -6,7 +6,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qlora_jax.evaluation import statistics
+from qlora_jax.studies import statistics
 
 
 def loss_spikes(losses: ArrayLike, tolerance: float = 0.5, window: int = 10) -> np.ndarray:

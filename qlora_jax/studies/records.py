@@ -1,7 +1,7 @@
-"""What a work directory says about each setting of its sweep: running, done, stopped or failed.
+"""What a work directory says about each arm of its study: running, done, stopped or failed.
 
-  DIR/settings.json        the settings in their order
-  DIR/settings/KEY.json    what the process that trains a setting wrote last
+  DIR/arms.json        the arms in their order
+  DIR/arms/KEY.json    what the process that trains an arm wrote last
 
 Whoever looks at the directory later, on this host or another, needs no config and no scheduler.
 """
@@ -9,7 +9,6 @@ Whoever looks at the directory later, on this host or another, needs no config a
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import hashlib
 import json
 import os
@@ -20,40 +19,41 @@ from collections.abc import Iterator
 
 import ml_collections
 
-from qlora_jax import errors
+from qlora_jax import errors, files
 from qlora_jax.training import stop
 
-LIST = "settings.json"
-_FOLDER = "settings"
+LIST = "arms.json"
+FOLDER = "arms"
+COHORTS = "cohorts"  # a folder per cohort, with its result
 # How a run is spread or saved is not what it computes.
 _NOT_COMPARED = ("cluster", "mesh", "checkpoint")  # nor is `data.data_dir`
 _RATE = "learning_rate"
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-  """One setting of a sweep: the points that differ only in learning rate and seed.
+class Arm:
+  """One arm: the points of a sweep that differ only in learning rate and seed.
 
   Attributes:
     key: names its record and its job.
-    name: what tells it from the other settings, for people.
-    runs: how many runs it has, search and final ones.
+    name: what distinguishes it from the other arms, for people.
+    trials: how many trials it has, search and final ones.
   """
 
   key: str
   name: str
-  runs: int
+  trials: int
 
 
 @dataclasses.dataclass
 class Record:
-  """What is known of a setting.
+  """What is known of an arm.
 
   Attributes:
     state: 'running', 'stopped' (saved; the same command continues), 'failed' or 'done'.
     reason: of 'stopped' and 'failed', one line.
-    groups: folders below `groups/` that hold its results, in order.
-    group: the one that trains now, and its number of steps.
+    cohorts: folders below `cohorts/` that hold its results, in order.
+    cohort: the one that trains now, and its number of steps.
     host, pid: of the process; a recycled pid is told apart by `started`.
     started: the process's start in clock ticks since the host's boot, from /proc.
     job: its Slurm job, or None.
@@ -63,8 +63,8 @@ class Record:
 
   state: str
   reason: str = ""
-  groups: list[str] = dataclasses.field(default_factory=list)
-  group: str = ""
+  cohorts: list[str] = dataclasses.field(default_factory=list)
+  cohort: str = ""
   steps: int = 0
   host: str = ""
   pid: int = 0
@@ -76,7 +76,7 @@ class Record:
 
 
 def key(config: ml_collections.ConfigDict, rates: list[float]) -> str:
-  """A hash of everything that tells a setting from others."""
+  """A hash of everything that tells an arm from others."""
   plain = config.to_dict()
   for name in _NOT_COMPARED:
     plain.pop(name, None)
@@ -86,33 +86,33 @@ def key(config: ml_collections.ConfigDict, rates: list[float]) -> str:
 
 
 def names(points: list[dict]) -> list[str]:
-  """What tells each setting from the others, in the order of `study.expand`.
+  """What tells each arm from the others, in the order of `study.expand`.
 
   Fields that all points share are left out, and so is the learning rate.
   """
-  settings: dict[str, dict] = {}
+  arms: dict[str, dict] = {}
   for point in points:
     fields = {name: value for name, value in point.items() if name != f"optimizer.{_RATE}"}
-    settings.setdefault(json.dumps(fields, sort_keys=True), fields)
-  told = list(settings.values())
-  every = dict.fromkeys(name for fields in told for name in fields)
+    arms.setdefault(json.dumps(fields, sort_keys=True), fields)
+  arm_fields = list(arms.values())
+  every = dict.fromkeys(name for fields in arm_fields for name in fields)
   varied = [
     name for name in every
-    if len({json.dumps(fields.get(name), default=list) for fields in told}) > 1
+    if len({json.dumps(fields.get(name), default=list) for fields in arm_fields}) > 1
   ] or list(every)  # fmt: skip
   return [
     " ".join(f"{name}={fields[name]}" for name in varied if name in fields) or "the config's own"
-    for fields in told
+    for fields in arm_fields
   ]
 
 
-def write_list(workdir: pathlib.Path, settings: list[Setting]) -> None:
-  """Stores the settings of a sweep, in order."""
-  _write(workdir / LIST, [dataclasses.asdict(setting) for setting in settings])
+def write_list(workdir: pathlib.Path, arms: list[Arm]) -> None:
+  """Stores the arms of a sweep, in order."""
+  files.write_json(workdir / LIST, [dataclasses.asdict(arm) for arm in arms])
 
 
-def read_list(workdir: pathlib.Path) -> list[Setting]:
-  """The settings of a sweep.
+def read_list(workdir: pathlib.Path) -> list[Arm]:
+  """The arms of a sweep.
 
   Raises:
     errors.UserError: the directory holds no run.
@@ -122,20 +122,20 @@ def read_list(workdir: pathlib.Path) -> list[Setting]:
     raise errors.UserError(
       f"--workdir: {workdir} holds no run; give the directory of a run or sweep that was started"
     )
-  return [Setting(**fields) for fields in json.loads(path.read_text())]
+  return [Arm(**fields) for fields in json.loads(path.read_text())]
 
 
-def read(workdir: pathlib.Path, setting: Setting) -> Record | None:
-  """The record of a setting, or None if nothing has trained it yet.
+def read(workdir: pathlib.Path, arm: Arm) -> Record | None:
+  """The record of an arm, or None if nothing has trained it yet.
 
-  A setting whose results were removed since is not done.
+  An arm whose results were removed since is not done.
   """
-  path = workdir / _FOLDER / f"{setting.key}.json"
+  path = workdir / FOLDER / f"{arm.key}.json"
   if not path.exists():
     return None
   record = Record(**json.loads(path.read_text()))
   if record.state == "done" and not all(
-    (workdir / "groups" / group / "result.json").exists() for group in record.groups
+    (workdir / COHORTS / cohort / "result.json").exists() for cohort in record.cohorts
   ):
     return None
   return record
@@ -150,16 +150,16 @@ def alive(record: Record) -> bool | None:
 
 @contextlib.contextmanager
 def kept(
-  workdir: pathlib.Path, setting_key: str, devices: str = "", first: bool = True
+  workdir: pathlib.Path, arm_key: str, devices: str = "", first: bool = True
 ) -> Iterator["Keeper"]:
-  """Writes a setting's record while its body trains it, and how that ended.
+  """Writes an arm's record while its body trains it, and how that ended.
 
   Args:
-    workdir, setting_key: which record.
+    workdir, arm_key: which record.
     devices: what it trains on.
     first: whether this is the first of several processes; the others write failures only.
   """
-  path = workdir / _FOLDER / f"{setting_key}.json"
+  path = workdir / FOLDER / f"{arm_key}.json"
   path.parent.mkdir(exist_ok=True)
   keeper = Keeper(path, first, Record(
     "running", host=socket.gethostname(), pid=os.getpid(), started=_start_time(os.getpid()),
@@ -184,38 +184,30 @@ def kept(
 
 
 class Keeper:
-  """Keeps one record; a setting that is found done already keeps the record of its training."""
+  """Keeps one record; an arm that is found done already keeps the record of its training."""
 
   def __init__(self, path: pathlib.Path, first: bool, record: Record):
     self._path, self._first, self.record = path, first, record
 
-  def start(self, group: str, steps: int) -> None:
-    """Notes the group that trains next."""
-    self.record.group, self.record.steps = group, steps
+  def start(self, cohort: str, steps: int) -> None:
+    """Notes the cohort that trains next."""
+    self.record.cohort, self.record.steps = cohort, steps
     if self._first:
-      _write(self._path, dataclasses.asdict(self.record))
+      files.write_json(self._path, dataclasses.asdict(self.record), every_process=True)
 
-  def result(self, group: str) -> None:
-    """Notes a group whose result is stored."""
-    self.record.groups.append(group)
+  def result(self, cohort: str) -> None:
+    """Notes a cohort whose result is stored."""
+    self.record.cohorts.append(cohort)
 
   def end(self, state: str, reason: str = "") -> None:
     """Notes how the training ended."""
-    if state == "done" and not self.record.group and self._path.exists():
+    if state == "done" and not self.record.cohort and self._path.exists():
       earlier = Record(**json.loads(self._path.read_text()))
-      if earlier.state == "done" and earlier.groups == self.record.groups:
+      if earlier.state == "done" and earlier.groups == self.record.cohorts:
         return
     self.record.state, self.record.reason, self.record.ended = state, reason, _now()
     if self._first or state == "failed":
-      _write(self._path, dataclasses.asdict(self.record))
-
-
-@contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds the directory's tables: others that ask wait, even if the holder is killed."""
-  with open(workdir / f".{LIST}.lock", "w") as handle:
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    yield
+      files.write_json(self._path, dataclasses.asdict(self.record), every_process=True)
 
 
 def job_id() -> str | None:
@@ -237,9 +229,3 @@ def _start_time(pid: int) -> str:
   except OSError:
     return ""
   return "" if fields[0] == "Z" else fields[19]
-
-
-def _write(path: pathlib.Path, value) -> None:
-  temporary = path.with_suffix(f".tmp{os.getpid()}")
-  temporary.write_text(json.dumps(value, default=list, indent=1))
-  temporary.replace(path)

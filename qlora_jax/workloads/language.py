@@ -1,7 +1,7 @@
-"""One fine-tuning run: weights -> data -> adapter -> steps -> scores -> adapter folder.
+"""Fine-tuning a language model: one trial, step by step, on a mesh of devices.
 
-The optimiser, train step, checkpoints, metrics, progress and stopping are those of every run; the
-order of the data is a function of the seed, so that a stopped run goes on to the same adapter.
+The loss is taken over answer tokens. A search trial is judged by the likelihood of validation
+answers; a final one also generates, before and after, and both leave an adapter's folder.
 """
 
 import dataclasses
@@ -10,8 +10,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-import time
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import ml_collections
@@ -19,71 +18,30 @@ import numpy as np
 from flax import serialization
 from jax import numpy as jnp
 
+from qlora_jax import files
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.adapters import rerouting, statistics
 from qlora_jax.data.text import formatting, pipeline, records, scoring
-from qlora_jax.evaluation import routing as routing_lib
 from qlora_jax.instructions import cache, projection
 from qlora_jax.models import decoder, fast_attention, generation
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.parallel import processes, sharding
-from qlora_jax.training import (
-  checkpoint,
-  language_settings,
-  language_shards,
-  language_step,
-  loop,
-  metrics,
-  resume,
-  stop,
-)
+from qlora_jax.training import loop, progress, resume, stop
 from qlora_jax.training import step as step_lib
 from qlora_jax.weights import adapter_file, chat, hf_layout
+from qlora_jax.workloads import language_config, language_shards, language_step, routing_gain
+from qlora_jax.workloads import workload as workload_lib
 
 _ANSWERS = "answers"
 ADAPTER = "adapter"  # folder of the result in a run's directory
 BEST = "adapter_best"  # the step with the best validation likelihood, where it was measured
-CHECKPOINTS = "checkpoints"
 _SPLITS = {"test": "new wordings", "test_seen": "known wordings"}
 _STATISTICS = ("effective_support", "entropy", "max_share")
 _NO_ADAPTER = adapter_config.AdapterConfig(method="none")
 _SAMPLES = 3  # answers of each task that a result keeps, for people to read
 
 
-def render_with(
-  tokenizer, system: str | None = None, template: str | None = None
-) -> formatting.Render:
-  """How a conversation becomes text: the model's chat template, or plain lines without one.
-
-  Args:
-    tokenizer: of the model.
-    system: system message of conversations that have none; None leaves it to the template, which
-      may write one of its own.
-    template: text around a prompt instead of the model's chat template, with `{prompt}`.
-  """
-  if template is not None:
-    return formatting.template_render(template, tokenizer.bos_token or "")
-
-  def render(messages, add_generation_prompt):
-    if system is not None and messages[0]["role"] != "system":
-      messages = ({"role": "system", "content": system}, *messages)
-    if not tokenizer.chat_template:
-      return formatting.plain_render(messages, add_generation_prompt)
-    return chat.render(
-      tokenizer.chat_template, messages, add_generation_prompt, tokenizer.bos_token,
-      tokenizer.eos_token,
-    )  # fmt: skip
-
-  return render
-
-
-def stop_ids(tokenizer) -> list[int]:
-  """Tokens that end an answer."""
-  named = (tokenizer.token_id(name) for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>"))
-  return sorted({token for token in (tokenizer.eos_id, *named) if token is not None})
-
-
-@functools.lru_cache(maxsize=1)  # the runs of a sweep share one base
+@functools.lru_cache(maxsize=1)  # the trials of a study share one base
 def _base(weights: str, shape: decoder.DecoderConfig, shards: language_shards.Shards):
   from qlora_jax.weights import sources
 
@@ -91,22 +49,79 @@ def _base(weights: str, shape: decoder.DecoderConfig, shards: language_shards.Sh
   return hf_layout.load_base(sources.open_source(weights), shape, placed)
 
 
-class Run:
-  """One run in one directory.
+class Resources:
+  """What the trials of one work directory share: embeddings and the scores of the base."""
+
+  objective = "validation_nats"
+  unit = "tokens"
+
+  def __init__(self, workdir: pathlib.Path, display: progress.Display):
+    self.workdir, self.display = workdir, display
+
+  def cohorts(self, config, stage, trials) -> list[workload_lib.Cohort]:
+    """One per trial: each fills the devices."""
+    return [workload_lib.Cohort(config, stage, (trial,)) for trial in trials]
+
+  def open(self, cohort: workload_lib.Cohort, directory: pathlib.Path) -> "Language":
+    return Language(self, cohort, directory)
+
+  def saving(self, cohort: workload_lib.Cohort, directory: pathlib.Path) -> loop.Saving:
+    config = _of_trial(cohort)
+    fields = config.checkpoint
+    return loop.Saving(
+      directory,
+      seconds=fields.seconds,
+      keep=fields.keep,
+      keep_best=fields.keep_best,
+      objective="validation/nats",
+      config=resume.plain(config),
+    )
+
+  def summary(self, rows: list[dict]) -> str:
+    """One line about the final trials of an arm."""
+    nats = sum(row["validation_nats"] for row in rows) / len(rows)
+    if "test_accuracy" not in rows[0]:
+      return f"validation {nats:.3f} nats"
+    before = rows[0]["base_test_accuracy"]
+    after = sum(row["test_accuracy"] for row in rows) / len(rows)
+    return f"validation {nats:.3f} nats, exact match {100 * before:.1f} % -> {100 * after:.1f} %"
+
+
+def _of_trial(cohort: workload_lib.Cohort) -> ml_collections.ConfigDict:
+  """The config with the seed and learning rate of a cohort's only trial."""
+  config = cohort.config.copy_and_resolve_references()
+  config.unlock()
+  ((config.seed, config.optimizer.learning_rate),) = cohort.trials
+  return config
+
+
+class Language:
+  """The only trial of a cohort.
 
   Args:
-    config: of kind `language`; its seed and learning rate are the run's.
-    directory: of the run's checkpoints, metrics, adapter and result.
-    shared: where runs keep what they have in common: embeddings, scores of the base.
-    display: where progress is shown.
+    resources: what the trials of a work directory share.
+    cohort: of kind `language`, with one trial.
+    directory: the trial's adapter goes there.
   """
 
+  unit = "tokens"
+  trial_labels = (None,)
+  chunk = 1
+  curve_columns: ClassVar[dict[str, str]] = {
+    "train/loss": "train_loss",
+    **{name: name for name in routing_gain.COLUMNS},
+  }
+
   def __init__(
-    self, config: ml_collections.ConfigDict, directory: pathlib.Path, shared: pathlib.Path, display
+    self, resources: Resources, cohort: workload_lib.Cohort, directory: pathlib.Path
   ):
-    self.config, self.directory, self.shared, self.display = config, directory, shared, display
-    self.settings = language_settings.resolve(config)
-    self.model = self.settings.model
+    self.resources, self.cohort, self.directory = resources, cohort, directory
+    self.display, self.shared = resources.display, resources.workdir
+    self.config = config = _of_trial(cohort)
+    self.settings = language_config.resolve(config)
+    self.model, self.steps = self.settings.model, self.settings.optimizer.steps
+    self.name = f"{cohort.label}/seed{config.seed}-lr{config.optimizer.learning_rate:g}"
+    self.log_every = config.eval.every
     fast_attention.check(self.model.config.attention, jax.default_backend())
     layout = mesh_lib.from_config(config.mesh)
     self.shards = language_shards.Shards(mesh_lib.make(layout), layout.rules)
@@ -116,13 +131,22 @@ class Run:
     data = config.data
     with processes.in_turn():  # prepared data and embeddings are kept in files
       self.data = pipeline.load(
-        data.name, seed=config.seed, data_dir=data.data_dir, manual_folder=data.manual_folder,
-        tasks=data.tasks, train_rows=data.train_rows,
-      )  # fmt: skip
+        data.name,
+        seed=config.seed,
+        data_dir=data.data_dir,
+        manual_folder=data.manual_folder,
+        tasks=data.tasks,
+        train_rows=data.train_rows,
+      )
       if config.instruction.get("exchanged"):
         self.data = records.exchanged(self.data, seed=config.seed)
       self.table, self.projection = self._instructions()
     self.base = _base(config.model.weights, self.model.config, self.shards)
+
+  @property
+  def generates(self) -> bool:
+    """Whether answers are generated before and after; likelihoods are taken always."""
+    return self.cohort.stage == "final"
 
   def _instructions(self) -> tuple[np.ndarray | None, dict[str, Any]]:
     """Embeddings [instructions, E] and the projection that made them, or None and {}."""
@@ -146,140 +170,143 @@ class Run:
 
   def _tokens(self, examples) -> pipeline.EncodedSplit:
     return pipeline.encode(
-      examples, self.tokenizer, self._render(),
-      length=self.config.data.length, on_long=self.config.data.on_long,
+      examples,
+      self.tokenizer,
+      self._render(),
+      length=self.config.data.length,
+      on_long=self.config.data.on_long,
       instruction_in_prompt=self.config.instruction.in_prompt,
-    )  # fmt: skip
+    )
 
   def _render(self) -> formatting.Render:
     data = self.config.data
-    return render_with(self.tokenizer, data.system, data.get("template"))
+    return formatting.renderer(self.tokenizer, data.system, data.get("template"))
 
-  def train(self, label: str, by_generation: bool = True) -> dict[str, Any]:
-    """Trains, scores, and writes adapter and `result.json`; goes on where a stopped run was.
-
-    Args:
-      label: names the run where progress is shown.
-      by_generation: whether answers are generated before and after, or likelihoods taken only.
-    """
-    done_file = self.directory / "result.json"
-    if processes.agreed(done_file.exists()):
-      self._remove_checkpoints()  # killed before it could
-      return json.loads(done_file.read_text())
+  def init(self) -> step_lib.TrainState:
+    """Reads the data, scores the base, and draws the adapter."""
     config, optimizer = self.config, self.settings.optimizer
     split = self.encode("train")
-    efficiency = pipeline.packing_efficiency(split, seed=config.seed, pack=config.data.pack)
-    self.display.log(f"train: {split.report}; rows {100 * efficiency:.0f} % full")
-    before = self._before() if by_generation else {}
-    began = time.monotonic()
-    state, frozen = self.shards.draw(
+    pack = config.data.pack
+    self.packing_efficiency = pipeline.packing_efficiency(split, seed=config.seed, pack=pack)
+    self.display.log(
+      f"train: {split.report}; rows {100 * self.packing_efficiency:.0f} % full"
+    )
+    self.before = self._before() if self.generates else {}
+    index, self._processes = self.shards.own_rows
+    self._iterator = iter(
+      pipeline.batches(
+        split,
+        batch_size=optimizer.batch_size,
+        seed=config.seed,
+        pack=pack,
+        shard_index=index,
+        shard_count=self._processes,
+      )
+    )
+    state, self.frozen = self.shards.draw(
       self.model, self.base, optimizer, config.optimizer.learning_rate, config.seed
     )
     # Training gives up its state's memory: the start, which routing is compared with, is a copy.
     measured = self.model.adapter.has_router and config.eval.routing
-    initial = jax.tree.map(jnp.copy, state.params) if measured else None
-    with metrics.MetricWriter(processes.own_directory(self.directory)) as writer:
-      state, best = self._fit(
-        label, split, state, frozen, writer, initial if by_generation else None
-      )
-    variables = step_lib.variables(self.model, state.params, frozen)
-    result = {
-      "adapter": config.adapter.name, "trainable_params": self.settings.trainable_params,
-      "learning_rate": config.optimizer.learning_rate, "seed": config.seed,
-      "steps": optimizer.steps, "packing_efficiency": efficiency, "before": before,
-      "after": self._likelihood(variables, self.model),
-    }  # fmt: skip
-    if initial is not None:
-      result["after"] |= self.routing_gain(state.params, initial, frozen)
-    if by_generation:
-      result["after"] |= self.scores(variables, self.model)
-      result["samples"] = _compare(before.pop(_ANSWERS, []), result["after"].pop(_ANSWERS, []))
-    result["seconds"] = time.monotonic() - began
+    self.initial = jax.tree.map(jnp.copy, state.params) if measured else None
+    self._update = language_shards.update(self.model, optimizer, self.shards)
+    return state
+
+  def batches(self, start: int, count: int) -> workload_lib.Batches:
+    del start, count  # one step after another
+    text = next(self._iterator)
+    amount = self._processes * int((text.segment_ids > 0).sum())
+    batch = self.shards.batch(text, self.table, self.settings.micro_batches)
+    return workload_lib.Batches(batch, amount)
+
+  def position(self) -> dict[str, Any]:
+    return self._iterator.get_state()
+
+  def seek(self, position: dict[str, Any]) -> None:
+    self._iterator.set_state(position)
+
+  def update(self, state, arrays):
+    return self._update(state, self.frozen, arrays)
+
+  def validate(self, state, step: int) -> list[dict[str, float]]:
+    scores, every = {}, self.config.checkpoint.validate_every
+    if every and (step == self.steps or step % every == 0):
+      scores |= self._likelihood(self._variables(state), self.model, during=True)
+    every = self.config.eval.routing_every if self.generates and self.initial is not None else 0
+    if every and step < self.steps and step % every == 0:
+      scores |= self.routing_gain(state.params, during=True)
+    return [scores]
+
+  def _variables(self, state):
+    return step_lib.variables(self.model, state.params, self.frozen)
+
+  def evaluate(self, state, best: workload_lib.Best | None) -> dict[str, Any]:
+    """Scores the trained model and writes its adapter."""
+    config, variables = self.config, self._variables(state)
+    after = self._likelihood(variables, self.model)
+    if self.initial is not None:
+      after |= self.routing_gain(state.params)
+    samples, before = [], dict(self.before)
+    if self.generates:
+      after |= self.scores(variables, self.model)
+      samples = _compare(before.pop(_ANSWERS, []), after.pop(_ANSWERS, []))
+    training = {
+      "adapter": config.adapter.name,
+      "trainable_params": self.settings.trainable_params,
+      "learning_rate": config.optimizer.learning_rate,
+      "seed": config.seed,
+      "steps": self.steps,
+      "packing_efficiency": self.packing_efficiency,
+      "before": before,
+      "after": after,
+    }
     if best is not None:
-      result["best"] = {"step": best.step, "validation/nats": best.extra["validation/nats"]}
-      self._save(best.tree.params, frozen, {**result, "steps": best.step}, BEST)
-    self._save(state.params, frozen, result)
-    loop.write_json(done_file, result)
-    self._remove_checkpoints()
-    return result
+      training["best"] = {"step": best.step, "validation/nats": best.objective}
+      self._save(best.state.params, {**training, "steps": best.step}, BEST)
+    self._save(state.params, training)
+    row = self._row(before, after)
+    return {
+      "rows": [row],
+      "samples": [{"run_id": row["run_id"], **sample} for sample in samples],
+      "training": training,
+    }
 
-  def _remove_checkpoints(self) -> None:
-    if processes.is_first():
-      shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
-
-  def _fit(
-    self, label, split, state, frozen, writer, initial
-  ) -> tuple[step_lib.TrainState, checkpoint.Restored | None]:
-    """Trains to the last step; returns its state, and the best one's where it was measured.
-
-    What the routing gains is measured on the way against `initial`, where that is given.
-    """
-    config, optimizer, parts = self.config, self.settings.optimizer, self.settings.micro_batches
-    every = config.checkpoint.validate_every
-    index, count = self.shards.own_rows
-    batches = iter(pipeline.batches(
-      split, batch_size=optimizer.batch_size, seed=config.seed, pack=config.data.pack,
-      shard_index=index, shard_count=count,
-    ))  # fmt: skip
-    update = language_shards.update(self.model, optimizer, self.shards)
-    done, tokens, losses = 0, 0, []
-    with checkpoint.Checkpointer(
-      self.directory / CHECKPOINTS, keep=config.checkpoint.keep,
-      keep_best=config.checkpoint.keep_best, config=resume.plain(config), log=self.display.log,
-    ) as saver:  # fmt: skip
-      if saved := saver.restore(state):
-        done, state = saved.step, saved.tree
-        batches.set_state(saved.extra["data"])
-        losses = [np.float32(loss) for loss in saved.extra["losses"]]
-      writer.truncate(done)
-      least = (saver.best() or (0, np.inf))[1]
-      marked = saved_at = time.monotonic()
-      with self.display.group(label, 1, optimizer.steps, start_step=done) as shown:
-        while done < optimizer.steps:
-          text = next(batches)
-          state, values = update(state, frozen, self.shards.batch(text, self.table, parts))
-          done, tokens = done + 1, tokens + count * int((text.segment_ids > 0).sum())
-          losses.append(values["train/loss"])
-          last = done == optimizer.steps
-          noted = last or done % config.eval.every == 0
-          # One process stops after any step, several where all of them ask each other.
-          if not noted and not (jax.process_count() == 1 and stop.requested()):
-            continue
-          losses, nats = jax.device_get(losses), None  # waits for the steps
-          if noted:
-            scalars = {
-              "train/loss": np.mean(losses), "train/grad_norm": values["train/grad_norm"],
-              "train/tokens_per_second": tokens / (time.monotonic() - marked),
-            }  # fmt: skip
-            if every and (last or done % every == 0):
-              variables = step_lib.variables(self.model, state.params, frozen)
-              scalars |= self._likelihood(variables, self.model, during=True)
-              nats = scalars.get("validation/nats")
-            routing_every = config.eval.routing_every
-            if initial is not None and routing_every and not last and done % routing_every == 0:
-              scalars |= self.routing_gain(state.params, initial, frozen, during=True)
-            writer.write(done, scalars)
-            shown.update(done, loss=scalars["train/loss"], rate=scalars["train/tokens_per_second"])
-            losses = []
-          better = nats is not None and nats < least and config.checkpoint.keep_best > 0
-          asked, due = checkpoint.agree(
-            int(stop.requested() or 0), time.monotonic() - saved_at > config.checkpoint.seconds
-          )
-          if last or asked or due or better:
-            writer.flush()
-            saver.save(done, state, {
-              "data": batches.get_state(), "losses": [float(loss) for loss in losses],
-              "validation/nats": nats,
-            }, metric=nats)  # fmt: skip
-            saved_at, least = time.monotonic(), nats if better else least
-          if asked:
-            saver.wait()
-            raise stop.Stopped(asked)
-          tokens, marked = 0, time.monotonic()
-      return state, saver.restore_best(state)
+  def _row(self, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
+    adapter, config, (trial,) = self.model.adapter, self.config, self.cohort.trials
+    row = {
+      "run_id": self.cohort.trial_id(trial),
+      "stage": self.cohort.stage,
+      "task": config.data.name,
+      "method": workload_lib.arm_name(config),
+      "adapter": adapter.method,
+      "seed": trial.seed,
+      "learning_rate": trial.learning_rate,
+      "rank": adapter.rank,
+      "atoms": adapter.atoms,
+      "top_k": adapter.top_k,
+      "in_prompt": config.instruction.in_prompt,
+      "shuffled": config.instruction.shuffled,
+      "trainable_params": self.settings.trainable_params,
+      "steps": self.steps,
+      "validation_nats": after.get("validation/nats", float("nan")),
+    }
+    for split in _SPLITS:
+      for scores, prefix in ((before, "base_"), (after, "")):
+        for score in ("accuracy", "nats"):
+          if f"{split}/{score}" in scores:
+            row[f"{prefix}{split}_{score}"] = scores[f"{split}/{score}"]
+        row |= {
+          f"{prefix}{name}": value
+          for name, value in scores.items()
+          if name.startswith(f"{split}/") and name.count("/") == 2
+        }
+    routed = ("router/", "routing/")
+    row |= {name: value for name, value in after.items() if name.startswith(routed)}
+    row["directory"] = str(self.directory.relative_to(self.shared))
+    return row
 
   def _before(self) -> dict[str, float]:
-    """Scores of the base; runs that ask it the same questions share them."""
+    """Scores of the base; trials that ask it the same questions share them."""
     asked = {name: self.config[name].to_dict() for name in ("model", "data", "eval")}
     asked["in_prompt"] = self.config.instruction.in_prompt
     if asked["in_prompt"] and self.config.instruction.get("exchanged"):
@@ -291,9 +318,9 @@ class Run:
     self.display.log("the base, before training:")
     frozen = decoder.Decoder(self.model.config, _NO_ADAPTER)
     variables = {"base": self.base}
-    found = self._likelihood(variables, frozen) | self.scores(variables, frozen)
-    loop.write_json(path, found)
-    return found
+    scores = self._likelihood(variables, frozen) | self.scores(variables, frozen)
+    files.write_json(path, scores)
+    return scores
 
   def scores(self, variables, model: decoder.Decoder) -> dict[str, Any]:
     """Exact match by greedy generation on inputs that training did not see, by split and task.
@@ -340,7 +367,7 @@ class Run:
         instruction = self.table[[each.instruction_id for each in part]]
       with self.shards.use():
         texts = generation.generate(
-          model, variables, [each.prompt for each in part], stop_ids(self.tokenizer), sampling,
+          model, variables, [each.prompt for each in part], chat.stop_ids(self.tokenizer), sampling,
           instruction,
         )  # fmt: skip
       said += [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in texts]
@@ -380,14 +407,11 @@ class Run:
     means = {name: float(np.mean([each[name] for each in routing])) for name in routing[0]}
     return total / max(count, 1.0), means
 
-  def routing_gain(
-    self, params, initial, frozen: step_lib.Frozen, during: bool = False
-  ) -> dict[str, float]:
+  def routing_gain(self, params, during: bool = False) -> dict[str, float]:
     """`evaluation.routing.COLUMNS` in nats per answer token, on part of the validation split.
 
     Args:
-      params, initial: the trained tree now and before the first step.
-      frozen: what both share.
+      params: the trained tree.
       during: of training: nothing is shown, and a request to stop waits for the checkpoint.
     """
     examples = some(self.data.splits.get("validation", ()), self.config.eval.routing)
@@ -396,7 +420,9 @@ class Run:
     # Shuffled, so that the examples of a batch, which exchange their weights, are of many tasks.
     order = np.random.default_rng(0).permutation(len(examples))
     split = self._tokens([examples[index] for index in order])
-    trained, drawn = (step_lib.variables(self.model, tree, frozen) for tree in (params, initial))
+    trained, drawn = (
+      step_lib.variables(self.model, tree, self.frozen) for tree in (params, self.initial)
+    )
     batches, probes = [], []
     for text in pipeline.packed_evaluation_batches(
       split, batch_size=self.config.optimizer.batch_size
@@ -404,11 +430,11 @@ class Run:
       if not during:
         stop.check()
       batch = self.shards.batch(self.shards.share(text), self.table)
-      other = routing_lib.other_examples(text.segment_ids, text.loss_mask)
+      other = routing_gain.other_examples(text.segment_ids, text.loss_mask)
       with self.shards.use():
         probes.append(jax.device_get(_probe_routing(self.model, trained, drawn, batch, other)))
       batches.append(batch)
-    total = routing_lib.merge(probes)
+    total = routing_gain.merge(probes)
     mixtures = np.zeros(2)
     for batch in batches:
       if not during:
@@ -417,16 +443,16 @@ class Run:
         mixtures += jax.device_get(
           _probe_mixtures(self.model, trained, batch, total.mean_weights)
         )
-    found = routing_lib.columns(total, *mixtures, jax.device_get(_movement(initial, params)))
+    found = routing_gain.columns(total, *mixtures, jax.device_get(_movement(self.initial, params)))
     if not during:
-      shown = ", ".join(f"{found[name]:+.4f} {name.split('_')[1]}" for name in routing_lib.GAINS)
+      shown = ", ".join(f"{found[name]:+.4f} {name.split('_')[1]}" for name in routing_gain.GAINS)
       self.display.log(f"routing gain in nats per answer token against other weights: {shown}")
     return found
 
-  def _save(self, params, frozen, result, folder: str = ADAPTER) -> None:
+  def _save(self, params, training: dict[str, Any], folder: str = ADAPTER) -> None:
     tree = {"params": serialization.to_state_dict(sharding.gathered(params))}
-    if jax.tree.leaves(frozen.factors):
-      tree["frozen"] = serialization.to_state_dict(sharding.gathered(frozen.factors))
+    if jax.tree.leaves(self.frozen.factors):
+      tree["frozen"] = serialization.to_state_dict(sharding.gathered(self.frozen.factors))
     if self.projection:
       tree["projection"] = self.projection
     if not jax.tree.leaves(tree) or not processes.is_first():
@@ -442,8 +468,19 @@ class Run:
       "base_fingerprint": self.settings.source.fingerprint,
       "instruction": self.config.instruction.to_dict(), "system": self.config.data.system,
       "template": self.config.data.get("template"),
-      "training": result,
+      "training": training,
     })  # fmt: skip
+
+
+def publish(workdir: pathlib.Path, row: dict) -> pathlib.Path | None:
+  """Copies a single trial's adapter, and its best step's, to `workdir`; None where none is."""
+  trial, target = workdir / row["directory"], workdir / ADAPTER
+  if not (trial / ADAPTER).is_dir():
+    return None
+  for name in (ADAPTER, BEST):
+    if (trial / name).is_dir():
+      shutil.copytree(trial / name, workdir / name, dirs_exist_ok=True)
+  return target
 
 
 def some(examples, count: int, task=lambda example: example.task) -> list:
@@ -493,7 +530,7 @@ def _inputs(batch):
 def _probe_routing(model, variables, initial, batches: language_step.LanguageBatch, other):
   batch = jax.tree.map(lambda leaf: leaf[0], batches)
   mask = (batch.segments > 0).astype(jnp.float32)
-  return routing_lib.probe(
+  return routing_gain.probe(
     model, variables, initial, _nats_of(model, variables, batch), other, mask,
     jnp.sum(batch.weights), *_inputs(batch),
   )
@@ -502,7 +539,7 @@ def _probe_routing(model, variables, initial, batches: language_step.LanguageBat
 @functools.partial(jax.jit, static_argnums=0)
 def _probe_mixtures(model, variables, batches: language_step.LanguageBatch, mean):
   batch = jax.tree.map(lambda leaf: leaf[0], batches)
-  return routing_lib.one_mixture(
+  return routing_gain.one_mixture(
     model, variables, _nats_of(model, variables, batch), mean, *_inputs(batch)
   )
 

@@ -18,10 +18,10 @@ from qlora_jax.data.text import packing
 from qlora_jax.models import decoder
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.parallel import sharding
-from qlora_jax.training import language_step
 from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.training import step as step_lib
 from qlora_jax.typing import PyTree
+from qlora_jax.workloads import language_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 from configs import llm, regression
 from qlora_jax import sweeps
-from qlora_jax.evaluation import protocol
+from qlora_jax.studies import protocol
 
 RATES = tuple(np.geomspace(1e-3, 1e-1, 7))
 RULES = protocol.Rules()

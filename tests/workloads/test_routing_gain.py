@@ -10,9 +10,9 @@ from flax import linen as nn
 from hypothesis import strategies as st
 
 from qlora_jax.adapters import factory, rerouting
-from qlora_jax.evaluation import routing
 from qlora_jax.models import mlp
-from qlora_jax.training import settings
+from qlora_jax.workloads import regression_config as settings
+from qlora_jax.workloads import routing_gain as routing
 
 SHAPE = mlp.MLPConfig(inputs=5, width=8, hidden=8, layers=2, layers_per_block=1)
 RNG = np.random.default_rng(0)

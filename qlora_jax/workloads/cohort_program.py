@@ -16,12 +16,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.adapters import rerouting, statistics
-from qlora_jax.evaluation import routing as routing_lib
 from qlora_jax.models import mlp
-from qlora_jax.training import feed
 from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.training import step as step_lib
 from qlora_jax.typing import Array, PyTree
+from qlora_jax.workloads import routing_gain
 
 # What runs once a group is compiled in a third of the time without the backend's optimisations.
 _ONCE = {"xla_backend_optimization_level": 0}
@@ -158,10 +157,10 @@ class Program:
       rows = jnp.ones_like(batch.targets)
       trained, drawn = (step_lib.variables(self.model, tree, frozen) for tree in (params, initial))
       inputs = (batch.features, batch.instruction)
-      probed = routing_lib.probe(
+      probed = routing_gain.probe(
         self.model, trained, drawn, loss, other, rows, float(len(rows)), *inputs
       )
-      mixtures = routing_lib.one_mixture(self.model, trained, loss, probed.mean_weights, *inputs)
+      mixtures = routing_gain.one_mixture(self.model, trained, loss, probed.mean_weights, *inputs)
       return probed, mixtures, rerouting.movement(initial, params)
 
     return jax.jit(jax.vmap(one_run, in_axes=(0, 0, None, None, None)), compiler_options=_ONCE)
@@ -175,12 +174,12 @@ class Program:
       params, initial: the trained trees [R, ..] now and before the first step.
       batch: rows [n, ..] with the targets to measure the error by.
     """
-    other = routing_lib.other_rows(len(batch.targets))
+    other = routing_gain.other_rows(len(batch.targets))
     probed, mixtures, moved = jax.device_get(
       self._routing_gain(params, initial, frozen, batch, other)
     )
     return [
-      routing_lib.columns(
+      routing_gain.columns(
         *jax.tree.map(lambda leaf, run=run: leaf[run], (probed, *mixtures, moved))
       )
       for run in range(len(probed.trained))
@@ -191,21 +190,6 @@ class Program:
 def program(model: mlp.MLP, optimizer: optimizer_lib.OptimizerConfig, devices: int = 1) -> Program:
   """The program of a shape, compiled once a process."""
   return Program(model, optimizer, devices)
-
-
-def train_all(
-  prog: Program, states: step_lib.TrainState, frozen: step_lib.Frozen, data: feed.Feed,
-  seeds: tuple[int, ...], seed_row: Array, piece: int = 100,
-) -> step_lib.TrainState:  # fmt: skip
-  """Trains from the first step to the last, `piece` steps a call, without evaluating between.
-
-  Args:
-    seeds: the data seeds of `data`, in the order that `seed_row` [R] counts them.
-  """
-  for start in range(0, prog.optimizer.steps, piece):
-    count = min(piece, prog.optimizer.steps - start)
-    states, _ = prog.train(states, frozen, data.chunk(seeds, start, count), seed_row)
-  return states
 
 
 def predict_all(

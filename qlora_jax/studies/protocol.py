@@ -4,7 +4,7 @@
 method the same data in the same order, sizes adapters to one budget and chooses on validation. The
 checks say what a config leaves open, before anything is trained (`planned`) and afterwards.
 
-  python -m qlora_jax.evaluation.protocol --workdir=DIR
+  python -m qlora_jax.studies.protocol --workdir=DIR
 """
 
 import argparse
@@ -231,13 +231,14 @@ def planned(config: ml_collections.ConfigDict, points: list[dict]) -> pd.DataFra
     errors.UserError: a point's config is wrong.
   """
   # Imported here: with them comes JAX, which a look at a finished study does not need.
-  from qlora_jax.training import loop, study
+  from qlora_jax.studies import study
+  from qlora_jax.workloads import workload
 
   rows = []
   for own, rates in study.expand(config, points):
     instruction = own.instruction
     row = {
-      "task": loop.data_name(own), "method": own.get("label") or own.adapter.name,
+      "task": workload.task_name(own), "method": own.get("label") or own.adapter.name,
       "noise_level": own.data.get("noise_level") or 0.0,
       "in_prompt": instruction.get("in_prompt", False),
       "shuffled": instruction.get("shuffled", False), "steps": own.optimizer.steps,
@@ -245,7 +246,7 @@ def planned(config: ml_collections.ConfigDict, points: list[dict]) -> pd.DataFra
     }  # fmt: skip
     rows += [
       {**row, "stage": "search", "seed": seed, "learning_rate": rate}
-      for seed, rate in study.search_runs(own, rates)
+      for seed, rate in study.search_trials(own, rates)
     ]
     rows += [
       {**row, "stage": "final", "seed": seed, "learning_rate": np.nan}
@@ -283,7 +284,7 @@ def read(workdir: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]
 def main(arguments: Sequence[str] | None = None) -> int:
   """Prints the lines of a study; returns the exit code, 2 for a mistake in what was given."""
   parser = argparse.ArgumentParser(
-    prog="python -m qlora_jax.evaluation.protocol", description=__doc__.split("\n")[0]
+    prog="python -m qlora_jax.studies.protocol", description=__doc__.split("\n")[0]
   )
   parser.add_argument("--workdir", required=True, help="the study: results.parquet, study.json")
   parser.add_argument("--strict", action="store_true", help="exit with 1 where a rule is not met")

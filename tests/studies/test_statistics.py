@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
-from qlora_jax.evaluation import stability, statistics
+from qlora_jax.studies import stability, statistics
 
 _VALUES = st.floats(-1e3, 1e3, allow_nan=False)
 _SAMPLES = st.lists(_VALUES, min_size=2, max_size=12)

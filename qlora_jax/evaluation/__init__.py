@@ -1,1 +1,0 @@
-"""Evaluation: the statistics that the study rests on."""

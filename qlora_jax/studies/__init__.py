@@ -1,0 +1,1 @@
+"""Studies: arms and trials, search and final stages, workers, tables, protocol, statistics."""

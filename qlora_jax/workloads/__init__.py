@@ -1,0 +1,1 @@
+"""What is trained: the workload protocol, regression and language."""
