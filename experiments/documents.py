@@ -189,7 +189,7 @@ def claims() -> str:
   rows = []
   for each in every.QUESTIONS.values():
     if each.ready:
-      rows += [[each.short, *claim] for claim in each.answer()]
+      rows += [[each.short, *claim.cells()] for claim in each.answer()]
   return committed.markdown(["", "claim", "verdict", "evidence"], rows)
 
 

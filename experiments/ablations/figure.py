@@ -57,7 +57,7 @@ def _handles() -> list[mlines.Line2D]:
   marks = (
     ("o", _BETTER, _BETTER, "lower error (p < .05, Holm)"),
     ("o", _WORSE, _WORSE, "higher error (p < .05, Holm)"),
-    ("o", style.MUTED, style.PAPER, "not told apart"),
+    ("o", style.MUTED, style.PAPER, "not significant"),
     ("D", style.INK, style.INK, "parameters not matched"),
   )
   return [

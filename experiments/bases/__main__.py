@@ -1,4 +1,4 @@
-"""Queryable LoRA against LoRA on five frozen networks a task: tables and figure.
+"""Queryable LoRA against LoRA on six frozen networks per task: tables and figure.
 
 python -m experiments.bases                    # from the committed results
 python -m experiments.bases --from=runs/bases  # keeps the results of a sweep first
@@ -8,6 +8,7 @@ import pandas as pd
 
 from experiments import command, kept
 from experiments.bases import analysis, figure
+from experiments.report import tables
 
 RESULTS = kept.RESULTS / "bases"
 
@@ -21,7 +22,7 @@ def summary(pooled: pd.DataFrame, differences: pd.DataFrame) -> str:
   ]
   lines += [
     f"| {row.task} | {row.method} | {row.baseline} | {row.bases} | {_ends(row)} |"
-    f" {row.scatter:.1f} | {row.by_seeds:.1f} | {row.p_holm:.3f} | {row.verdict} |"
+    f" {row.scatter:.1f} | {row.by_seeds:.1f} | {tables.probability(row.p_holm)} | {row.verdict} |"
     for row in pooled.itertuples()
   ]
   lines += [
@@ -45,7 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
   given = command.of_sweep("bases", __doc__, RESULTS).parse_args(arguments)
   if given.parts:
     kept.keep(given.parts, given.results)
-  differences = analysis.differences(kept.read(given.results))
+  again = kept.read(kept.RESULTS / "stability")
+  rows = analysis.with_main_network(kept.read(given.results), again)
+  differences = analysis.differences(rows)
   pooled = analysis.pooled(differences)
   differences.to_csv(given.results / "differences.csv", index=False, float_format="%.6g")
   pooled.to_csv(given.results / "pooled.csv", index=False, float_format="%.6g")

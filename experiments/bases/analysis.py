@@ -1,4 +1,8 @@
-"""Queryable LoRA against LoRA on each frozen network, and over the networks."""
+"""Queryable LoRA against LoRA on each frozen network, and over the networks.
+
+Network 0 is the main study's. Where the sweep has not trained it, its comparisons are those of the
+stability study: trained again on the machine of the other five, losses recorded every ten steps.
+"""
 
 import numpy as np
 import pandas as pd
@@ -8,8 +12,23 @@ from experiments import kept
 from qlora_jax.studies import statistics
 
 
+def with_main_network(rows: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
+  """The rows of all networks; the main study's, if it is missing, from `again` as network 0.
+
+  Args:
+    rows: of `configs/bases.py`, methods named `config.label(method, network)`.
+    again: of `configs/regression.py:stability`; a task's rows at the other networks' noise count.
+  """
+  if rows["method"].str.endswith("/0").any():
+    return rows
+  level = rows.groupby("task")["noise_level"].first()
+  own = again[again["noise_level"] == again["task"].map(level)]
+  names = [config.label(method, 0) for method in own["method"]]
+  return pd.concat([own.assign(method=names), rows], ignore_index=True)
+
+
 def differences(rows: pd.DataFrame) -> pd.DataFrame:
-  """One row a task and network: both errors, the rates chosen, and the difference in per cent.
+  """One row per task and network: both errors, the rates chosen, and the difference in per cent.
 
   The interval is over the seeds of the adapters' training, paired, on this network and at these
   rates. A network that lacks a run of either method is left out.
@@ -34,7 +53,7 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def pooled(differences: pd.DataFrame) -> pd.DataFrame:
-  """One row a task: the mean over its networks in per cent, with Student's interval and Holm's p.
+  """One row per task: the mean over its networks in per cent, with Student's interval and Holm's p.
 
   A network is one value, the logarithm of the ratio of the two methods' mean errors: its search,
   its rates and its seeds are inside. `scatter` is the standard deviation of these values,

@@ -1,4 +1,4 @@
-"""The figure: differences to LoRA by task, a mark a frozen network."""
+"""The figure: differences to LoRA by task, a mark per frozen network."""
 
 import pathlib
 from collections.abc import Mapping
@@ -10,7 +10,8 @@ from matplotlib import lines as mlines
 from experiments.report import style
 
 _NETWORK, _MEAN, _OTHER = "#0072b2", style.INK, "#d55e00"
-_MARKERS = ("s", "^")  # of trainings on the main study's network
+_MARKERS = ("s", "^")  # of other trainings on the main study's network
+_MAIN = 0  # the main study's network
 
 
 def draw(
@@ -22,7 +23,8 @@ def draw(
   """Writes `target`.svg and .png from the two tables of `analysis`.
 
   Args:
-    others: label to differences by task in per cent, of trainings on the main study's network.
+    others: label to differences by task in per cent, of other trainings on the main study's
+      network.
   """
   others, tasks = others or {}, list(pooled.sort_values("percent")["task"])[::-1]
   with style.context():
@@ -50,12 +52,14 @@ def _task(axis, place: int, own: pd.DataFrame, pooled: pd.DataFrame, others) -> 
     y = place + 0.34 * ((number + 0.5) / count - 0.5) + 0.16
     axis.plot([row.percent_low, row.percent_high], [y, y], color=_NETWORK, linewidth=0.7, alpha=0.6)
     axis.plot(row.percent, y, "o", color=_NETWORK, markersize=3)
+    if row.base == _MAIN:
+      axis.plot(row.percent, y, "o", color=_OTHER, markersize=6, markerfacecolor="none")
   row = pooled[pooled["task"] == own["task"].iloc[0]].iloc[0]
   y = place - 0.12
   axis.plot([row["percent_low"], row["percent_high"]], [y, y], color=_MEAN, linewidth=1.6)
   axis.plot(
     row["percent"], y, "D", color=_MEAN, markersize=5,
-    markerfacecolor=style.PAPER if row["verdict"] == "not told apart" else _MEAN,
+    markerfacecolor=style.PAPER if row["verdict"] == "not significant" else _MEAN,
   )  # fmt: skip
   for marker, values in zip(_MARKERS, others.values(), strict=False):
     axis.plot(
@@ -68,8 +72,10 @@ def _handles(others) -> list[mlines.Line2D]:
   return [
     mlines.Line2D([], [], color=_NETWORK, marker="o", markersize=3, linewidth=0.7,
                   label="a frozen network, interval over 10 seeds"),
+    mlines.Line2D([], [], color=_OTHER, marker="o", markersize=6, markerfacecolor="none",
+                  linestyle="none", label="the main study's network, trained again"),
     mlines.Line2D([], [], color=_MEAN, marker="D", markersize=5, linewidth=1.6,
-                  label="mean over networks, Student's interval; hollow: not told apart (Holm)"),
+                  label="mean over networks, Student's interval; hollow: not significant (Holm)"),
     *(
       mlines.Line2D([], [], color=_OTHER, marker=marker, linestyle="none", label=label,
                     markerfacecolor=style.PAPER)

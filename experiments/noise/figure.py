@@ -48,7 +48,7 @@ def _panel(axis, own: pd.DataFrame) -> None:
     for value, row in zip(x, part.itertuples(), strict=True):
       axis.plot(
         value, row.percent, marker, color=color, markersize=4.5,
-        markerfacecolor=style.PAPER if row.verdict == "not told apart" else color,
+        markerfacecolor=style.PAPER if row.verdict == "not significant" else color,
       )  # fmt: skip
   axis.axhline(0, color=style.INK, linewidth=0.6)
   axis.set_xscale("log")
@@ -73,7 +73,7 @@ def _handles(differences: pd.DataFrame) -> list[mlines.Line2D]:
       marker="o",
       linestyle="none",
       markerfacecolor=style.PAPER,
-      label="hollow: not told apart (Holm)",
+      label="hollow: not significant (Holm)",
     )
   )
   return found

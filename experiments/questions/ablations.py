@@ -1,4 +1,4 @@
-"""Which parts of the routing matter? One is changed at a time."""
+"""What changes the error when one part is changed?"""
 
 import pathlib
 
@@ -29,7 +29,7 @@ def table() -> str:
   return committed.markdown(header, rows)
 
 
-def answer() -> list[tuple[str, str, str]]:
+def answer() -> list[question.Claim]:
   """What makes the error clearly higher or lower, task by task, parameters matched."""
   found = []
   for task, own in compared().groupby("task", sort=False):
@@ -39,7 +39,7 @@ def answer() -> list[tuple[str, str, str]]:
       ("higher", clear[clear["percent_low"] > 0]), ("lower", clear[clear["percent_high"] < 0]),
     ):  # fmt: skip
       names = [f"{row.factor}: {row.level} ({row.percent:+.0f} %)" for row in part.itertuples()]
-      found.append((
+      found.append(question.Claim(
         f"{task.replace('_', ' ')}: a change gives a clearly {word} error",
         f"{len(part)} of {len(own)} changes",
         ", ".join(names).replace("-", "−") or "none",

@@ -8,6 +8,7 @@ from experiments.depth import figure, tables
 from experiments.questions import committed, question
 
 _FOLDER = committed.RESULTS / "depth"
+_ARM = "depth regimes queryable"  # whose routing gain the claims on weights need
 _SHOWN = (
   ("similarity", "trained", "blocks, cosine, excess"),
   ("similarity", "trained - untrained", "blocks, cosine, excess"),
@@ -51,7 +52,7 @@ def transfer() -> str:
   )
 
 
-def answer() -> list[tuple[str, str, str]]:
+def answer() -> list[question.Claim]:
   """Whether training makes blocks share atoms, and an atom serve many blocks."""
 
   def told(rows: pd.DataFrame) -> str:
@@ -74,10 +75,16 @@ def answer() -> list[tuple[str, str, str]]:
     & (moved["quantity"] == "difference to all from scratch, %")
   ]  # fmt: skip
   return [
-    ("training makes blocks share atoms (centred cosine)", verdict(learnt), told(learnt)),
-    ("an atom serves more blocks than with renamed atoms", verdict(serves), told(serves)),
-    ("usage foretells the cost of removal (rank correlation)", verdict(usage), told(usage)),
-    (
+    question.Claim(
+      "training makes blocks share atoms (centred cosine)", verdict(learnt), told(learnt), _ARM
+    ),
+    question.Claim(
+      "an atom serves more blocks than with renamed atoms", verdict(serves), told(serves), _ARM
+    ),
+    question.Claim(
+      "usage foretells the cost of removal (rank correlation)", verdict(usage), told(usage)
+    ),
+    question.Claim(
       "a trained memory helps a new task, all trained (change of the error, %)",
       verdict(moved.assign(low=-moved["high"])),
       told(moved),

@@ -12,13 +12,14 @@ from qlora_jax.studies import statistics
 
 _LOWER, _TIE, _HIGHER = "#0072b2", style.FAINT, "#d55e00"
 _LOOKS = (
-  (_LOWER, "", "lower error"), (_TIE, "", "not told apart"), (_HIGHER, "////", "higher error"),
+  (_LOWER, "", "lower error (Holm)"), (_TIE, "", "not significant"),
+  (_HIGHER, "////", "higher error (Holm)"),
 )  # fmt: skip
 _ENDS = ["relative", "relative_low", "relative_high"]
 
 
 def compared() -> pd.DataFrame:
-  """The method fixed in advance beside its closest baseline: a row a setting."""
+  """The study's subject beside its closest baseline: a row per setting; see `docs/report.md`."""
   return headline.compared(committed.summary("regression")).groupby(inputs.SETTING).tail(1)
 
 
@@ -29,17 +30,34 @@ def against_lora() -> pd.DataFrame:
   return rows[rows[_ENDS].notna().all(axis=1)]
 
 
+def holm_counts(rows: pd.DataFrame) -> statistics.Counts:
+  """Wins, ties and losses: a setting counts where Holm's p over its methods is below .05, too."""
+  clear = rows["p_holm"] < statistics.SIGNIFICANCE
+  wins = int((clear & (rows["relative_high"] < 0)).sum())
+  losses = int((clear & (rows["relative_low"] > 0)).sum())
+  return statistics.Counts(wins, len(rows) - wins - losses, losses)
+
+
+def corrected() -> tuple[int, int, int]:
+  """Comparisons of all methods with LoRA; those whose interval leaves out zero; after Holm."""
+  rows = against_lora()
+  alone = ((rows["relative_low"] > 0) | (rows["relative_high"] < 0)).sum()
+  number = holm_counts(rows)
+  return len(rows), int(alone), number.wins + number.losses
+
+
 def counts() -> str:
-  """Wins, ties and losses of each method against LoRA over the settings that it ran in."""
+  """Wins, ties and losses of each method against LoRA over the settings that it ran in (Holm)."""
   rows, table = against_lora(), []
   for key in style.ordered(rows["method"]):
     own = rows[rows["method"] == key]
-    number = statistics.win_tie_loss(own[_ENDS].to_numpy())
+    number = holm_counts(own)
     table.append([
       style.method(key).label, str(len(own)), *map(str, number),
       tables.percent(own["relative"].median()) + " %",
     ])  # fmt: skip
-  header = ["method", "settings", "lower error", "not told apart", "higher error", "median"]
+  header = ["method", "settings", "lower error (Holm)", "not significant", "higher error (Holm)",
+            "median"]  # fmt: skip
   return committed.markdown(header, table)
 
 
@@ -58,12 +76,12 @@ def resolved() -> str:
   return committed.markdown(header, table)
 
 
-def answer() -> list[tuple[str, str, str]]:
+def answer() -> list[question.Claim]:
   """The claim on test performance, judged by the settings' intervals."""
   rows = compared()
-  number = statistics.win_tie_loss(rows[_ENDS].to_numpy())
+  number, clear = holm_counts(rows), rows["p_holm"] < statistics.SIGNIFICANCE
   names = {
-    verdict: "; ".join(rows[rows["verdict"] == verdict]["setting"]) or "none"
+    verdict: "; ".join(rows[clear & (rows["verdict"] == verdict)]["setting"]) or "none"
     for verdict in ("better", "worse")
   }
   if number.losses == 0 and number.wins > len(rows) / 2:
@@ -72,10 +90,11 @@ def answer() -> list[tuple[str, str, str]]:
     verdict = "task-dependent" if number.wins else "not supported"
   evidence = (
     f"lower on {number.wins} of {len(rows)} settings ({names['better']}), higher on"
-    f" {number.losses} ({names['worse']}), not told apart on {number.ties}"
+    f" {number.losses} ({names['worse']}), not significant on {number.ties};"
+    " Holm over the methods of a setting"
   )
   claim = "lower test error than LoRA on noisy non-linear regression (the paper's)"
-  return [(claim, verdict, evidence)]
+  return [question.Claim(claim, verdict, evidence)]
 
 
 def draw(target: pathlib.Path) -> None:
@@ -119,9 +138,7 @@ def _bars(axis, rows: pd.DataFrame) -> None:
   for place, key in enumerate(methods):
     own = rows[rows["method"] == key]
     start = 0
-    for number, (color, hatch, _) in zip(
-      statistics.win_tie_loss(own[_ENDS].to_numpy()), _LOOKS, strict=True
-    ):
+    for number, (color, hatch, _) in zip(holm_counts(own), _LOOKS, strict=True):
       if number:
         axis.barh(place, number, left=start, color=color, hatch=hatch, edgecolor=style.PAPER)
         ink = style.INK if color == _TIE else style.PAPER
@@ -141,7 +158,8 @@ QUESTION = question.Question(
   caption="Left: mean paired difference in test error of Queryable LoRA to LoRA in each setting, in"
   " percent, with 95 % bootstrap intervals over ten seeds; a filled mark's interval leaves out"
   " zero. On multi target both methods see the instruction. Right: in how many settings each"
-  " method's interval lies below zero, holds it, or lies above it.",
+  " method's error is significantly lower, not significantly different, or higher (Holm's p over"
+  " the methods of a setting).",
   study="regression",
   command="python launch.py --config=configs/regression.py --workdir=runs/regression --sweep",
   draw=draw,

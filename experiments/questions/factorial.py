@@ -1,4 +1,4 @@
-"""What does the instruction give, what does routing give, and do they need each other?"""
+"""Where does the instruction enter best, and how are the atoms weighed?"""
 
 import pathlib
 
@@ -6,13 +6,21 @@ from experiments.factorial import analysis, figure
 from experiments.questions import committed, question
 
 REGRESSION = analysis.DOMAINS["regression"]
+_PRIOR = "prior/on/true"
+# Effect, the claim that it decides, and of a claim about routing the arm whose gain it needs.
 _TOLD = (
-  ("prior − none", "the instruction as a prior lowers the error"),
-  ("query − none", "the instruction in the query lowers the error"),
-  ("on − static", "routing by the input lowers the error against a static mixture"),
-  ("on − uniform", "softmax weights lower the error against equal weights on the top 4"),
-  ("(prior − none) × (on − static)", "the prior gains by routing (interaction with static)"),
-  ("(prior − none) × (on − uniform)", "the prior gains by routing (interaction with uniform)"),
+  ("prior − none", "the instruction as a prior lowers the error", None),
+  ("query − none", "the instruction in the query lowers the error", None),
+  ("on − static", "routing by the input lowers the error against a static mixture", _PRIOR),
+  ("on − uniform", "softmax weights lower the error against equal weights on the top 4", _PRIOR),
+  (
+    "(prior − none) × (on − static)", "the prior gains by routing (interaction with static)",
+    _PRIOR,
+  ),
+  (
+    "(prior − none) × (on − uniform)", "the prior gains by routing (interaction with uniform)",
+    _PRIOR,
+  ),
 )  # fmt: skip
 
 
@@ -36,13 +44,17 @@ def table(domain: analysis.Domain = REGRESSION) -> str:
   )
 
 
-def answer(domain: analysis.Domain = REGRESSION, told=_TOLD) -> list[tuple[str, str, str]]:
+def answer(domain: analysis.Domain = REGRESSION, told=_TOLD) -> list[question.Claim]:
   """The prior, the routing, and whether the prior gains by routing."""
   rows = committed.csv(domain.name, "effects")
   rows = rows[rows["truth"] == "unseen"].set_index("effect")
   return [
-    (claim, verdict(rows.loc[name]), f"{ends(rows.loc[name])}, p {rows.loc[name, 'p_holm']:.3f}")
-    for name, claim in told if name in rows.index
+    question.Claim(
+      claim, verdict(rows.loc[name]),
+      f"{ends(rows.loc[name])}, p {rows.loc[name, 'p_holm']:.3f}",
+      arm and f"{domain.name} {arm}",
+    )
+    for name, claim, arm in told if name in rows.index
   ]  # fmt: skip
 
 

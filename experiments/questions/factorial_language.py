@@ -1,4 +1,4 @@
-"""The instruction and the routing told apart on a language model."""
+"""The instruction by the place where it enters, and the weights, on a language model."""
 
 import functools
 
@@ -7,15 +7,33 @@ from experiments.questions import factorial, question
 
 LANGUAGE = analysis.DOMAINS["language"]
 _TOLD = (
-  ("prior − none", "the instruction as a prior lowers the likelihood's nats"),
-  ("query − none", "the instruction in the query lowers them"),
-  ("input − none", "the instruction in the prompt lowers them"),
-  ("on − LoRA, none", "routing lowers them against LoRA where nothing reads the instruction"),
-  ("on − LoRA, input", "routing lowers them against LoRA where both have the prompt"),
-  ("on − static", "routing by the input lowers them against a static mixture"),
-  ("(prior − none) × (on − static)", "the prior gains by routing (interaction with static)"),
-  ("(prior − none) × (on − uniform)", "the prior gains by routing (interaction with uniform)"),
-  ("on − example, query", "routing tokens beats routing examples (instruction in the query)"),
+  ("prior − none", "the instruction as a prior lowers the likelihood's nats", None),
+  ("query − none", "the instruction in the query lowers them", None),
+  ("input − none", "the instruction in the prompt lowers them", None),
+  (
+    "on − LoRA, none", "routing lowers them against LoRA where nothing reads the instruction",
+    "none/on/absent",
+  ),
+  (
+    "on − LoRA, input", "routing lowers them against LoRA where both have the prompt",
+    "input/on/true+prompt",
+  ),
+  (
+    "on − static", "routing by the input lowers them against a static mixture",
+    "input/on/true+prompt",
+  ),
+  (
+    "(prior − none) × (on − static)", "the prior gains by routing (interaction with static)",
+    "prior/on/true",
+  ),
+  (
+    "(prior − none) × (on − uniform)", "the prior gains by routing (interaction with uniform)",
+    "prior/on/true",
+  ),
+  (
+    "on − example, query", "routing tokens beats routing examples (instruction in the query)",
+    "query/on/true",
+  ),
 )  # fmt: skip
 
 QUESTION = question.Question(

@@ -5,13 +5,13 @@ import pathlib
 
 import pandas as pd
 
-from experiments.questions import committed, question
+from experiments.questions import committed, question, routing
 from experiments.report import plot_accuracy, style, tables
 from qlora_jax.studies import statistics
 
 # Column -> heading and digits.
 _SCORES = {
-  "test_nats": ("nats an answer token, new wordings", 3),
+  "test_nats": ("nats per answer token, new wordings", 3),
   "test_seen_nats": ("known wordings", 3),
   "test_accuracy": ("exact match, new wordings, %", 1),
 }  # fmt: skip
@@ -25,7 +25,7 @@ _PAIR = ("queryable_prior+prompt", "lora+prompt")
 _SHUFFLED = "queryable_prior+shuffled"
 
 
-def answer() -> list[tuple[str, str, str]]:
+def answer() -> list[question.Claim]:
   """Claims about the prior, judged by exact match in wordings that training has not seen."""
   rows = committed.summary("induction")
   with_prompt = rows[(rows["method"] == _PAIR[0]) & (rows["baseline"] == _PAIR[1])].iloc[0]
@@ -36,13 +36,14 @@ def answer() -> list[tuple[str, str, str]]:
     _points("queryable_prior", other) for other in ("queryable", "lora+prompt", _SHUFFLED)
   )
   return [
-    (
+    question.Claim(
       "the prior adds to a prompt that the model reads",
       verdicts.get(with_prompt["verdict"], "no difference seen"),
       f"{tables.with_interval(*ends, tables.percent)} points to LoRA with the prompt, paired over"
       f" {with_prompt['num_pairs']:.0f} seeds",
+      f"induction {_PAIR[0]}",
     ),
-    (
+    question.Claim(
       "the prior carries an instruction that the prompt does not hold",
       "supported" if min(carried.low, shuffled.low) > 0
       else "not supported" if carried.high < 0 else "inconclusive",
@@ -50,7 +51,7 @@ def answer() -> list[tuple[str, str, str]]:
       f" it ({_told(carried)} points), {own[_SHUFFLED]:.1f} % with shuffled wordings"
       f" ({_told(shuffled)})",
     ),
-    (
+    question.Claim(
       "the prior replaces the prompt",
       "not supported" if replaced.high < 0 else "supported" if replaced.low > 0 else "inconclusive",
       f"{own['queryable_prior']:.1f} % against {own['lora+prompt']:.1f} % of LoRA with the prompt:"
@@ -72,8 +73,8 @@ def _told(ends: statistics.Interval) -> str:
   return tables.with_interval(*ends, tables.percent)
 
 
-def _likelihoods() -> list[tuple[str, str, str]]:
-  """Whether routing lowers the nats of test answers, in each study of two."""
+def _likelihoods() -> list[question.Claim]:
+  """Whether the routed method has fewer nats of test answers, in each study of two."""
   found = []
   for study, told in PAIRS.items():
     if not (committed.RESULTS / study).is_dir():
@@ -84,9 +85,10 @@ def _likelihoods() -> list[tuple[str, str, str]]:
     ends = tables.with_interval(
       row["test_nats_difference"], low, high, lambda x: tables.signed(x, 2)
     )
-    found.append((
+    found.append(question.Claim(
       f"{row['label']} has a better likelihood than LoRA on {told}", verdict,
-      f"{ends} nats an answer token, {row['seeds']:.0f} seeds (Student)",
+      f"{ends} nats per answer token, {row['seeds']:.0f} seeds (Student)",
+      f"{study} {row['method']}",
     ))  # fmt: skip
   return found
 
@@ -94,9 +96,9 @@ def _likelihoods() -> list[tuple[str, str, str]]:
 def pair(study: str) -> pd.DataFrame:
   """The base, LoRA and the routed method of a study of two, with Student's paired differences.
 
-  Columns: `label`, `trainable_params`, `learning_rate`, `seeds`, and for each of `test_nats`,
-  `test_seen_nats` and `test_accuracy` the mean, and of the routed one `_difference`, `_low`,
-  `_high` and `_p`.
+  Columns: `method`, `label`, `trainable_params`, `learning_rate`, `seeds`, and for each of
+  `test_nats`, `test_seen_nats` and `test_accuracy` the mean, and of the routed one `_difference`,
+  `_low`, `_high` and `_p`.
   """
   final = committed.study(study).stage("final")
   scores = [name for name in _SCORES if name in final]
@@ -109,7 +111,7 @@ def pair(study: str) -> pd.DataFrame:
   for method in methods:
     own = final[final["method"] == method]
     row = {
-      "label": style.method(method).label, "seeds": len(own),
+      "method": method, "label": style.method(method).label, "seeds": len(own),
       **own[["trainable_params", "learning_rate"]].iloc[0],
     }  # fmt: skip
     for name in scores:
@@ -172,6 +174,19 @@ def combined_table() -> str:
   return committed.markdown(header, rows)
 
 
+def swap_table() -> str:
+  """The swap test of one run: validation nats with its weights as trained and replaced."""
+  row = routing.swap()
+  cells = [
+    style.method(row["method"]).label, f"{row['seed']:.0f}", f"{row['steps']:.0f}",
+    *(f"{row[name]:.4f}" for name in ("nats", "nats_uniform", "nats_permuted")),
+    f"{row['support_start']:.2f}", f"{row['support_end']:.2f}",
+  ]  # fmt: skip
+  header = ["method", "seed", "steps", "nats as trained", "equal weights", "atoms permuted",
+            "effective support at the start", "at the end"]  # fmt: skip
+  return committed.markdown(header, [cells])
+
+
 def table() -> str:
   """Every method's exact match and likelihood."""
   from experiments import documents  # which lists the questions' tables, too
@@ -199,6 +214,7 @@ QUESTION = question.Question(
   tables={
     "language_deciding": table,
     "language_combined": combined_table,
+    "language_swap": swap_table,
     **{f"language_{study}": functools.partial(pair_table, study) for study in PAIRS},
   },
   answer=answer,

@@ -1,4 +1,4 @@
-"""Does routing still help with other noise, and with few training rows?"""
+"""Is the error lower than LoRA's with other noise, and with few training rows?"""
 
 import pathlib
 
@@ -22,16 +22,16 @@ def table() -> str:
   return committed.markdown(header, rows)
 
 
-def answer() -> list[tuple[str, str, str]]:
+def answer() -> list[question.Claim]:
   """Whether the error is lower, by task and number of rows, at the levels of noise."""
-  verdicts = {"better": "supported", "worse": "not supported", "not told apart": "inconclusive"}
+  verdicts = {"better": "supported", "worse": "not supported", "not significant": "inconclusive"}
   found, pooled = [], committed.csv("noise", "pooled")
   for (task, count), own in pooled.groupby(["task", "train_rows"], sort=False):
     words = [verdicts[word] for word in own["verdict"]]
     told = "; ".join(
       f"noise {row['noise_level']:g}: {factorial.ends(row)}" for row in own.to_dict("records")
     )
-    found.append((
+    found.append(question.Claim(
       f"lower error than LoRA on {task} with {count:,} training rows, over five kinds of noise",
       words[0] if len(set(words)) == 1
       else "supported in part" if "supported" in words else "not supported",
@@ -48,9 +48,9 @@ def draw(target: pathlib.Path) -> None:
 QUESTION = question.Question(
   name="noise_and_rows",
   caption="Difference in noise-free test error of Queryable LoRA to LoRA in per cent, with 95 %"
-  " paired bootstrap intervals over ten seeds, against the number of training rows; a panel a kind"
-  " of noise, a line a task and noise level (standard deviation of the noise in units of the"
-  " target's). Hollow marks are not told apart from zero (Holm's p at a noise level of a task).",
+  " paired bootstrap intervals over ten seeds, against the number of training rows; a panel per"
+  " kind of noise, a line per task and noise level (standard deviation of the noise in units of the"
+  " target's). Hollow marks are not significant (Holm's p at a noise level of a task).",
   study="noise",
   command="python launch.py --config=configs/noise.py --workdir=runs/noise --sweep",
   draw=draw,

@@ -6,9 +6,34 @@ import pathlib
 import re
 from collections.abc import Callable, Mapping
 
-from experiments.questions import committed
+from experiments.questions import committed, routing
 
 _FOLDER = "QLORA_JAX_FIGURES"  # where figures go instead of docs/figures, for a look or a test
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A sentence, its verdict and the evidence, worded from the results.
+
+  Attributes:
+    claim: the sentence.
+    verdict: by its own rule, from the intervals.
+    evidence: the numbers.
+    routing: of a claim about routing the arm, "STUDY [TASK] ARM", whose measured gain it needs.
+  """
+
+  claim: str
+  verdict: str
+  evidence: str
+  routing: str | None = None
+
+  def cells(self) -> list[str]:
+    """Claim, verdict and evidence; without a gain above zero no verdict on routing is allowed."""
+    if self.routing is None:
+      return [self.claim, self.verdict, self.evidence]
+    verdict = routing.verdict(self.routing, self.verdict)
+    marker = f" <!-- routing: {self.routing} -->" if routing.allowed(self.routing) else ""
+    return [self.claim + marker, verdict, self.evidence + routing.told(self.routing)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +47,7 @@ class Question:
     command: makes these results.
     draw: writes `target`.svg and .png.
     tables: name to a function that gives a table in Markdown; the names that documents use.
-    answer: gives claims as (claim, verdict, evidence), worded from the results.
+    answer: gives its claims.
   """
 
   name: str
@@ -31,7 +56,7 @@ class Question:
   command: str
   draw: Callable[[pathlib.Path], None]
   tables: Mapping[str, Callable[[], str]]
-  answer: Callable[[], list[tuple[str, str, str]]]
+  answer: Callable[[], list[Claim]]
 
   @property
   def short(self) -> str:
@@ -83,9 +108,9 @@ def folder() -> pathlib.Path:
   return found
 
 
-def claims(rows: list[tuple[str, str, str]]) -> str:
+def claims(rows: list[Claim]) -> str:
   """Claims as a table in Markdown."""
-  return committed.markdown(["claim", "verdict", "evidence"], [list(row) for row in rows])
+  return committed.markdown(["claim", "verdict", "evidence"], [row.cells() for row in rows])
 
 
 def settle(path: pathlib.Path) -> None:

@@ -67,7 +67,7 @@ def _percents(seen: pd.Series | None) -> list[str]:
   return [f"{seen[name]:.2f} %" for name in ("extra_hbm_percent", "extra_peak_percent")]
 
 
-def answer() -> list[tuple[str, str, str]]:
+def answer() -> list[question.Claim]:
   """The three targets at 70B."""
   row = targets().set_index("scale").loc[_SCALE]
   seen, flops = _compiled(_SCALE), row["extra_flops_percent"]
@@ -78,16 +78,16 @@ def answer() -> list[tuple[str, str, str]]:
   at = f"M = {_ATOMS}, k = {_KEPT}, R = {_RANK}, {_SCALE}"
   routed = (checked()["routed_collectives"] > 0).sum()
   return [
-    (
+    question.Claim(
       f"under 1 % more FLOPs than LoRA ({at})", "supported" if flops < 1 else "not supported",
       f"{flops:.3f} %, counted by formula",
     ),
-    (
+    question.Claim(
       f"under 1 % more memory a chip than LoRA ({at})",
       "supported" if hbm < 1 else "not supported",
       f"{hbm:.2f} % {said}, {row['extra_hbm_percent']:.2f} % by formula",
     ),
-    (
+    question.Claim(
       f"no collective on the routed path ({at})",
       "inconclusive" if seen is None else "not supported" if seen["routed_collectives"]
       else "supported",

@@ -23,7 +23,7 @@ def by_method() -> pd.DataFrame:
 
 @functools.cache
 def pairs() -> pd.DataFrame:
-  """The method fixed in advance beside its baseline, with the baseline's own basin: by setting."""
+  """The study's subject beside its baseline, with the baseline's basin: by setting."""
   summary = committed.summary("regression")
   own = summary.drop_duplicates([*inputs.SETTING, "method"])
   own = own[[*inputs.SETTING, "method", "basin_decades", "diverged_share", "search_runs"]]
@@ -56,7 +56,7 @@ def _spiked() -> tuple[str, str]:
   ends = f"[{tables.signed(means.low, 2)}, {tables.signed(means.high, 2)}] over {len(rows)} tasks"
   return verdict, (
     f"{counts[0]} against {counts[1]} in {runs}, losses recorded every ten steps;"
-    f" {tables.signed(means.mean, 2)} a run {ends}"
+    f" {tables.signed(means.mean, 2)} per run {ends}"
   )
 
 
@@ -90,15 +90,15 @@ def by_setting() -> str:
 def _word(row: dict) -> str:
   if row["spread_ratio_high"] < 1:
     return "steadier"
-  return "less steady" if row["spread_ratio_low"] > 1 else "not told apart"
+  return "less steady" if row["spread_ratio_low"] > 1 else "not significant"
 
 
-def answer() -> list[tuple[str, str, str]]:
+def answer() -> list[question.Claim]:
   """The claim on training stability, quantity by quantity."""
   rows = pairs()
   number = statistics.win_tie_loss(rows[_RATIO].to_numpy() - 1)
   spread = (
-    f"spread over seeds smaller on {number.wins}, larger on {number.losses} and not told apart on"
+    f"spread over seeds smaller on {number.wins}, larger on {number.losses} and not significant on"
     f" {number.ties} of {len(rows)} settings; median ratio"
     f" {tables.number(rows['spread_ratio'].median(), 2)}"
   )
@@ -114,19 +114,19 @@ def answer() -> list[tuple[str, str, str]]:
   )
   runs = int(rows["search_runs"].sum())
   parts = [
-    ("smaller spread over seeds than LoRA", _verdict(number), spread),
-    (
+    question.Claim("smaller spread over seeds than LoRA", _verdict(number), spread),
+    question.Claim(
       "a wider basin of learning rates than LoRA",
       "supported" if basin.low > 0 else "not supported" if basin.high < 0 else "inconclusive",
       width,
     ),
-    (
+    question.Claim(
       "fewer diverged runs than LoRA", "not supported" if ours >= theirs else "inconclusive",
       f"{ours} against {theirs} of {runs} search runs over seven learning rates",
     ),
-    ("fewer loss spikes than LoRA", *_spiked()),
+    question.Claim("fewer loss spikes than LoRA", *_spiked()),
   ]  # fmt: skip
-  verdicts = [verdict for _, verdict, _ in parts]
+  verdicts = [part.verdict for part in parts]
   supported, against = verdicts.count("supported"), verdicts.count("not supported")
   whole = "inconclusive" if not supported and not against else "not supported"
   if supported and not against:
@@ -135,7 +135,7 @@ def answer() -> list[tuple[str, str, str]]:
     f"of the four quantities below {supported} supported, {against} not supported,"
     f" {verdicts.count('inconclusive')} inconclusive"
   )
-  return [("more stable training than LoRA (the paper's)", whole, evidence), *parts]
+  return [question.Claim("more stable training than LoRA (the paper's)", whole, evidence), *parts]
 
 
 def _verdict(number: statistics.Counts) -> str:
@@ -162,7 +162,7 @@ def draw(target: pathlib.Path) -> None:
 
 def _spreads(axis, rows: pd.DataFrame) -> None:
   for place, row in enumerate(rows.to_dict("records")):
-    look, clear = style.method(row["method"]), _word(row) != "not told apart"
+    look, clear = style.method(row["method"]), _word(row) != "not significant"
     axis.plot([row[_RATIO[1]], row[_RATIO[2]]], [place, place], color=look.color)
     axis.plot(
       row[_RATIO[0]], place, marker=look.marker, color=look.color, markersize=6,

@@ -25,7 +25,7 @@ def table() -> str:
   return committed.markdown(header, found)
 
 
-def answer() -> list[tuple[str, str, str]]:
+def answer() -> list[question.Claim]:
   """Whether Queryable LoRA forgets less than LoRA, learns better, and freezing its atoms helps."""
   found = [
     _claim("forgets less than LoRA (backward transfer)", _FREE, "backward transfer", up=True),
@@ -38,7 +38,7 @@ def answer() -> list[tuple[str, str, str]]:
   return [each for each in found if each]
 
 
-def _claim(claim: str, arm: str, quantity: str, up: bool) -> tuple[str, str, str] | None:
+def _claim(claim: str, arm: str, quantity: str, up: bool) -> question.Claim | None:
   """Judges a difference to LoRA stream by stream; `up` where more is better. None: not run yet."""
   rows = committed.csv("stream", "summary")
   rows = rows[(rows["arm"] == arm) & (rows["quantity"] == quantity + _DIFFERENCE)]
@@ -54,7 +54,7 @@ def _claim(claim: str, arm: str, quantity: str, up: bool) -> tuple[str, str, str
     f"{row['task'].replace('_', ' ')} {depth.ends(row)}, p {row['p']:.3f}"
     for row in rows.to_dict("records")
   )
-  return (claim, verdict, evidence)
+  return question.Claim(claim, verdict, evidence)
 
 
 def draw(target: pathlib.Path) -> None:

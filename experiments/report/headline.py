@@ -144,7 +144,7 @@ def _numbers(rows: pd.DataFrame, counts: tuple[int, int, int, int], of: measure.
       f"The difference {'of the other runs ' if diverged else ''}is {interval} ({how}), with "
       f"{ratio}."
     )
-  parts = [f"{better} {of.better}", f"{worse} {of.worse}", f"{unclear} not told apart"]
+  parts = [f"{better} {of.better}", f"{worse} {of.worse}", f"{unclear} not significant"]
   parts += [f"{diverged} with a diverged run"] if diverged else []
   return (
     f"Of {data_sets(len(rows))}: {', '.join(parts)}, by paired 95 % {_kind(pairs)} intervals over "

@@ -301,6 +301,11 @@ def contrast(of: measure.Quantity) -> Callable[[float], str]:
   return percent if of.scale == 100 or getattr(of, "relative", False) else signed
 
 
+def probability(value: float) -> str:
+  """A p-value to three decimals."""
+  return "< 0.001" if value < 0.0005 else f"{value:.3f}"
+
+
 def count(value: float) -> str:
   return f"{value:,.0f}".replace(",", "\u202f") if math.isfinite(value) else MISSING
 

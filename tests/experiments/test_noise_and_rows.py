@@ -55,7 +55,7 @@ def test_a_setting_is_compared_with_lora_in_the_same_noise():
   found = analysis.differences(rows)
   assert list(found["task"]) == ["regimes", "regimes", "friedman1"]
   assert found["percent"].to_numpy() == pytest.approx([-50, 0, 10], abs=0.2)
-  assert list(found["verdict"]) == ["better", "not told apart", "worse"]
+  assert list(found["verdict"]) == ["better", "not significant", "worse"]
   least = 2 / 2**10
   assert found["p_holm"].to_numpy()[[0, 2]] == pytest.approx([least, least])  # one family each
 

@@ -4,12 +4,13 @@ import pathlib
 
 import nbclient
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
 from experiments.questions import __main__ as command
-from experiments.questions import committed, every, language, question, stability
+from experiments.questions import committed, error, every, language, question, stability
 from qlora_jax.studies import stability as evaluation_stability
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -125,7 +126,7 @@ def test_what_the_prior_carries_is_the_paired_difference_of_the_committed_runs()
   way = final["method"] + final["shuffled"].map({True: " shuffled", False: ""})
   scores = 100 * final.assign(way=way).pivot(index="seed", columns="way", values="test_accuracy")
   assert len(scores) == 3
-  claims = {claim: (verdict, told) for claim, verdict, told in language.answer()}
+  claims = {each.claim: (each.verdict, each.evidence) for each in language.answer()}
   verdict, told = claims["the prior carries an instruction that the prompt does not hold"]
   lows = []
   for other in ("queryable", "queryable_prior shuffled"):
@@ -139,6 +140,49 @@ def test_what_the_prior_carries_is_the_paired_difference_of_the_committed_runs()
       quoted = f"{signed[0]} points [{signed[1]}, {signed[2]}]"
       assert other != "queryable" or quoted in text, page
   assert (verdict == "supported") == (min(lows) > 0)
+
+
+def test_wins_and_losses_are_those_that_hold_after_holms_correction():
+  rows, number = error.against_lora(), error.corrected()
+  clear = (rows["relative_low"] > 0) | (rows["relative_high"] < 0)
+  assert number == (len(rows), clear.sum(), (clear & (rows["p_holm"] < 0.05)).sum())
+  page = " ".join((ROOT / "README.md").read_text().split())
+  assert (
+    "of {} comparisons, {} uncorrected intervals leave out zero, and {} after".format(*number)
+    in page
+  )
+  counted = [line.split("|")[3:6] for line in error.counts().splitlines()[2:]]
+  wins, ties, losses = np.array(counted, int).sum(axis=0)
+  assert (wins + losses, wins + ties + losses) == (number[2], number[0])
+
+
+def test_ten_search_cells_with_the_prompt_are_as_the_pages_say():
+  lower, at_high = [], {}
+  for study in ("induction", "all_tasks", "gsm8k"):
+    runs = pd.read_parquet(committed.RESULTS / study / "results.parquet")
+    runs = runs[(runs["stage"] == "search") & runs["in_prompt"]]
+    nats = runs.pivot(index="learning_rate", columns="method", values="validation_nats")
+    ours = next(name for name in nats if name.startswith("queryable"))
+    lower += list(nats[ours] < nats["lora"])
+    at_high[study] = (nats["lora"] - nats[ours])[0.01]
+    assert nats[ours].idxmin() == nats["lora"].idxmin() == 0.003
+  assert len(lower) == 10 and sum(lower) == 9
+  assert (at_high["induction"], at_high["all_tasks"]) == pytest.approx((0.1, 0.07), abs=0.005)
+
+
+def test_a_page_of_the_language_studies_quotes_the_swap_test():
+  rows = pd.read_csv(committed.RESULTS / "induction" / "swap.csv").iloc[0]
+  runs = pd.read_parquet(committed.RESULTS / "induction" / "results.parquet")
+  run = runs[(runs["method"] == "queryable_prior") & runs["in_prompt"] & (runs["seed"] == 100)]
+  assert run["validation_nats"].item() == pytest.approx(rows["nats"], abs=5e-5)
+  assert run["router/effective_support"].item() == pytest.approx(rows["support_end"], abs=5e-3)
+  pages = ("README.md", "docs/results.md", "docs/language_results.md",
+           "experiments/factorial/README.md")  # fmt: skip
+  for page in pages:
+    text = (ROOT / page).read_text()
+    for name in ("nats", "nats_uniform", "nats_permuted"):
+      assert f"{rows[name]:.4f}" in text, (page, name)
+    assert f"{rows['support_start']:.2f}" in text and f"{rows['support_end']:.2f}" in text, page
 
 
 def test_loss_spikes_are_counted_from_the_recorded_losses():
