@@ -126,7 +126,7 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data, reques
       done = execute(
         [sys.executable, "launch.py", "--status", f"--workdir={tmp_path}"], tmp_path
       )  # fmt: skip
-      assert "1 settings: 1 pending" in done.stdout
+      assert "1 arms: 1 pending" in done.stdout
       return
     if any("configs/llm.py" in each for each in arguments):
       if "mine.jsonl" in text:

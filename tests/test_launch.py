@@ -65,7 +65,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_bits(whole, tmp_path, shared_data, 
     command(workdir, shared_data, "--sweep", "--workers=1"), cwd=ROOT, stderr=subprocess.PIPE,
     text=True,
   )  # fmt: skip
-  while not list(workdir.glob("groups/*/checkpoints/[0-9]*")):  # in the middle of a group
+  while not list(workdir.glob("cohorts/*/checkpoints/[0-9]*")):  # in the middle of a cohort
     assert process.poll() is None, process.stderr.read()
     time.sleep(0.02)
   process.send_signal(sent)
@@ -143,7 +143,7 @@ def test_a_bad_value_deep_in_a_sweep_is_told_before_anything_trains(tmp_path):
   )
   line = refused(f"--config={config}", "--sweep", f"--workdir={tmp_path}/run")
   assert line.startswith("error: adapter.top_k: 1000000")
-  assert not list((tmp_path / "run").glob("groups/*"))
+  assert not list((tmp_path / "run").glob("cohorts/*"))
 
 
 def test_a_dry_run_prints_every_point_and_writes_nothing(tmp_path):

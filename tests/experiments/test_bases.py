@@ -16,7 +16,9 @@ from experiments.bases import analysis
 from experiments.questions import bases as question
 from qlora_jax import sweeps
 from qlora_jax.models import mlp
-from qlora_jax.training import loop, progress
+from qlora_jax.training import progress
+from qlora_jax.workloads import regression as regression_workload
+from qlora_jax.workloads import regression_config
 
 
 def test_every_network_has_both_methods_at_every_rate():
@@ -42,11 +44,11 @@ def test_the_seed_gives_another_network_and_0_the_main_studys(tmp_path):
   for seed in (0, 1):
     base.pretrain.seed = seed
     with progress.Display(total_points=1) as display:
-      trained = loop.Loop(tmp_path, display).base(base)
+      trained = regression_workload.Resources(tmp_path, display).base(base)
     model = mlp.MLPConfig(**base.model)
     found[seed] = np.concatenate([np.ravel(leaf) for leaf in _leaves(trained)])
     assert len(found[seed]) == sum(
-      leaf.size for leaf in _leaves(loop.settings.random_base(model, 0))
+      leaf.size for leaf in _leaves(regression_config.random_base(model, 0))
     )
   assert np.abs(found[0] - found[1]).mean() > 0.01
   assert len(list((tmp_path / "bases").iterdir())) >= 2  # neither is taken for the other

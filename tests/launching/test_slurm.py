@@ -54,7 +54,7 @@ def states(rows):
 
 
 def saves(workdir):
-  return list(workdir.glob("groups/*/checkpoints/[0-9]*"))
+  return list(workdir.glob("cohorts/*/checkpoints/[0-9]*"))
 
 
 def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed(
@@ -70,7 +70,7 @@ def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed
   ]
   workdir = tmp_path / "sweep"
   told, _ = launch(config, points, workdir, cluster, max_parallel=1)
-  assert "submitted 3 of 3 settings" in told
+  assert "submitted 3 of 3 arms" in told
   until(lambda rows: rows[0].state == "running", workdir)
   assert states(status.look(workdir))[1:] == ["pending", "pending"]  # one at a time
 
@@ -97,8 +97,8 @@ def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed
     workdir,
   )
   assert rows[1].job == lora  # the same job
-  record = records.read(workdir, rows[1].setting)
-  trained = workdir / "groups" / record.groups[0]  # one learning rate: nothing to search
+  record = records.read(workdir, rows[1].arm)
+  trained = workdir / "cohorts" / record.cohorts[0]  # one learning rate: nothing to search
   lines = (trained / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == list(range(2, 121, 2))  # each one once
   assert "lora/final: 1 point, 120 steps, from step " in log.read_text()
@@ -110,14 +110,14 @@ def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed
   pd.testing.assert_frame_equal(*tables, rtol=1e-3)  # float32 in processes of other threads
 
   told, finished = launch(config, points, workdir, cluster)
-  assert "submitted 1 of 3 settings" in told and "2 done, 0 in the queue" in told and finished
+  assert "submitted 1 of 3 arms" in told and "2 done, 0 in the queue" in told and finished
   told, _ = launch(config, points, workdir, cluster)
-  assert told == "nothing to submit: of 3 settings 2 done, 1 in the queue"
+  assert told == "nothing to submit: of 3 arms 2 done, 1 in the queue"
   again = status.look(workdir)[0].job
   subprocess.run(["scancel", again], check=True)
   rows = until(lambda rows: not rows[0].queued, workdir)
   assert rows[0].state == "failed" and rows[0].reason.startswith("cancelled")
-  assert records.read(workdir, rows[0].setting).job != again  # cancelled, not requeued
+  assert records.read(workdir, rows[0].arm).job != again  # cancelled, not requeued
 
 
 def test_a_job_of_a_higher_partition_preempts_a_run_which_goes_on_after_it(
@@ -142,8 +142,8 @@ def test_a_job_of_a_higher_partition_preempts_a_run_which_goes_on_after_it(
   assert done.exists()  # the other job did run
   assert rows[0].state == "done", rows[0].reason
   assert rows[0].job == job  # the same job
-  record = records.read(workdir, rows[0].setting)
-  lines = (workdir / "groups" / record.groups[0] / "metrics.jsonl").read_text().splitlines()
+  record = records.read(workdir, rows[0].arm)
+  lines = (workdir / "cohorts" / record.cohorts[0] / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == list(range(2, 401, 2))  # each one once
   assert "lora/final: 1 point, 400 steps, from step " in log.read_text()
 
@@ -161,7 +161,7 @@ def test_two_tasks_of_a_job_find_each_other_and_train_one_model(slurm, tmp_path,
   cluster.slurm.tasks_per_node = 2
   workdir = tmp_path / "run"
   told, _ = launch(config, None, workdir, cluster)
-  assert "submitted 1 of 1 settings" in told
+  assert "submitted 1 of 1 arms" in told
   rows = until(lambda rows: rows[0].state in ("done", "failed"), workdir)
   assert rows[0].state == "done", rows[0].reason
   assert (workdir / "adapter").is_dir()
@@ -172,7 +172,7 @@ def test_two_tasks_of_a_job_find_each_other_and_train_one_model(slurm, tmp_path,
     cwd=ROOT, capture_output=True, text=True, check=True,
   )  # fmt: skip
   assert "word_tasks/lora" in done.stdout
-  assert "1 settings: 0 pending, 0 running, 1 done, 0 failed" in done.stdout
+  assert "1 arms: 0 pending, 0 running, 1 done, 0 failed" in done.stdout
 
 
 def test_what_sbatch_refuses_is_one_line_and_leaves_no_job(slurm, tmp_path, shared_data):

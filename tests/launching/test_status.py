@@ -1,4 +1,4 @@
-"""What a work directory says of its settings: from files, from Slurm's answers, for local runs."""
+"""What a work directory says of its arms: from files, from Slurm's answers, for local runs."""
 
 import errno
 import io
@@ -16,21 +16,21 @@ from qlora_jax.studies import records, study
 from qlora_jax.training import stop
 
 ROOT = pathlib.Path(__file__).parents[2]
-SETTING = records.Setting("k1", "adapter.name=lora", 3)
-OTHER = records.Setting("k2", "adapter.name=none", 2)
+ARM = records.Arm("k1", "adapter.name=lora", 3)
+OTHER = records.Arm("k2", "adapter.name=none", 2)
 
 
-def train(workdir, end=None, groups=(), key="k1"):
-  """Trains a setting as `study` does, to the end or to the exception `end`."""
+def train(workdir, end=None, cohorts=(), key="k1"):
+  """Trains an arm as `study` does, to the end or to the exception `end`."""
   with records.kept(workdir, key, "cpu") as keeper:
-    for group in groups:
-      keeper.start(group, 60)
-      folder = workdir / "groups" / group
+    for cohort in cohorts:
+      keeper.start(cohort, 60)
+      folder = workdir / "cohorts" / cohort
       folder.mkdir(parents=True, exist_ok=True)
       (folder / "metrics.jsonl").write_text('{"step": 20}\n{"step": 40}\n{"st')
       if end is None:
         (folder / "result.json").write_text("{}")
-        keeper.result(group)
+        keeper.result(cohort)
     if end is not None:
       raise end
 
@@ -39,7 +39,7 @@ def train(workdir, end=None, groups=(), key="k1"):
 def workdir(tmp_path, monkeypatch):
   monkeypatch.delenv("SLURM_JOB_ID", raising=False)
   monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
-  records.write_list(tmp_path, [SETTING])
+  records.write_list(tmp_path, [ARM])
   return tmp_path
 
 
@@ -48,19 +48,19 @@ def only(workdir):
   return row
 
 
-def test_a_local_setting_is_pending_then_running_then_done(workdir):
+def test_a_local_arm_is_pending_then_running_then_done(workdir):
   assert (only(workdir).state, only(workdir).reason) == ("pending", "not started")
   with records.kept(workdir, "k1") as keeper:
-    (workdir / "groups/g1").mkdir(parents=True)
-    (workdir / "groups/g1/metrics.jsonl").write_text('{"step": 20}\n{"step": 40}\n{"st')
+    (workdir / "cohorts/g1").mkdir(parents=True)
+    (workdir / "cohorts/g1/metrics.jsonl").write_text('{"step": 20}\n{"step": 40}\n{"st')
     keeper.start("g1", 60)
     assert (only(workdir).state, only(workdir).reason) == ("running", "search, step 40 of 60")
-    (workdir / "groups/g1/result.json").write_text("{}")
+    (workdir / "cohorts/g1/result.json").write_text("{}")
     keeper.result("g1")
     keeper.start("g2", 60)
-    assert only(workdir).reason == "final runs, step 0 of 60"
+    assert only(workdir).reason == "final trials, step 0 of 60"
   assert only(workdir).state == "done" and only(workdir).reason.startswith("took 0:00:")
-  (workdir / "groups/g1/result.json").unlink()
+  (workdir / "cohorts/g1/result.json").unlink()
   assert only(workdir).state == "pending"
 
 
@@ -149,16 +149,16 @@ def test_a_requeued_job_is_pending_and_a_failed_one_says_its_own_reason(workdir,
   assert (only(workdir).state, only(workdir).reason) == ("pending", "in the queue")
 
 
-def test_the_table_has_a_line_a_setting_and_the_counts(workdir):
-  records.write_list(workdir, [SETTING, OTHER])
-  train(workdir, groups=["g1"], key="k2")
+def test_the_table_has_a_line_per_arm_and_the_counts(workdir):
+  records.write_list(workdir, [ARM, OTHER])
+  train(workdir, cohorts=["g1"], key="k2")
   text = io.StringIO()
   status.show(workdir, rich.console.Console(file=text))
   lines = text.getvalue().splitlines()
-  assert lines[0].split() == ["setting", "runs", "state", "job", "reason"]
+  assert lines[0].split() == ["arm", "trials", "state", "job", "reason"]
   assert lines[1].split()[:3] == ["adapter.name=lora", "3", "pending"]
   assert lines[2].split()[:3] == ["adapter.name=none", "2", "done"]
-  assert lines[-1] == "2 settings: 1 pending, 0 running, 1 done, 0 failed"
+  assert lines[-1] == "2 arms: 1 pending, 0 running, 1 done, 0 failed"
 
 
 def test_a_directory_without_a_run_is_named(tmp_path):

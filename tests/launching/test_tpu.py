@@ -140,8 +140,8 @@ def test_two_workers_train_one_model_into_the_bucket(stand_in, tiny_llama, tmp_p
   tpu.launch(arguments, "runs/one", asked, False)
   workdir = stand_in / "buckets/results/runs/one"
   assert (workdir / "adapter").is_dir()
-  (result,) = workdir.glob("groups/*/*/result.json")
-  assert json.loads(result.read_text())["steps"] == 4
+  (result,) = workdir.glob("cohorts/*/result.json")
+  assert json.loads(result.read_text())["rows"][0]["steps"] == 4
   outputs = [(stand_in / f"nodes/qlora-jax/worker-{index}/stdout").read_text() for index in (0, 1)]
   assert "adapter: " in outputs[0] and "adapter: " not in outputs[1]  # the first one speaks
   calls = (stand_in / "calls").read_text().splitlines()

@@ -10,8 +10,8 @@ import sys
 
 from configs import llm
 from qlora_jax.parallel import processes
-from qlora_jax.training import progress
-from qlora_jax.workloads import language
+from qlora_jax.training import loop, progress
+from qlora_jax.workloads import language, workload
 
 
 def fields(weights: str, data: str) -> dict:
@@ -31,7 +31,11 @@ def main(weights: str, data: str, directory: pathlib.Path) -> None:
   processes.start()
   with processes.together():
     display = progress.Display(total_points=1, plain=True, stream=processes.terminal())
-    language.Run(config, directory, directory, display).train("case", by_generation=False)
+    trial = workload.Trial(config.seed, config.optimizer.learning_rate)
+    cohort = workload.Cohort(config, "search", (trial,))
+    resources = language.Resources(directory, display)
+    training = resources.open(cohort, directory)
+    loop.train(training, resources.saving(cohort, directory), display)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ import time
 import jax
 
 from configs import llm
-from qlora_jax import errors
+from qlora_jax import errors, files
 from qlora_jax.parallel import processes
 from qlora_jax.training import checkpoint, checksums, loop, progress, stop
-from qlora_jax.workloads import language, language_shards
+from qlora_jax.workloads import language, language_shards, workload
 
 STEPS = 20
 # (what the run does, how often before, seconds that the kill comes later at most, or None where
@@ -80,9 +80,9 @@ def train(folder: pathlib.Path, weights: str, data: str, tell, devices=1, tensor
   language_shards.update = lambda *args: wrap(make_update(*args), "update", "step")
   told(checkpoint.Checkpointer, "save", after="save")  # the writing has begun
   told(checksums, "write", "seal")
-  told(language.Run, "_fit", after="fitted")
-  told(language.Run, "_save", "adapter")
-  told(loop, "write_json", "result", "done")  # this run calls it once, for its result
+  told(loop, "fit", after="fitted")
+  told(language.Language, "_save", "adapter")
+  told(files, "write_json", "result", "done")  # this run calls it once, for its result
   jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -90,9 +90,13 @@ def train(folder: pathlib.Path, weights: str, data: str, tell, devices=1, tensor
   processes.start()
   stop.install()  # after JAX, which sets a handler of its own where there are several processes
   shown = progress.Display(total_points=1, plain=True)
-  run = language.Run(config(weights, data, tensor), folder, folder.parent, shown)
+  settings = config(weights, data, tensor)
+  trial = workload.Trial(settings.seed, settings.optimizer.learning_rate)
+  cohort = workload.Cohort(settings, "search", (trial,))  # a search generates nothing
+  resources = language.Resources(folder.parent, shown)
+  training = resources.open(cohort, folder)
   tell("built")
-  run.train(folder.name, by_generation=False)
+  loop.train(training, resources.saving(cohort, folder), shown)
 
 
 def fork(folder, weights, data, moment=None, delay=0.0, environment=(), **place):

@@ -46,7 +46,7 @@ def test_the_best_step_is_the_one_with_the_least_validation_loss(killed):
     if "validation/nats" in line
   }  # fmt: skip
   assert list(nats) == [4, 8, 12, 16, 20]
-  best = json.loads((folder / "whole/result.json").read_text())["best"]
+  best = json.loads((folder / "whole/result.json").read_text())["training"]["best"]
   assert best["validation/nats"] == nats[best["step"]] == min(nats.values())
   last, kept = (
     safetensors_numpy.load_file(folder / "whole" / name / "adapter.safetensors")
@@ -87,7 +87,9 @@ def test_a_killed_run_comes_to_the_same_losses_and_adapter(chain, killed):
     assert again.keys() == once.keys()
     for name in once:
       np.testing.assert_array_equal(again[name], once[name], err_msg=f"{adapter} {name}")
-  results = [json.loads((folder / name / "result.json").read_text()) for name in (chain, "whole")]
+  results = [
+    json.loads((folder / name / "result.json").read_text())["training"] for name in (chain, "whole")
+  ]
   assert all(results[0][name] == results[1][name] for name in ("after", "best", "steps"))
   assert not (folder / chain / "checkpoints").exists()
 

@@ -17,9 +17,9 @@ from configs import llm
 from qlora_jax import errors, finetuned
 from qlora_jax import generate as talk
 from qlora_jax.data.text import pipeline
-from qlora_jax.training import progress, stop
+from qlora_jax.training import loop, progress, stop
 from qlora_jax.training import step as step_lib
-from qlora_jax.workloads import language, language_step
+from qlora_jax.workloads import language, language_step, workload
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -37,14 +37,22 @@ def tiny(folder, adapter="queryable_prior_query", **optimizer):
 
 
 def make_run(config, folder):
-  return language.Run(config, folder, folder, progress.Display(total_points=1, plain=True))
+  trial = workload.Trial(config.seed, config.optimizer.learning_rate)
+  resources = language.Resources(folder, progress.Display(total_points=1, plain=True))
+  return resources.open(workload.Cohort(config, "final", (trial,)), folder)
+
+
+def train(run):
+  saving = run.resources.saving(run.cohort, run.directory)
+  result = loop.train(run, saving, run.display)
+  return {**result["training"], "samples": result["samples"]}
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_llama, tmp_path_factory):
   """A run that nothing stopped, and its result."""
   run = make_run(tiny(tiny_llama), tmp_path_factory.mktemp("language") / "whole")
-  return run, run.train("whole")
+  return run, train(run)
 
 
 def drawn(folder, tmp_path, adapter="lora", parts=1):
@@ -112,11 +120,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, tiny_llama, tmp_path, mon
 
   monkeypatch.setattr(stop, "check", check)
   with pytest.raises(KeyboardInterrupt):
-    stopped.train("stopped")
+    train(stopped)
   monkeypatch.undo()
   assert not (tmp_path / "adapter").exists()
   assert list((tmp_path / "checkpoints").glob("[0-9]*"))
-  make_run(tiny(tiny_llama), tmp_path).train("again")
+  train(make_run(tiny(tiny_llama), tmp_path))
   files = [each / "adapter/adapter.safetensors" for each in (tmp_path, run.directory)]
   again, once = (safetensors_numpy.load_file(path) for path in files)
   assert again.keys() == once.keys()
@@ -223,7 +231,7 @@ def test_a_mistake_in_a_config_is_one_line(change, says, tiny_llama, tmp_path):
   config = tiny(tiny_llama)
   change(config, tmp_path)
   with pytest.raises(errors.UserError) as caught:
-    make_run(config, tmp_path / "run").train("bad")
+    train(make_run(config, tmp_path / "run"))
   assert says in str(caught.value) and "\n" not in str(caught.value)
 
 

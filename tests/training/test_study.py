@@ -16,7 +16,8 @@ from experiments import report
 from qlora_jax import errors, sweeps
 from qlora_jax.adapters import factory
 from qlora_jax.studies import study
-from qlora_jax.training import loop, progress
+from qlora_jax.training import checkpoint, loop, progress
+from qlora_jax.workloads import cohort_program, regression, workload
 from qlora_jax.workloads import regression_config as settings
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -43,31 +44,38 @@ def tiny(shared_data):
   return config.lock()
 
 
-def train(workdir, spec):
-  with progress.Display(total_points=len(spec.runs), plain=True) as display:
-    return loop.Loop(workdir, display).train(spec)
+def train(workdir, cohort):
+  with progress.Display(total_points=len(cohort.trials), plain=True) as display:
+    resources = regression.Resources(workdir, display)
+    directory = study.directory_of(workdir, cohort)
+    training = resources.open(cohort, directory)
+    return loop.train(training, resources.saving(cohort, directory), display)
+
+
+def cohort_of(config, stage, *trials):
+  return workload.Cohort(config, stage, tuple(workload.Trial(*trial) for trial in trials))
 
 
 @pytest.mark.parametrize("name", ["lora", "queryable", "queryable_topk"])
-def test_a_run_in_a_group_equals_the_run_alone(tiny, tmp_path, name):
+def test_a_trial_in_a_cohort_equals_the_trial_alone(tiny, tmp_path, name):
   config = tiny.copy_and_resolve_references()
   config.adapter.name = name
   runs = ((0, 3e-3), (0, 1e-2), (1, 1e-2))
-  together = train(tmp_path / "group", loop.GroupSpec(config, "search", runs))
-  alone = train(tmp_path / "alone", loop.GroupSpec(config, "search", runs[2:]))
+  together = train(tmp_path / "cohort", cohort_of(config, "search", *runs))
+  alone = train(tmp_path / "alone", cohort_of(config, "search", *runs[2:]))
   # Batched and single matrix products add in another order: float32 rounding over 40 steps.
   np.testing.assert_allclose(
     together["rows"][2]["test_mse"], alone["rows"][0]["test_mse"], rtol=1e-3
   )
 
 
-def test_a_group_filled_up_with_copies_gives_the_same_rows(tiny, tmp_path):
+def test_a_cohort_filled_up_with_copies_gives_the_same_rows(tiny, tmp_path):
   config = tiny.copy_and_resolve_references()
   rows = []
   for least in (1, 5):
     config.protocol.least_runs = least
-    spec = loop.GroupSpec(config, "final", ((100, 1e-2), (101, 1e-2)))
-    seeds, runs, row = spec.layout
+    spec = cohort_of(config, "final", (100, 1e-2), (101, 1e-2))
+    seeds, runs, row = regression.layout(spec)
     assert (len(seeds), len(runs)) == ((2, 2) if least == 1 else (5, 5))
     assert list(row) == [0, 1, 1, 1, 1][: len(runs)]
     rows.append([each["test_mse"] for each in train(tmp_path / str(least), spec)["rows"]])
@@ -80,7 +88,7 @@ def test_the_instruction_told_wrongly_is_another_run_and_a_label_names_it(tiny, 
   found = []
   for shuffled in (False, True):
     config.instruction.shuffled, config.label = shuffled, f"told {not shuffled}"
-    spec = loop.GroupSpec(config, "search", ((0, 1e-2),))
+    spec = cohort_of(config, "search", (0, 1e-2))
     found.append(train(tmp_path, spec)["rows"][0])
   true, shuffled = found
   assert (true["method"], shuffled["method"]) == ("told True", "told False")
@@ -93,22 +101,22 @@ class Killed(Exception):
   pass
 
 
-def test_a_killed_group_resumes_to_the_same_bits(tiny, tmp_path, monkeypatch):
+def test_a_killed_cohort_resumes_to_the_same_bits(tiny, tmp_path, monkeypatch):
   config = tiny.copy_and_resolve_references()
   config.checkpoint.seconds = 0.0
-  spec = loop.GroupSpec(config, "search", ((0, 1e-2), (1, 1e-2)))
+  spec = cohort_of(config, "search", (0, 1e-2), (1, 1e-2))
   whole = train(tmp_path / "whole", spec)
-  save = loop.checkpoint.Checkpointer.save
+  save = checkpoint.Checkpointer.save
 
-  def save_then_die(saver, step, tree):
-    save(saver, step, tree)
+  def save_then_die(saver, step, *arguments, **options):
+    save(saver, step, *arguments, **options)
     if saver.directory.name == "checkpoints" and step == 20:
       raise Killed
 
-  monkeypatch.setattr(loop.checkpoint.Checkpointer, "save", save_then_die)
+  monkeypatch.setattr(checkpoint.Checkpointer, "save", save_then_die)
   with pytest.raises(Killed):
     train(tmp_path / "killed", spec)
-  monkeypatch.setattr(loop.checkpoint.Checkpointer, "save", save)
+  monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
   resumed = train(tmp_path / "killed", spec)
   assert [r["test_mse"] for r in resumed["rows"]] == [r["test_mse"] for r in whole["rows"]]
   assert resumed["curves"] == whole["curves"]
@@ -132,14 +140,14 @@ def test_a_sweep_writes_tables_and_a_report_and_skips_what_is_finished(tiny, tmp
   sums = routing.groupby(["method", "target", "with_instruction", "block"])["weight"].sum()
   np.testing.assert_allclose(sums, 1.0, atol=1e-5)
   assert report.write_report(tmp_path).stat().st_size > 10_000
-  monkeypatch.setattr(loop.Loop, "train", None)  # training anything again would now fail
+  monkeypatch.setattr(loop, "train", None)  # training anything again would now fail
   expected, shown = [], progress.Display
   monkeypatch.setattr(
     progress, "Display", lambda **given: expected.append(given["earlier_points"]) or shown(**given)
   )
   study.run(tiny, points, tmp_path)
   last = final[final.method == "lora"].run_id.iloc[0].split("-")[0]
-  (tmp_path / "groups" / last / "result.json").unlink()
+  (tmp_path / "cohorts" / last / "result.json").unlink()
   with pytest.raises(TypeError):  # LoRA's final runs are not there, and training is None
     study.run(tiny, points, tmp_path)
   assert expected == [len(rows), len(rows) - 2]
@@ -175,7 +183,7 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 def test_the_frozen_base_is_not_part_of_the_state(tiny):
   resolved = settings.resolve(tiny)
-  program = loop.group_lib.program(resolved.network, resolved.optimizer)
+  program = cohort_program.program(resolved.network, resolved.optimizer)
   base = settings.random_base(resolved.model, 0)
   states, _ = program.init(base, np.array([0]), np.array([1e-2]))
   counted = sum(leaf.size for leaf in jax.tree.leaves(states.params))
