@@ -10,7 +10,8 @@ from qlora_jax.data import pipeline
 from qlora_jax.models import mlp
 from qlora_jax.training import feed, group, optimizer, settings
 
-SHAPE = mlp.MLPConfig(inputs=5, width=16, hidden=12, layers=2, layers_per_block=1)
+# Three blocks: the pseudo-query of the last is the first with a gradient.
+SHAPE = mlp.MLPConfig(inputs=5, width=16, hidden=12, layers=3, layers_per_block=1)
 SEEDS = (0, 1)
 
 
