@@ -188,6 +188,7 @@ class CoMoL(RoutedBranch):
     )
     kernel_of_router = self.router_kernel()
     low_rank = sharding.tokens(functional.project(x, lora_a))
+    # The normalisation before the router is ours.
     made = self.route(functional.rms_norm(low_rank), kernel_of_router, cores)
     mixed = contraction.contract(cfg, 1, low_rank, made.weights, made.operator, cores)
     update = functional.low_rank_output(sharding.tokens(mixed), lora_b, self.scaling)
@@ -205,6 +206,8 @@ class Lily(RoutedBranch):
   def __call__(self, x, base, kernel, routing, shared):
     lora_a, kernel_of_router = self.factor_a(), self.router_kernel()
     low_rank = sharding.tokens(functional.project(x, lora_a))
+    # Weights per token; the source's code and PEFT average them over all tokens of a call, which
+    # lets an output depend on later tokens and on other rows. `top_k` is ours.
     made = self.route(low_rank, kernel_of_router)
     experts = shared[f"lily_b_{self.name_of_map}"]
     # One [.., E R] x [E R, D] product: the weighted copies of x A against all experts at once.
