@@ -137,10 +137,9 @@ class Program:
       def one(params):
         variables = step_lib.variables(self.model, params, frozen)
         routing = self.model.apply(variables, batch.features, batch.instruction).routing
-        result = {
-          "norms": statistics.update_norms(self.model.adapter, params, routing.weights, mlp.MAPS)
-        }
+        result = {}
         if routing.weights is not None:
+          result["weights"] = routing.weights[:, :, : statistics.NORM_TOKENS]
           result["routing"] = statistics.routing_statistics(routing.weights)
           result["shares"] = statistics.share_by_group(routing.weights, group, num_groups)
         return result
@@ -148,6 +147,22 @@ class Program:
       return jax.vmap(lambda state: one(state.params))(states)
 
     return jax.jit(route, static_argnames="num_groups", compiler_options=_ONCE)
+
+  def update_norms(
+    self, states: step_lib.TrainState, weights: np.ndarray | None
+  ) -> list[dict[str, float] | None]:
+    """`statistics.update_norms` of each run, given the routing weights [R, N, I, *batch, M]."""
+    params = jax.device_get(states.params)
+    runs = len(states.step)
+    return [
+      statistics.update_norms(
+        self.model.adapter,
+        jax.tree.map(lambda leaf, run=run: leaf[run], params),
+        None if weights is None else weights[run],
+        mlp.MAPS,
+      )
+      for run in range(runs)
+    ]
 
   @functools.cached_property
   def _routing_gain(self):

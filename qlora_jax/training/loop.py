@@ -359,10 +359,11 @@ class Loop:
       out = jax.device_get(
         program.route(states, frozen, seen, groups, num_groups=len(task.target_names))
       )
+      norms = program.update_norms(states, out.get("weights")) if given else [None] * len(rows)
       for index, row in enumerate(rows):
-        if given and out["norms"] is not None:
-          row["bound/certified"] = float(out["norms"]["certified"][index])
-          row["bound/measured"] = float(out["norms"]["measured"][index])
+        if norms[index] is not None:
+          row["bound/certified"] = norms[index]["certified"]
+          row["bound/measured"] = norms[index]["measured"]
         if "routing" not in out:
           continue
         if given:

@@ -145,3 +145,6 @@ def test_update_norms_equal_the_dense_matrices(routed):
   np.testing.assert_allclose(found["certified"], bound, rtol=1e-4)
   np.testing.assert_allclose(found["measured"], largest, rtol=1e-4)
   assert found["slack"] >= 0
+  layer["up"]["branch"]["lora_a"][0, 0, 0] = np.nan  # of a run that diverged
+  diverged = statistics.update_norms(adapter, params, weights if routed else None)
+  assert np.isnan(list(diverged.values())).all()
