@@ -151,6 +151,7 @@ def test_absent_optional_files_are_named_in_one_line_each(tmp_path, make_study, 
     "Error against noise level",
     "Routing map",
     "Learning curves",
+    "Routing gain",
   ]
 
 
