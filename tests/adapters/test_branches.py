@@ -24,15 +24,7 @@ def build(name):
   rng = np.random.default_rng(5)
   x = rng.normal(size=(4, D_IN)).astype("f")
   shared = {"lily_b_up": rng.normal(size=(ATOMS, RANK, D_OUT)).astype("f")}
-  variables = nn.meta.unbox(module.init(jax.random.key(0), x, None, shared))
-  for collection in ("base", "params"):
-    variables[collection] = test_references.random_tree(variables[collection], seed=6)
-  if "frozen" in variables:  # of the kernel that is now there
-    _, made = module.apply(
-      {"base": variables["base"]}, x, None, shared, mutable=["params", "frozen"],
-      rngs={"params": jax.random.key(0)},
-    )  # fmt: skip
-    variables["frozen"] = nn.meta.unbox(made["frozen"])
+  variables = test_references.randomised(module, test_references.Init(module, (x, None, shared)))
   return module, variables, x, shared
 
 

@@ -4,6 +4,8 @@ One residual MLP on both sides, with the same base, factors and batch. Ours runs
 in float64. What cannot be equal is in `docs/method.md`, and each test says how it avoids it.
 """
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -137,6 +139,13 @@ def trained(model, name, read, write=None):
   return {"stack": {**stack, "memory": memory} if memory else stack}
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def evaluate(params, frozen, batch, model):
+  """(Predictions, mean squared error, gradients): one program per adapter for all tests."""
+  values = model.apply(step.variables(model, params, frozen), batch.features).values
+  return values, *step.gradients(params, frozen, batch, model)
+
+
 def value_of(parameter, unit):
   return parameter.detach().numpy() * unit
 
@@ -189,8 +198,7 @@ def test_outputs_and_gradients_are_those_of_peft(name):
   prediction = predict(other, name, torch.tensor(batch.features, dtype=torch.float64))
   loss = torch.mean((prediction - torch.tensor(batch.targets)) ** 2)
   loss.backward()
-  error, grads = jax.jit(step.gradients, static_argnums=3)(params, frozen, batch, model)
-  values = model.apply(step.variables(model, params, frozen), batch.features).values
+  values, error, grads = evaluate(params, frozen, batch, model)
   counted = sum(p.numel() for p in other.parameters() if p.requires_grad)
   assert counted == sum(leaf.size for leaf in jax.tree.leaves(params))
   # float32 against float64: 1e-6 is usual, ten times that is allowed.
@@ -231,7 +239,10 @@ def test_ten_steps_of_adamw_end_where_those_of_peft_do(name):
   assert min(norms) > OPTIMIZER.clip  # the clipping is part of the comparison
 
   tx = optimizer.make(OPTIMIZER)
-  gradients = jax.jit(step.gradients, static_argnums=3)
+
+  def gradients(*arguments):
+    return evaluate(*arguments)[1:]
+
   state = step.TrainState(np.int32(0), params, tx.init(params), np.float32(LEARNING_RATE))
   for count in range(10):
     state, metrics = step.train_step(state, frozen, batch, model, tx, gradients)
@@ -249,7 +260,7 @@ def test_lily_of_peft_weighs_experts_by_the_mean_over_the_tokens_of_a_call():
   features = torch.tensor(batch.features, dtype=torch.float64)
 
   def ours(params):
-    return model.apply(step.variables(model, params, frozen), batch.features).values
+    return evaluate(params, frozen, batch, model)[0]
 
   gap = np.abs(other(features).detach().numpy() - ours(params)).max()
   assert gap > 0.01
