@@ -123,8 +123,13 @@ def _curve(rng, row):
   mse = row["validation_mse"] * (1 - left) + row["base_mse"] * left
   mse = mse * (1 + rng.normal(0, 0.02, size=20))
   return [
-    {"run_id": row["run_id"], "step": step, "train_loss": value, "validation_mse": value,
-     "routing/gain_uniform": row["routing/gain_uniform"] * step / row["steps"]}
+    {
+      "run_id": row["run_id"],
+      "step": step,
+      "train_loss": value,
+      "validation_mse": value,
+      "routing/gain_uniform": row["routing/gain_uniform"] * step / row["steps"],
+    }
     for step, value in zip(steps, mse, strict=True)
   ]
 
