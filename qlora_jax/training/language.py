@@ -20,7 +20,7 @@ from flax import serialization
 from jax import numpy as jnp
 
 from qlora_jax.adapters import config as adapter_config
-from qlora_jax.adapters import rerouting, statistics
+from qlora_jax.adapters import statistics
 from qlora_jax.data.text import formatting, pipeline, records, scoring
 from qlora_jax.evaluation import routing as routing_lib
 from qlora_jax.instructions import cache, projection
@@ -29,6 +29,7 @@ from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.parallel import processes, sharding
 from qlora_jax.training import (
   checkpoint,
+  language_routing,
   language_settings,
   language_shards,
   language_step,
@@ -396,32 +397,15 @@ class Run:
     # Shuffled, so that the examples of a batch, which exchange their weights, are of many tasks.
     order = np.random.default_rng(0).permutation(len(examples))
     split = self._tokens([examples[index] for index in order])
-    trained, drawn = (step_lib.variables(self.model, tree, frozen) for tree in (params, initial))
-    batches, probes = [], []
-    for text in pipeline.packed_evaluation_batches(
-      split, batch_size=self.config.optimizer.batch_size
-    ):
-      if not during:
-        stop.check()
-      batch = self.shards.batch(self.shards.share(text), self.table)
-      other = routing_lib.other_examples(text.segment_ids, text.loss_mask)
-      with self.shards.use():
-        probes.append(jax.device_get(_probe_routing(self.model, trained, drawn, batch, other)))
-      batches.append(batch)
-    total = routing_lib.merge(probes)
-    mixtures = np.zeros(2)
-    for batch in batches:
-      if not during:
-        stop.check()
-      with self.shards.use():
-        mixtures += jax.device_get(
-          _probe_mixtures(self.model, trained, batch, total.mean_weights)
-        )
-    found = routing_lib.columns(total, *mixtures, jax.device_get(_movement(initial, params)))
+    texts = pipeline.packed_evaluation_batches(split, batch_size=self.config.optimizer.batch_size)
+    gains = language_routing.gain(
+      self.model, self.shards, self.table, texts, params, initial, frozen,
+      check=(lambda: None) if during else stop.check,
+    )  # fmt: skip
     if not during:
-      shown = ", ".join(f"{found[name]:+.4f} {name.split('_')[1]}" for name in routing_lib.GAINS)
+      shown = ", ".join(f"{gains[name]:+.4f} {name.split('_')[1]}" for name in routing_lib.GAINS)
       self.display.log(f"routing gain in nats per answer token against other weights: {shown}")
-    return found
+    return gains
 
   def _save(self, params, frozen, result, folder: str = ADAPTER) -> None:
     tree = {"params": serialization.to_state_dict(sharding.gathered(params))}
@@ -473,41 +457,6 @@ def _compare(before: list[dict], after: list[dict]) -> list[dict]:
      "before": said.get((each["instruction"], each["prompt"])), "after": each["said"]}
     for each in after
   ]  # fmt: skip
-
-
-def _nats_of(model, variables, batch):
-  """The loss that `evaluation.routing` asks for: summed nats of a batch's answer tokens."""
-
-  def loss(output):
-    each = language_step.answer_losses(model, variables, output.hidden, batch)
-    return jnp.sum(each * batch.weights)
-
-  return loss
-
-
-def _inputs(batch):
-  return batch.tokens, batch.positions, batch.segments, batch.instruction
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _probe_routing(model, variables, initial, batches: language_step.LanguageBatch, other):
-  batch = jax.tree.map(lambda leaf: leaf[0], batches)
-  mask = (batch.segments > 0).astype(jnp.float32)
-  return routing_lib.probe(
-    model, variables, initial, _nats_of(model, variables, batch), other, mask,
-    jnp.sum(batch.weights), *_inputs(batch),
-  )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _probe_mixtures(model, variables, batches: language_step.LanguageBatch, mean):
-  batch = jax.tree.map(lambda leaf: leaf[0], batches)
-  return routing_lib.one_mixture(
-    model, variables, _nats_of(model, variables, batch), mean, *_inputs(batch)
-  )
-
-
-_movement = jax.jit(rerouting.movement)
 
 
 @functools.partial(jax.jit, static_argnums=0)
