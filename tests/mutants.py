@@ -4,10 +4,10 @@
   python -m tests.mutants --only=Lily       those whose name holds a text
   python -m tests.mutants --list            their names
 
-A fault *dies* where a test fails, and *survives* where all pass. Each is planted in a copy of the
-checkout, in a forked process that has the slow packages loaded already. What is done is kept in
-`--out`, so that an interrupted campaign goes on; a fault is run again where its file or its tests
-have changed since. The exit code is 1 where a fault survives.
+A fault *dies* where a test fails that passes without it, and *survives* where all pass. Each is
+planted in a copy of the checkout, in a forked process that has the slow packages loaded already.
+What is done is kept in `--out`, so that an interrupted campaign goes on; a fault is run again where
+its file or its tests have changed since. The exit code is 1 where a fault survives.
 """
 
 import argparse
@@ -75,6 +75,7 @@ def run(faults: Sequence[planted_faults.Fault], out: pathlib.Path) -> dict[str, 
         + (f" (by {result['by']})" if result["by"] else ""),
         flush=True,
       )
+    _check_sound(copy, results)
   return results
 
 
@@ -87,8 +88,8 @@ def _plant(copy: pathlib.Path, fault: planted_faults.Fault) -> tuple[str, str]:
     for test in fault.tests:
       code, said = _pytest(copy, test)
       if code == _FAILED:
-        lines = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return DIED, lines[0].split()[1] if lines else test
+        lines = [line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        return DIED, lines[0].partition(" ")[2].partition(" - ")[0] if lines else test
       if code:
         raise SystemExit(f"{fault.name}: pytest ended with {code} on {test}:\n{said[-2000:]}")
   finally:
@@ -96,7 +97,7 @@ def _plant(copy: pathlib.Path, fault: planted_faults.Fault) -> tuple[str, str]:
   return SURVIVED, ""
 
 
-def _pytest(copy: pathlib.Path, test: str) -> tuple[int, str]:
+def _pytest(copy: pathlib.Path, *tests: str) -> tuple[int, str]:
   """pytest's exit code and output, run in a fork that sees the copy alone."""
   log = copy.parent / "log"
   pid = os.fork()
@@ -114,11 +115,19 @@ def _pytest(copy: pathlib.Path, test: str) -> tuple[int, str]:
     sys.dont_write_bytecode = True
     import pytest
 
-    code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-rfE", test])
+    code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-rfE", *tests])
     sys.stdout.flush()
     os._exit(int(code))
   code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
   return code, log.read_text(errors="replace")
+
+
+def _check_sound(copy: pathlib.Path, results: dict[str, dict]) -> None:
+  """Runs the tests that noticed a fault without any: one that fails anyway has noticed nothing."""
+  tests = sorted({result["by"] for result in results.values() if result["by"]})
+  if tests and (found := _pytest(copy, *tests))[0]:
+    raise SystemExit(f"these tests fail without a fault, too:\n{found[1][-2000:]}")
+  print(f"without a fault the {len(tests)} tests pass", flush=True)
 
 
 def _copy(target: pathlib.Path) -> pathlib.Path:

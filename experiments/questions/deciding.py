@@ -33,15 +33,18 @@ def answer() -> list[question.Claim]:
   if not ready():
     return []
   change = difference("test_nats")
-  verdict = "supported" if change.high < 0 else "not supported" if change.low > 0 else None
-  if verdict is None:
-    gain = routing.gains(WHERE).set_index("column").loc["routing/gain_uniform", "mean"]
-    verdict = "no significant difference" if gain >= _TIE else routing.INERT
+  verdict = "supported" if change.high < 0 else "not supported" if change.low > 0 else ""
+  gain = routing.gains(WHERE).set_index("column").loc["routing/gain_uniform", "mean"]
+  by_routing = verdict or ("no significant difference" if gain >= _TIE else routing.INERT)
   ends = tables.with_interval(*change, lambda value: tables.signed(value, 2))
   evidence = f"{ends} nats per test answer token, seven rates, 3 seeds (Student)"
   return [
-    question.Claim("lower nats than LoRA where both have the prompt", verdict, evidence),
-    question.Claim("the routing lowers the nats there", verdict, evidence, routing=WHERE),
+    question.Claim(
+      "lower nats than LoRA where both have the prompt",
+      verdict or "no significant difference",
+      evidence,
+    ),
+    question.Claim("the routing lowers the nats there", by_routing, evidence, routing=WHERE),
   ]
 
 
@@ -61,13 +64,14 @@ def final_table() -> str:
       own = final[final["method"] == method]
       cells = [style.method(method).label, when, f"{own['learning_rate'].iloc[0]:g}"]
       for column, (_, factor, digits) in _SCORES.items():
-        ends = statistics.mean_interval(factor * own[column]) if column in own else None
+        known = column in own and own[column].notna().all()
+        ends = statistics.mean_interval(factor * own[column]) if known else None
         cells.append(_written(ends, f"{{:.{digits}f}}") if ends else tables.MISSING)
-      routed = method == ROUTED and "routing/support_start" in own
-      columns = ("routing/support_start", "router/effective_support")
-      cells.append(
-        " → ".join(f"{own[column].mean():.2f}" for column in columns) if routed else tables.MISSING
-      )
+      # A study that has not measured the gain has the columns empty.
+      routed = method == ROUTED and own["routing/support_start"].notna().all()
+      for column in ("routing/support_start", "router/effective_support"):
+        measured = method == ROUTED and own[column].notna().all()
+        cells.append(f"{own[column].mean():.2f}" if measured else tables.MISSING)
       cells += [
         _written(statistics.mean_interval(own[column]), "{:+.4f}") if routed else tables.MISSING
         for column in routing.GAINS
@@ -78,7 +82,8 @@ def final_table() -> str:
     "search",
     "rate",
     *(heading for heading, *_ in _SCORES.values()),
-    "effective support, drawn → trained",
+    "effective support as drawn, all tokens",
+    "as trained, answer tokens",
     *(f"rise of nats with {words}" for words in routing.GAINS.values()),
   ]
   return committed.markdown(header, rows)

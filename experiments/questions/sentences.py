@@ -28,7 +28,7 @@ _EFFECT = re.compile(
   r"|contribut\w+|difference|matter(s|ed)?|useful|of use|worth|boost\w*|driv(e|es|en)|carr(y|ies)"
   r"|explain(s|ed)?|owe[sd]?|thanks to|because of|due to|comes? from|does it|is what|raises?"
   r"|effects?|need(s|ed)?|worse|fewer|smaller|higher|less|halv(e|es|ed|ing)|doubl\w+|cuts?|drops?"
-  r"|falls?|hurts?|works?)\b",
+  r"|falls?|hurts?|works?|essential|crucial|accounts? for|solves?|enables?|responsible)\b",
   re.IGNORECASE,
 )
 _NEGATIVE = re.compile(

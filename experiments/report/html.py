@@ -238,7 +238,7 @@ def _gains(study: inputs.Study) -> dict | None:
         {
           "setting": study.setting_label(setting),
           "method": style.method(method).label,
-          "seeds": len(runs),
+          "seeds": int(np.isfinite(runs[next(iter(inputs.GAIN_COLUMNS))]).sum()),
           "gains": gains,
           "moved": [tables.number(runs[column].mean(), 2) for column in moved],
         }

@@ -60,12 +60,12 @@ def update_norms(
 
   Returns:
     `certified` and `measured`, each the largest over maps, blocks (and the first `NORM_TOKENS`
-    tokens), and `slack`, the least `certified - measured` of a map; NaN for parameters that
-    are not finite. None for methods whose update is not of this form.
+    tokens), and `slack`, the least `certified - measured` of a map; NaN for parameters or
+    weights that are not finite. None for methods whose update is not of this form.
   """
   if config.method not in ("lora", "rslora", "queryable"):
     return None
-  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, weights))):
     return dict.fromkeys(("certified", "measured", "slack"), math.nan)  # a run that diverged
   blocks = params["stack"]["blocks"]
   certified, measured, slack = [], [], []
@@ -100,7 +100,10 @@ def update_norms(
 
 
 def _spectral(matrix: np.ndarray) -> np.ndarray:
-  return np.linalg.norm(matrix, ord=2, axis=(-2, -1))
+  """Spectral norms of matrices [*batch, a, b]; NaN where one overflowed: LAPACK refuses it."""
+  finite = np.isfinite(matrix).all(axis=(-2, -1))
+  norms = np.linalg.norm(np.where(finite[..., None, None], matrix, 0.0), ord=2, axis=(-2, -1))
+  return np.where(finite, norms, np.nan)
 
 
 def share_by_group(weights: Array, group: Array, num_groups: int) -> Array:

@@ -282,6 +282,8 @@ class Run:
   def _before(self) -> dict[str, float]:
     """Scores of the base; runs that ask it the same questions share them."""
     asked = {name: self.config[name].to_dict() for name in ("model", "data", "eval")}
+    for name in ("routing", "routing_every"):  # the base has no router
+      asked["eval"].pop(name)
     asked["in_prompt"] = self.config.instruction.in_prompt
     if asked["in_prompt"] and self.config.instruction.get("exchanged"):
       asked["exchanged"] = True

@@ -55,12 +55,17 @@ class Loop:
       run = language.Run(config, directory / name, self.workdir, self.display)
       found = run.train(f"{spec.label}/{name}", by_generation=spec.stage == "final")
       result["rows"].append(self._row(spec, run, found, f"{spec.identity}-{name}"))
-      result["curves"] += [
-        {"run_id": f"{spec.identity}-{name}", "step": line["step"],
-         "train_loss": line["train/loss"],
-         **{column: line[column] for column in routing.COLUMNS if column in line}}
-        for line in metrics.read_metrics(run.directory)
-      ]  # fmt: skip
+      for line in metrics.read_metrics(run.directory):
+        # What the routing gains at the end is measured once, after the last line.
+        values = found["after"] if line["step"] == found["steps"] else line
+        result["curves"].append(
+          {
+            "run_id": f"{spec.identity}-{name}",
+            "step": line["step"],
+            "train_loss": line["train/loss"],
+            **{column: values[column] for column in routing.COLUMNS if column in values},
+          }
+        )
       result["samples"] += [
         {"run_id": f"{spec.identity}-{name}", **sample} for sample in found.get("samples", ())
       ]

@@ -220,7 +220,6 @@ class Loop:
     # Training gives up its state's memory: the start, which routing is compared with, is a copy.
     initial = program.init(*drawn)[0].params if program.model.adapter.has_router else None
     every = spec.config.eval.routing_every if initial is not None and spec.stage == "final" else 0
-    some = data.some(seeds[0], "validation", ROUTING_ROWS) if every else None
     steps = program.optimizer.steps if jax.tree.leaves(states.params) else 0
     validation = step_lib.Batch(
       *(np.stack(leaves) for leaves in zip(*(data.whole(s, "validation") for s in seeds),
@@ -248,7 +247,8 @@ class Loop:
         losses = np.asarray(values["train/loss"])
         routing = [{}] * len(runs)
         if every and (done // every > (done - count) // every or done == steps):
-          routing = program.routing_gain(states.params, initial, frozen, some)
+          some = step_lib.Batch(*(leaf[:, :ROUTING_ROWS] for leaf in validation))
+          routing = program.routing_gain(states.params, initial, frozen, some, row)
         for index, (seed, rate) in enumerate(spec.runs):
           writer.write(
             done,
@@ -331,8 +331,8 @@ class Loop:
     if initial is not None:
       targets = test.clean if task.has_clean else test.targets
       some = test_batch._replace(targets=targets)
-      some = step_lib.Batch(*(leaf[:ROUTING_ROWS] for leaf in some))
-      gained = program.routing_gain(states.params, initial, frozen, some)
+      some = step_lib.Batch(*(leaf[None, :ROUTING_ROWS] for leaf in some))
+      gained = program.routing_gain(states.params, initial, frozen, some, zero)
       for row, columns in zip(rows, gained[: len(rows)], strict=True):  # the rest are copies
         row |= columns
     return {"rows": rows, "routing": routing}
