@@ -89,7 +89,8 @@ def _compare(options, chosen, scratch: pathlib.Path) -> int:
       failed += problem is not None
       verdict = f"DIFFERENT: {problem}" if problem else "equal"
       print(f"{second} and {first}: {verdict}", flush=True)
-  print("all equal" if not failed else f"{failed} different or failed")
+  outcome = "all stored" if options.keep else "all equal"
+  print(f"{failed} different or failed" if failed else outcome)
   return int(failed > 0)
 
 
