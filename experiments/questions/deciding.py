@@ -133,3 +133,6 @@ def curve() -> pd.DataFrame:
 def _written(ends, template: str) -> str:
   mean, low, high = (template.format(end) for end in np.asarray(ends))
   return f"{mean} [{low}, {high}]".replace("-", "−")
+
+
+TABLES = {"language_seven_rates": final_table, "language_seven_rates_search": search_table}

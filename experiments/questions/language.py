@@ -215,8 +215,7 @@ QUESTION = question.Question(
   tables={
     "language_deciding": table,
     "language_combined": combined_table,
-    "language_seven_rates": deciding.final_table,
-    "language_seven_rates_search": deciding.search_table,
+    **(deciding.TABLES if deciding.ready() else {}),
     "language_swap": swap_table,
     **{f"language_{study}": functools.partial(pair_table, study) for study in PAIRS},
   },
