@@ -5,7 +5,8 @@ of the adapters' training, at the learning rate that one search chose: another n
 another rate, and another verdict. Here `pretrain.seed` gives that network and five others, on every
 task of the study at its main level of noise.
 
-The rule, written before the runs: a difference is claimed where Student's 95 % interval of the mean
+The rule, written after the searched runs had been seen and before the routing gain was measured: a
+difference is claimed where Student's 95 % interval of the mean
 over the six networks excludes zero and Holm's p over the ten tasks is below 0.05. That routing is
 the cause is claimed only where, besides, the intervals over networks of `routing/gain_mean` and
 `routing/gain_uniform` lie above zero.

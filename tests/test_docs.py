@@ -175,6 +175,10 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data, reques
   elif arguments[0] == "-m" and arguments[1].startswith("experiments.") and trained(arguments):
     done = execute([sys.executable, *on_committed_results(arguments, tmp_path)], tmp_path)
     assert "| --- |" in done.stdout and f"results: {tmp_path}" in done.stdout
+  elif arguments[0] == "tests/compare_checkouts.py":  # minutes of training in each checkout
+    command = [sys.executable, arguments[0], "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "CHECKOUT" in done.stdout
   elif arguments[0] == "-m" and arguments[1].startswith(("benchmarks.", "experiments.")):
     # Training and measuring take minutes: it is loaded with all it needs, and knows its arguments.
     given = mock.patch.object(sys, "argv", [*arguments[1:], "--help"])

@@ -5,7 +5,7 @@ import pathlib
 
 import pandas as pd
 
-from experiments.questions import committed, question, routing
+from experiments.questions import committed, deciding, question, routing
 from experiments.report import plot_accuracy, style, tables
 from qlora_jax.studies import statistics
 
@@ -57,6 +57,7 @@ def answer() -> list[question.Claim]:
       f"{own['queryable_prior']:.1f} % against {own['lora+prompt']:.1f} % of LoRA with the prompt:"
       f" {_told(replaced)} points",
     ),
+    *deciding.answer(),
     *_likelihoods(),
   ]  # fmt: skip
 
@@ -214,6 +215,7 @@ QUESTION = question.Question(
   tables={
     "language_deciding": table,
     "language_combined": combined_table,
+    **(deciding.TABLES if deciding.ready() else {}),
     "language_swap": swap_table,
     **{f"language_{study}": functools.partial(pair_table, study) for study in PAIRS},
   },

@@ -22,7 +22,7 @@ GAINS = {
   "routing/gain_other": "the weights of another example",
 }
 # The gains that a claim needs, by the rules in `configs/bases.py` and `configs/llm.py`, which were
-# written before their runs. The others are evidence.
+# written before the gains were measured. The others are evidence.
 NEEDED = ("routing/gain_uniform", "routing/gain_mean")
 NEEDED_IN = {"deciding": ("routing/gain_uniform",)}
 NOT_MEASURED = "not tested (routing gain not measured)"

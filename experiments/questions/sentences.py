@@ -28,7 +28,7 @@ _EFFECT = re.compile(
   r"|contribut\w+|difference|matter(s|ed)?|useful|of use|worth|boost\w*|driv(e|es|en)|carr(y|ies)"
   r"|explain(s|ed)?|owe[sd]?|thanks to|because of|due to|comes? from|does it|is what|raises?"
   r"|effects?|need(s|ed)?|worse|fewer|smaller|higher|less|halv(e|es|ed|ing)|doubl\w+|cuts?|drops?"
-  r"|falls?|hurts?|works?)\b",
+  r"|falls?|hurts?|works?|essential|crucial|accounts? for|solves?|enables?|responsible)\b",
   re.IGNORECASE,
 )
 _NEGATIVE = re.compile(
@@ -38,8 +38,13 @@ _NEGATIVE = re.compile(
   r"|\bno (significant )?difference\b|\bno better\b|\binconclusive\b",
   re.IGNORECASE,
 )
+# The quantity's name, which says nothing of its sign.
+_NAME = re.compile(r"\bwhat the routing gains\b|\brouting gain: the study has no\b", re.IGNORECASE)
 _MARKER = re.compile(r"<!-- routing: (.*?) -->")
 _BETWEEN = re.compile(r"(?<=[.!?])[*_)\]\"']*\s+(?=[A-Z*`\[(_\"'&-])")
+_TAG = re.compile(
+  r"<style.*?</style>|<script.*?</script>|<(?!!-- routing:)[^>]*>|{[%#].*?[%#]}", re.DOTALL
+)
 _PARTS = re.compile(
   r"[,;:()]|\s[-–—]\s|\b(?:but|and|while|whereas|although|though|where|so that)\b"
 )
@@ -79,13 +84,15 @@ def texts() -> Iterator[tuple[str, str]]:
     yield str(path.relative_to(root)), "\n\n".join(markdown)
   for path in sorted(root.glob("experiments/report/*.py")):
     yield str(path.relative_to(root)), "\n\n".join(_strings(path))
+  for path in sorted(root.glob("experiments/report/*.j2")):
+    yield str(path.relative_to(root)), _TAG.sub("\n\n", path.read_text())
 
 
 def _stands(words: str) -> bool:
   """Whether a sentence about routing is no claim, or one of a negative or inert result."""
   if words.rstrip("*_ ").endswith("?") or _VERDICTS & {cell.strip() for cell in words.split("|")}:
     return True
-  parts = [part for part in _PARTS.split(words) if _EFFECT.search(part)]
+  parts = [part for part in _PARTS.split(_NAME.sub("_", words)) if _EFFECT.search(part)]
   if not parts:
     return not _INTERVAL.search(words)
   return all(_NEGATIVE.search(part) for part in parts)

@@ -17,11 +17,21 @@ from experiments.report import (
 
 _TRAINING = (plot_training.curves, plot_training.learning_rates)
 _REGRESSION = (
-  plot_error.forest, plot_error.noise, plot_routing.routing, plot_error.parameters, *_TRAINING,
-)  # fmt: skip
+  plot_error.forest,
+  plot_error.noise,
+  plot_routing.routing,
+  plot_error.parameters,
+  *_TRAINING,
+  plot_routing.gain,
+)
 _LANGUAGE = (
-  plot_accuracy.splits, plot_accuracy.tasks, plot_error.forest, *_TRAINING, plot_routing.statistics,
-)  # fmt: skip
+  plot_accuracy.splits,
+  plot_accuracy.tasks,
+  plot_error.forest,
+  *_TRAINING,
+  plot_routing.statistics,
+  plot_routing.gain,
+)
 DPI = 200
 
 

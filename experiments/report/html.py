@@ -72,7 +72,7 @@ def render(
   )
   template = environment.get_template("template.html.j2")
   figures = [_figure(number, item, directory) for number, item in enumerate(drawn, start=1)]
-  of, steady = study.measure, ("curves", "learning_rates", "routers")
+  of, steady = study.measure, ("curves", "learning_rates", "routers", "routing_gain")
   own = headline.compared(summary)
   subjects = set(zip(own["task"], own["method"], strict=True))
   one_baseline = summary["baseline"].nunique() < 2
@@ -95,6 +95,7 @@ def render(
     absent=absent,
     stability=_stability(study, summary),
     routers=_routers(summary),
+    gains=_gains(study),
     methods=[style.method(m) for m in style.ordered(summary["method"])],
     protocol=_protocol(study, summary),
     unmet=unmet(study),
@@ -213,6 +214,39 @@ def _routers(summary: pd.DataFrame) -> dict | None:
       [style.method(m).label, *(tables.number(means.loc[m, c], 2) for c in columns)]
       for m in style.ordered(means.index)
     ],
+  }
+
+
+def _gains(study: inputs.Study) -> dict | None:
+  """What the routing gains: a row per setting and method, with intervals over the final seeds."""
+  final = study.stage("final")
+  final = final[final[list(inputs.GAIN_COLUMNS)].notna().any(axis=1)]
+  if final.empty:
+    return None
+  moved = [column for column in inputs.MOVED_COLUMNS if final[column].notna().any()]
+  rows = []
+  for setting in study.settings():
+    own = final[(final[inputs.SETTING] == list(setting)).all(axis=1)]
+    for method in style.ordered(own["method"].unique()):
+      runs = own[own["method"] == method]
+      gains = []
+      for column in inputs.GAIN_COLUMNS:
+        mean, low, high = tables.over_seeds(runs[column])
+        text = tables.with_interval(mean, low, high, lambda value: tables.signed(value, 3))
+        gains.append({"text": text, "above": low > 0})
+      rows.append(
+        {
+          "setting": study.setting_label(setting),
+          "method": style.method(method).label,
+          "seeds": int(np.isfinite(runs[next(iter(inputs.GAIN_COLUMNS))]).sum()),
+          "gains": gains,
+          "moved": [tables.number(runs[column].mean(), 2) for column in moved],
+        }
+      )
+  return {
+    "columns": list(inputs.GAIN_COLUMNS.values()),
+    "moved": [inputs.MOVED_COLUMNS[column] for column in moved],
+    "rows": rows,
   }
 
 

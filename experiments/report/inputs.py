@@ -23,11 +23,26 @@ ROUTER_COLUMNS = {
   "bound/measured": "measured change",
   "bound/certified": "certified bound",
 }
+# What the routing gains: the error (or the nats) with other weights less that as trained.
+GAIN_COLUMNS = {
+  "routing/gain_uniform": "gain over equal weights",
+  "routing/gain_mean": "gain over the block's mean weights",
+  "routing/gain_other": "gain over another row's weights",
+}
+# How far the routing moved from where it was drawn.
+MOVED_COLUMNS = {
+  "routing/support_start": "atoms in use as drawn",
+  "routing/moved_weights": "weights moved",
+  "routing/moved_keys": "keys moved",
+  "routing/moved_atoms": "atoms moved",
+  "routing/moved_router": "router moved",
+}
 _REQUIRED = [
   *["run_id", "stage", "task", "method", "seed", "learning_rate", "trainable_params"],
 ]
 _TEXT = ("noise_kind", "diverged")  # of a measure's required columns, those that hold no numbers
 _OPTIONAL = ["test_noisy_mse", "steps", "seconds", "atoms", *ROUTER_COLUMNS]
+_OPTIONAL += [*GAIN_COLUMNS, *MOVED_COLUMNS]
 _CURVES = ["run_id", "step", "train_loss"]
 _SAMPLES = ["run_id", "task", "instruction", "prompt", "expected", "before", "after"]
 _VARIANTS = {"in_prompt": "+prompt", "shuffled": "+shuffled"}  # what a true value adds to a method

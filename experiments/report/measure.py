@@ -37,6 +37,7 @@ class Measure(Quantity):
     relative: whether differences are in percent of the baseline, or else in the unit itself.
     resolution: the difference that a study should resolve, for `seeds_needed`: a share of the
       baseline's mean if `relative`, or else in the unit itself.
+    loss_noun, loss_unit: what the routing gain is measured in, in a sentence and on an axis.
     required: the columns that `results.parquet` must have.
     also: further quantities of the final runs.
   """
@@ -52,6 +53,8 @@ class Measure(Quantity):
   curve: str = ""
   curve_name: str = ""
   curve_noun: str = ""
+  loss_noun: str = "mean squared error"
+  loss_unit: str = "MSE"
   relative: bool = True
   resolution: float = 0.05
   required: tuple[str, ...] = ()
@@ -95,7 +98,7 @@ NATS = Measure(
   key="validation_nats", name="validation nats", lower=True, noun="negative log-likelihood",
   mean="negative log-likelihood", short="negative log-likelihood",
   meaning="Negative log-likelihood of an answer token in nats (mean over the validation split)",
-  unit=" nats", relative=False,
+  unit=" nats", relative=False, loss_noun="nats per answer token", loss_unit="nats",
   validation="validation_nats", validation_name="validation nats",
   validation_noun="Negative log-likelihood of the validation answers",
   curve="train_loss", curve_name="training loss, nats",

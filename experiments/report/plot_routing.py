@@ -112,6 +112,48 @@ def statistics(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str
   )
 
 
+def gain(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
+  """What the routing gains over training: one panel per setting, one line per method."""
+  absent = "Routing gain: the study has no curve of it."
+  column = "routing/gain_uniform"
+  if study.curves is None or column not in study.curves:
+    return absent
+  final = study.stage("final")[["run_id", *inputs.SETTING, "method"]]
+  data = study.curves[["run_id", "step", column]].dropna().merge(final, on="run_id")
+  shown = [s for s in study.shown_settings() if (data[inputs.SETTING] == list(s)).all(axis=1).any()]
+  if not shown:
+    return absent
+  del summary
+  figure, axes = panels.grid(len(shown), height=2.5)
+  methods = style.ordered(data["method"].unique())
+  for panel, setting in zip(axes, shown, strict=True):
+    here = data[(data[inputs.SETTING] == list(setting)).all(axis=1)]
+    panel.axhline(0, color=style.MUTED, linewidth=0.8, zorder=1)
+    for method in methods:
+      steps = here[here["method"] == method].groupby("step")[column]
+      if not len(steps):
+        continue
+      mean, look = steps.mean(), style.method(method)
+      panel.fill_between(
+        mean.index, steps.min(), steps.max(), color=look.color, alpha=0.15, linewidth=0
+      )
+      panel.plot(mean.index, mean, color=look.color, linestyle=look.line, marker=look.marker)
+    panel.set_title(study.setting_label(setting))
+    panel.set_xlim(left=0)
+    panel.grid(True)
+  of = study.measure
+  panels.label_outer(axes, "training step", f"gain over equal weights ({of.loss_unit})")
+  panels.legend(figure, [panels.handle(method) for method in methods])
+  return panels.Drawn(
+    "routing_gain",
+    "What the routing gains during training",
+    f"The {of.loss_noun} on validation rows with equal weights on all atoms instead of the trained "
+    "ones, less that as trained: the mean over seeds, with a band from the least to the greatest. "
+    "At zero the trained weights do nothing that equal ones would not.",
+    figure,
+  )
+
+
 def _method(task: str, present: pd.Series) -> str:
   """The method whose maps are drawn: the one that the report is about, if it has any."""
   return style.subject(task, present) or style.ordered(present)[0]

@@ -314,6 +314,14 @@ def share(value: float) -> str:
   return f"{100 * value:.0f} %" if math.isfinite(value) else MISSING
 
 
+def over_seeds(values: pd.Series) -> tuple[float, float, float]:
+  """Mean and 95 % interval of the finite values; one value has no interval, none is NaN."""
+  finite = values[np.isfinite(values)].to_numpy(float)
+  if len(finite) < 2:
+    return (float(finite[0]) if len(finite) else math.nan, math.nan, math.nan)
+  return tuple(statistics.mean_interval(finite))
+
+
 def with_interval(mean: float, low: float, high: float, formatted=number) -> str:
   """`mean [low, high]`, the brackets left out where there is no interval."""
   if not math.isfinite(mean):

@@ -94,8 +94,9 @@ class LoRA(Branch):
 class DoRA(Branch):
   """y = g * ||W||_col * x (W + scaling A B) / ||W + scaling A B||_col.
 
-  The magnitude is stored relative to ||W||_col (g = 1 at the start), so that it needs no copy of
-  the base; the norm takes no gradient, as in the source's section 4.3.
+  DoRA (arXiv 2402.09353), equation (5). The magnitude is stored relative to ||W||_col (g = 1 at the
+  start), so that it needs no copy of the base; the source's is absolute. The norm takes no
+  gradient, as in the source's section 4.3.
   """
 
   @nn.compact
@@ -116,8 +117,9 @@ class DoRA(Branch):
 class LoRAXS(Branch):
   """y = x W + scaling x (U_R S_R) core V_R^T with U S V^T = svd(W); only the core is trained.
 
-  The core starts at zero, not at the source's Gaussian of deviation 1e-5, so that the network
-  starts as its base exactly.
+  LoRA-XS (arXiv 2405.17604): A = U_R S_R, B = V_R^T and one trained matrix between them. The core
+  starts at zero, not at the source's Gaussian of deviation 1e-5, so that the network starts as its
+  base exactly.
   """
 
   @nn.compact
@@ -166,7 +168,12 @@ class RoutedBranch(Branch):
 
 
 class CoMoL(RoutedBranch):
-  """y = x W + scaling (x A) (sum_m w_m U_m) B with the map's own cores and router on x A."""
+  """y = x W + scaling (x A) (sum_m w_m U_m) B with the map's own cores and router on x A.
+
+  CoMoL (arXiv 2603.00573), from its abstract: experts are cores, the router works per token in the
+  low-rank space, and the cores are merged before the product. Ours: the RMSNorm before the router,
+  the cores' start (as the atoms' of Queryable LoRA) and `top_k`.
+  """
 
   @nn.compact
   def __call__(self, x, base, kernel, routing, shared):
@@ -181,6 +188,7 @@ class CoMoL(RoutedBranch):
     )
     kernel_of_router = self.router_kernel()
     low_rank = sharding.tokens(functional.project(x, lora_a))
+    # The normalisation before the router is ours.
     made = self.route(functional.rms_norm(low_rank), kernel_of_router, cores)
     mixed = contraction.contract(cfg, 1, low_rank, made.weights, made.operator, cores)
     update = functional.low_rank_output(sharding.tokens(mixed), lora_b, self.scaling)
@@ -188,12 +196,18 @@ class CoMoL(RoutedBranch):
 
 
 class Lily(RoutedBranch):
-  """y = x W + scaling (x A) (sum_e w_e B_e): own A and router, experts B shared over layers."""
+  """y = x W + scaling (x A) (sum_e w_e B_e): own A and router, experts B shared over layers.
+
+  Lily (arXiv 2407.09946) with an A per map, where the source shares A between neighbouring layers;
+  the scale is alpha/R, the source's a number by itself.
+  """
 
   @nn.compact
   def __call__(self, x, base, kernel, routing, shared):
     lora_a, kernel_of_router = self.factor_a(), self.router_kernel()
     low_rank = sharding.tokens(functional.project(x, lora_a))
+    # Weights per token; the source's code and PEFT average them over all tokens of a call, which
+    # lets an output depend on later tokens and on other rows. `top_k` is ours.
     made = self.route(low_rank, kernel_of_router)
     experts = shared[f"lily_b_{self.name_of_map}"]
     # One [.., E R] x [E R, D] product: the weighted copies of x A against all experts at once.

@@ -1,8 +1,10 @@
 """How a router behaves, and how large its updates are. Letters as in `qlora_jax/typing.py`."""
 
+import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 
 from qlora_jax.adapters import config as config_lib
@@ -39,60 +41,69 @@ def routing_statistics(weights: Array, mask: Array | None = None) -> dict[str, A
 def update_norms(
   config: config_lib.AdapterConfig,
   params: PyTree,
-  weights: Array | None,
+  weights: np.ndarray | None,
   map_names: Sequence[str] = (),
-) -> dict[str, Array] | None:
+) -> dict[str, float] | None:
   """The certified bound on ||dW(x)||_2 next to the norms that occur.
 
   For every adapted map, with w on the simplex,
     ||dW(x)||_2 = scaling ||A C(x) B||_2 <= scaling ||A||_2 ||B||_2 max_m ||U_m||_2.
 
+  Computed by NumPy, on the host: two of jaxlib's batched decompositions in one program wait for
+  each other for ever where XLA has two threads (jaxlib 0.10.2).
+
   Args:
     config: the adapter.
-    params: its parameter tree, as the model's blocks lay it out.
-    weights: [N, G, *batch, M] of Queryable LoRA, or None for plain low-rank methods.
+    params: its parameter tree, as the model's blocks lay it out; host arrays.
+    weights: [N, I, *batch, M] of Queryable LoRA, or None for plain low-rank methods.
     map_names: the maps of a layer in the order in which they run, for `operator='map'`.
 
   Returns:
-    `certified` and `measured`, each the largest over maps, blocks (and tokens), and `slack`, the
-    least `certified - measured` of a map; None for methods whose update is not of this form.
+    `certified` and `measured`, each the largest over maps, blocks (and the first `NORM_TOKENS`
+    tokens), and `slack`, the least `certified - measured` of a map; NaN for parameters or
+    weights that are not finite. None for methods whose update is not of this form.
   """
   if config.method not in ("lora", "rslora", "queryable"):
     return None
+  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, weights))):
+    return dict.fromkeys(("certified", "measured", "slack"), math.nan)  # a run that diverged
   blocks = params["stack"]["blocks"]
   certified, measured, slack = [], [], []
   if config.routed:
-    # One small decomposition a token, block and map adds up: the first tokens stand for all.
+    # One small decomposition per token, block and map adds up: the first tokens stand for all.
     flat = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])[:, :, :NORM_TOKENS]
   for layer in sorted(name for name in blocks if name.startswith("layer_")):
     for name, leaves in blocks[layer].items():
-      lora_a, lora_b = leaves["branch"]["lora_a"], leaves["branch"]["lora_b"]  # [N, D, R], ...
+      lora_a, lora_b = (np.asarray(leaves["branch"][key]) for key in ("lora_a", "lora_b"))
       scaling = config.scale_of(name)
       bound = scaling * _spectral(lora_a) * _spectral(lora_b)  # [N]
       # ||A C B|| = ||R_A C R_B^T|| for the triangular factors of A and B^T: [R, R] work only.
-      right_a = jnp.linalg.qr(lora_a, mode="r")
-      right_b = jnp.linalg.qr(jnp.swapaxes(lora_b, -1, -2), mode="r")
+      right_a = np.linalg.qr(lora_a, mode="r")
+      right_b = np.linalg.qr(np.swapaxes(lora_b, -1, -2), mode="r")
       if not config.routed:
-        norm = scaling * _spectral(jnp.einsum("nqr,nsr->nqs", right_a, right_b))
+        norm = scaling * _spectral(np.einsum("nqr,nsr->nqs", right_a, right_b))
       else:
-        atoms = memory.of_map(config, params["stack"]["memory"], name)["atoms"]
-        bound = bound * jnp.max(jnp.linalg.norm(atoms, ord=2, axis=(-2, -1)))
+        atoms = np.asarray(memory.of_map(config, params["stack"]["memory"], name)["atoms"])
+        bound = bound * _spectral(atoms).max()
         router = map_names.index(name) if config.operator == "map" else 0
-        own = jnp.einsum("ntm,mrs->ntrs", flat[:, router], atoms)
-        product = jnp.einsum("nqr,ntrs,nps->ntqp", right_a, own, right_b)
-        norm = jnp.max(scaling * _spectral(product), axis=-1)
-      certified.append(jnp.max(bound))
-      measured.append(jnp.max(norm))
-      slack.append(jnp.min(bound - norm))
+        operators = np.einsum("ntm,mrs->ntrs", flat[:, router], atoms)
+        product = np.einsum("nqr,ntrs,nps->ntqp", right_a, operators, right_b, optimize="optimal")
+        norm = scaling * _spectral(product).max(axis=-1)
+      certified.append(bound.max())
+      measured.append(norm.max())
+      slack.append((bound - norm).min())
   return {
-    "certified": jnp.max(jnp.stack(certified)),
-    "measured": jnp.max(jnp.stack(measured)),
-    "slack": jnp.min(jnp.stack(slack)),
+    "certified": float(max(certified)),
+    "measured": float(max(measured)),
+    "slack": float(min(slack)),
   }
 
 
-def _spectral(matrix: Array) -> Array:
-  return jnp.linalg.norm(matrix, ord=2, axis=(-2, -1))
+def _spectral(matrix: np.ndarray) -> np.ndarray:
+  """Spectral norms of matrices [*batch, a, b]; NaN where one overflowed: LAPACK refuses it."""
+  finite = np.isfinite(matrix).all(axis=(-2, -1))
+  norms = np.linalg.norm(np.where(finite[..., None, None], matrix, 0.0), ord=2, axis=(-2, -1))
+  return np.where(finite, norms, np.nan)
 
 
 def share_by_group(weights: Array, group: Array, num_groups: int) -> Array:

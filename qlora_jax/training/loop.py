@@ -208,9 +208,7 @@ def _curves(workload, rows: list[dict], directory: pathlib.Path) -> list[dict[st
     {
       "run_id": rows[places[line.get("run")]]["run_id"],
       "step": line["step"],
-      **{
-        column: line[name] for name, column in workload.curve_columns.items() if name in line
-      },
+      **{column: line[name] for name, column in workload.curve_columns.items() if name in line},
     }
     for line in metrics.read_metrics(processes.own_directory(directory))
   ]

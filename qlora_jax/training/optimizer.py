@@ -16,6 +16,11 @@ from qlora_jax.typing import PyTree
 
 GROUPS = ("atoms", "memory", "router", "other")  # what `OptimizerConfig.frozen` can name
 
+# Leaves with weight decay: the factors of an update, which is none where they are zero, and with
+# full fine-tuning the matrices of the base.
+DECAYED = ("lora_a", "lora_b", "core", "instruction_input")  # and Lily's experts, `lily_b_NAME`
+DECAYED_IN_BASE = ("kernel", "embedding", "positions", "head")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -25,7 +30,8 @@ class OptimizerConfig:
     steps: optimiser steps of a run.
     batch_size: examples a step.
     warmup: share of the steps spent warming up linearly.
-    b1, b2, eps, weight_decay: AdamW's, the decay multiplied by the learning rate.
+    b1, b2, eps, weight_decay: AdamW's, the decay multiplied by the learning rate; `decayed` says
+      which leaves have it.
     clip: largest global norm of the gradient; 0 switches clipping off.
     memory_multiplier: factor on the learning rate of the shared memory.
     router_multiplier: factor on the learning rate of the routers.
@@ -78,7 +84,7 @@ def make(config: OptimizerConfig) -> optax.GradientTransformation:
   parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
   parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
   if config.weight_decay:
-    parts.append(optax.add_decayed_weights(config.weight_decay))
+    parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
   if config.memory_multiplier != 1.0 or config.router_multiplier != 1.0:
     factors = {
       "memory": config.memory_multiplier,
@@ -95,6 +101,24 @@ def make(config: OptimizerConfig) -> optax.GradientTransformation:
     {"trained": optax.chain(*parts), "frozen": optax.set_to_zero()},
     functools.partial(trained_or_frozen, frozen=config.frozen),
   )
+
+
+def decayed(params: PyTree) -> PyTree:
+  """Marks each leaf with whether it has weight decay, by its name.
+
+  Decay pulls towards zero, which is the frozen base for `DECAYED` alone. Atoms and CoMoL's cores
+  start near the identity or orthogonal and DoRA's magnitude at one: zero would erase the update or
+  the map. Keys, descriptors, routers, mixtures, pseudo-queries and gates decide which update is
+  made, not how large it is. Scales and biases of the base are left out too, as is usual.
+  """
+
+  def mark(path, _):
+    names = [str(getattr(key, "key", key)) for key in path]
+    if names[0] == "base":
+      return names[-1] in DECAYED_IN_BASE
+    return names[-1] in DECAYED or names[-1].startswith("lily_b_")
+
+  return jax.tree_util.tree_map_with_path(mark, params)
 
 
 def parameter_groups(params: PyTree) -> PyTree:

@@ -22,7 +22,8 @@ from qlora_jax.training import step as step_lib
 from qlora_jax.typing import Array, PyTree
 from qlora_jax.workloads import routing_gain
 
-# What runs once a group is compiled in a third of the time without the backend's optimisations.
+# What runs a few times per group is compiled in a third of the time without the backend's
+# optimisations.
 _ONCE = {"xla_backend_optimization_level": 0}
 EVAL_ROWS = 1024  # rows a compiled evaluation sees at once; splits are padded to a multiple
 
@@ -136,10 +137,9 @@ class Program:
       def one(params):
         variables = step_lib.variables(self.model, params, frozen)
         routing = self.model.apply(variables, batch.features, batch.instruction).routing
-        result = {
-          "norms": statistics.update_norms(self.model.adapter, params, routing.weights, mlp.MAPS)
-        }
+        result = {}
         if routing.weights is not None:
+          result["weights"] = routing.weights[:, :, : statistics.NORM_TOKENS]
           result["routing"] = statistics.routing_statistics(routing.weights)
           result["shares"] = statistics.share_by_group(routing.weights, group, num_groups)
         return result
@@ -148,9 +148,27 @@ class Program:
 
     return jax.jit(route, static_argnames="num_groups", compiler_options=_ONCE)
 
+  def update_norms(
+    self, states: step_lib.TrainState, weights: np.ndarray | None
+  ) -> list[dict[str, float] | None]:
+    """`statistics.update_norms` of each run, given the routing weights [R, N, I, *batch, M]."""
+    params = jax.device_get(states.params)
+    runs = len(states.step)
+    return [
+      statistics.update_norms(
+        self.model.adapter,
+        jax.tree.map(lambda leaf, run=run: leaf[run], params),
+        None if weights is None else weights[run],
+        mlp.MAPS,
+      )
+      for run in range(runs)
+    ]
+
   @functools.cached_property
   def _routing_gain(self):
-    def one_run(params, initial, frozen, batch, other):
+    def one_run(params, initial, row, frozen, batches, other):
+      batch = jax.tree.map(lambda leaf: leaf[row], batches)
+
       def loss(output):
         return jnp.sum(jnp.square(output.values - batch.targets))
 
@@ -163,20 +181,26 @@ class Program:
       mixtures = routing_gain.one_mixture(self.model, trained, loss, probed.mean_weights, *inputs)
       return probed, mixtures, rerouting.movement(initial, params)
 
-    return jax.jit(jax.vmap(one_run, in_axes=(0, 0, None, None, None)), compiler_options=_ONCE)
+    return jax.jit(jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None)), compiler_options=_ONCE)
 
   def routing_gain(
-    self, params: PyTree, initial: PyTree, frozen: step_lib.Frozen, batch: step_lib.Batch
+    self,
+    params: PyTree,
+    initial: PyTree,
+    frozen: step_lib.Frozen,
+    batches: step_lib.Batch,
+    seed_row: Array,
   ) -> list[dict[str, float]]:
-    """`evaluation.routing.COLUMNS` of each of R runs, in mean squared error.
+    """`routing_gain.COLUMNS` of each of R runs, in mean squared error.
 
     Args:
       params, initial: the trained trees [R, ..] now and before the first step.
-      batch: rows [n, ..] with the targets to measure the error by.
+      batches: rows [S, n, ..] with the targets to measure the error by; seed_row: which of the S
+        each run has.
     """
-    other = routing_gain.other_rows(len(batch.targets))
+    other = routing_gain.other_rows(batches.targets.shape[1])
     probed, mixtures, moved = jax.device_get(
-      self._routing_gain(params, initial, frozen, batch, other)
+      self._routing_gain(params, initial, seed_row, frozen, batches, other)
     )
     return [
       routing_gain.columns(

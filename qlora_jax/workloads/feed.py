@@ -47,10 +47,6 @@ class Feed:
     """A whole split [n, ...]."""
     return self._batch(self.splits[seed][split], slice(None))
 
-  def some(self, seed: int, split: str, count: int) -> step_lib.Batch:
-    """The first rows of a split [count, ...], or all where there are fewer."""
-    return self._batch(self.splits[seed][split], slice(count))
-
   def rows(self, arrays: pipeline.Arrays) -> step_lib.Batch:
     """Rows of any split, with the instructions that they name [n, ...]."""
     return self._batch(arrays, slice(None))

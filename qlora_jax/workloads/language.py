@@ -20,7 +20,7 @@ from jax import numpy as jnp
 
 from qlora_jax import files
 from qlora_jax.adapters import config as adapter_config
-from qlora_jax.adapters import rerouting, statistics
+from qlora_jax.adapters import statistics
 from qlora_jax.data.text import formatting, pipeline, records, scoring
 from qlora_jax.instructions import cache, projection
 from qlora_jax.models import decoder, fast_attention, generation
@@ -29,7 +29,7 @@ from qlora_jax.parallel import processes, sharding
 from qlora_jax.training import loop, progress, resume, stop
 from qlora_jax.training import step as step_lib
 from qlora_jax.weights import adapter_file, chat, hf_layout
-from qlora_jax.workloads import language_config, language_shards, language_step, routing_gain
+from qlora_jax.workloads import language_config, language_routing, language_shards, routing_gain
 from qlora_jax.workloads import workload as workload_lib
 
 _ANSWERS = "answers"
@@ -112,9 +112,7 @@ class Language:
     **{name: name for name in routing_gain.COLUMNS},
   }
 
-  def __init__(
-    self, resources: Resources, cohort: workload_lib.Cohort, directory: pathlib.Path
-  ):
+  def __init__(self, resources: Resources, cohort: workload_lib.Cohort, directory: pathlib.Path):
     self.resources, self.cohort, self.directory = resources, cohort, directory
     self.display, self.shared = resources.display, resources.workdir
     self.config = config = _of_trial(cohort)
@@ -188,9 +186,7 @@ class Language:
     split = self.encode("train")
     pack = config.data.pack
     self.packing_efficiency = pipeline.packing_efficiency(split, seed=config.seed, pack=pack)
-    self.display.log(
-      f"train: {split.report}; rows {100 * self.packing_efficiency:.0f} % full"
-    )
+    self.display.log(f"train: {split.report}; rows {100 * self.packing_efficiency:.0f} % full")
     self.before = self._before() if self.generates else {}
     index, self._processes = self.shards.own_rows
     self._iterator = iter(
@@ -308,6 +304,8 @@ class Language:
   def _before(self) -> dict[str, float]:
     """Scores of the base; trials that ask it the same questions share them."""
     asked = {name: self.config[name].to_dict() for name in ("model", "data", "eval")}
+    for name in ("routing", "routing_every"):  # the base has no router
+      asked["eval"].pop(name)
     asked["in_prompt"] = self.config.instruction.in_prompt
     if asked["in_prompt"] and self.config.instruction.get("exchanged"):
       asked["exchanged"] = True
@@ -408,7 +406,7 @@ class Language:
     return total / max(count, 1.0), means
 
   def routing_gain(self, params, during: bool = False) -> dict[str, float]:
-    """`evaluation.routing.COLUMNS` in nats per answer token, on part of the validation split.
+    """`routing_gain.COLUMNS` in nats per answer token, on part of the validation split.
 
     Args:
       params: the trained tree.
@@ -420,34 +418,15 @@ class Language:
     # Shuffled, so that the examples of a batch, which exchange their weights, are of many tasks.
     order = np.random.default_rng(0).permutation(len(examples))
     split = self._tokens([examples[index] for index in order])
-    trained, drawn = (
-      step_lib.variables(self.model, tree, self.frozen) for tree in (params, self.initial)
+    texts = pipeline.packed_evaluation_batches(split, batch_size=self.config.optimizer.batch_size)
+    check = (lambda: None) if during else stop.check
+    gains = language_routing.gain(
+      self.model, self.shards, self.table, texts, params, self.initial, self.frozen, check
     )
-    batches, probes = [], []
-    for text in pipeline.packed_evaluation_batches(
-      split, batch_size=self.config.optimizer.batch_size
-    ):
-      if not during:
-        stop.check()
-      batch = self.shards.batch(self.shards.share(text), self.table)
-      other = routing_gain.other_examples(text.segment_ids, text.loss_mask)
-      with self.shards.use():
-        probes.append(jax.device_get(_probe_routing(self.model, trained, drawn, batch, other)))
-      batches.append(batch)
-    total = routing_gain.merge(probes)
-    mixtures = np.zeros(2)
-    for batch in batches:
-      if not during:
-        stop.check()
-      with self.shards.use():
-        mixtures += jax.device_get(
-          _probe_mixtures(self.model, trained, batch, total.mean_weights)
-        )
-    found = routing_gain.columns(total, *mixtures, jax.device_get(_movement(self.initial, params)))
     if not during:
-      shown = ", ".join(f"{found[name]:+.4f} {name.split('_')[1]}" for name in routing_gain.GAINS)
+      shown = ", ".join(f"{gains[name]:+.4f} {name.split('_')[1]}" for name in routing_gain.GAINS)
       self.display.log(f"routing gain in nats per answer token against other weights: {shown}")
-    return found
+    return gains
 
   def _save(self, params, training: dict[str, Any], folder: str = ADAPTER) -> None:
     tree = {"params": serialization.to_state_dict(sharding.gathered(params))}
@@ -510,41 +489,6 @@ def _compare(before: list[dict], after: list[dict]) -> list[dict]:
      "before": said.get((each["instruction"], each["prompt"])), "after": each["said"]}
     for each in after
   ]  # fmt: skip
-
-
-def _nats_of(model, variables, batch):
-  """The loss that `evaluation.routing` asks for: summed nats of a batch's answer tokens."""
-
-  def loss(output):
-    each = language_step.answer_losses(model, variables, output.hidden, batch)
-    return jnp.sum(each * batch.weights)
-
-  return loss
-
-
-def _inputs(batch):
-  return batch.tokens, batch.positions, batch.segments, batch.instruction
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _probe_routing(model, variables, initial, batches: language_step.LanguageBatch, other):
-  batch = jax.tree.map(lambda leaf: leaf[0], batches)
-  mask = (batch.segments > 0).astype(jnp.float32)
-  return routing_gain.probe(
-    model, variables, initial, _nats_of(model, variables, batch), other, mask,
-    jnp.sum(batch.weights), *_inputs(batch),
-  )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _probe_mixtures(model, variables, batches: language_step.LanguageBatch, mean):
-  batch = jax.tree.map(lambda leaf: leaf[0], batches)
-  return routing_gain.one_mixture(
-    model, variables, _nats_of(model, variables, batch), mean, *_inputs(batch)
-  )
-
-
-_movement = jax.jit(rerouting.movement)
 
 
 @functools.partial(jax.jit, static_argnums=0)

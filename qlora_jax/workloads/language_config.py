@@ -66,6 +66,11 @@ def resolve(config: ml_collections.ConfigDict, abstract: bool = False) -> Settin
   for name in ("routing", "routing_every"):
     if config.eval[name] < 0:
       raise errors.UserError(f"eval.{name}: {config.eval[name]} is below 0; use 0 for none")
+  if config.eval.routing_every % config.eval.every:
+    raise errors.UserError(
+      f"eval.routing_every: {config.eval.routing_every} is not a multiple of eval.every ="
+      f" {config.eval.every}"
+    )
   template = config.data.get("template")
   if template is not None and "{prompt}" not in template:
     raise errors.UserError(f"data.template: {template!r} has no {{prompt}}, where the prompt goes")

@@ -269,8 +269,10 @@ class Regression(Training):
     routing = [{}] * len(errors)
     every, before = self._routing_every, (step - 1) // self.chunk * self.chunk
     if every and (step // every > before // every or step == self.steps):
-      rows = self.feed.some(self.seeds[0], "validation", ROUTING_ROWS)
-      routing = self.program.routing_gain(state.params, self.initial, self.frozen, rows)
+      some = step_lib.Batch(*(leaf[:, :ROUTING_ROWS] for leaf in self._validation))
+      routing = self.program.routing_gain(
+        state.params, self.initial, self.frozen, some, self.seed_row
+      )
     return [
       {"validation/mse": error, **columns} for error, columns in zip(errors, routing, strict=True)
     ]
@@ -343,10 +345,13 @@ class Regression(Training):
           state, self.frozen, seen, target_ids, num_groups=len(self.task.target_names)
         )
       )
+      norms = [None] * len(rows)
+      if with_instruction:
+        norms = self.program.update_norms(state, out.get("weights"))
       for index, row in enumerate(rows):
-        if with_instruction and out["norms"] is not None:
-          row["bound/certified"] = float(out["norms"]["certified"][index])
-          row["bound/measured"] = float(out["norms"]["measured"][index])
+        if norms[index] is not None:
+          row["bound/certified"] = norms[index]["certified"]
+          row["bound/measured"] = norms[index]["measured"]
         if "routing" not in out:
           continue
         if with_instruction:
@@ -370,7 +375,13 @@ class Regression(Training):
     if self.initial is not None:
       targets = test.clean if self.task.has_clean else test.targets
       clean = some._replace(targets=targets[:ROUTING_ROWS])
-      gained = self.program.routing_gain(state.params, self.initial, self.frozen, clean)
+      gained = self.program.routing_gain(
+        state.params,
+        self.initial,
+        self.frozen,
+        step_lib.stack([clean]),
+        np.zeros_like(self.seed_row),
+      )
       for row, columns in zip(rows, gained[: len(rows)], strict=True):  # the rest are copies
         row |= columns
     return maps

@@ -145,3 +145,14 @@ def test_update_norms_equal_the_dense_matrices(routed):
   np.testing.assert_allclose(found["certified"], bound, rtol=1e-4)
   np.testing.assert_allclose(found["measured"], largest, rtol=1e-4)
   assert found["slack"] >= 0
+  if routed:  # the forward pass overflowed
+    diverged = statistics.update_norms(adapter, params, np.full_like(weights, np.nan))
+    assert np.isnan(list(diverged.values())).all()
+  lora_a = layer["up"]["branch"]["lora_a"]
+  lora_a[0, 0, 0] = 3e38  # finite itself, but not its product with B
+  with np.errstate(over="ignore", invalid="ignore"):
+    overflowed = statistics.update_norms(adapter, params, weights if routed else None)
+  assert not np.isfinite(overflowed["slack"])
+  lora_a[0, 0, 0] = np.nan
+  diverged = statistics.update_norms(adapter, params, weights if routed else None)
+  assert np.isnan(list(diverged.values())).all()

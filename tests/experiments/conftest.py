@@ -103,7 +103,18 @@ def _result(task, level, method, stage, seed, rate, mse, base_mse, steps):
     "router/effective_support": 6.1 if routed else np.nan,
     "router/entropy": 1.8 if routed else np.nan, "router/max_share": 0.31 if routed else np.nan,
     "bound/certified": 2.4 if routed else np.nan, "bound/measured": 0.7 if routed else np.nan,
+    **_gains(routed, 0.03 * (seed % 7)),
   }  # fmt: skip
+
+
+def _gains(routed, luck):
+  """What routing gains by: much over equal weights, nothing over the block's mean weights."""
+  gains = {"routing/gain_uniform": 0.5, "routing/gain_mean": -0.09, "routing/gain_other": 0.2}
+  moved = {"routing/support_start": 5.0, "routing/moved_weights": 0.25, "routing/moved_atoms": 1.5}
+  return {
+    **{name: gain + luck if routed else np.nan for name, gain in gains.items()},
+    **{name: value if routed else np.nan for name, value in moved.items()},
+  }
 
 
 def _curve(rng, row):
@@ -112,7 +123,13 @@ def _curve(rng, row):
   mse = row["validation_mse"] * (1 - left) + row["base_mse"] * left
   mse = mse * (1 + rng.normal(0, 0.02, size=20))
   return [
-    {"run_id": row["run_id"], "step": step, "train_loss": value, "validation_mse": value}
+    {
+      "run_id": row["run_id"],
+      "step": step,
+      "train_loss": value,
+      "validation_mse": value,
+      "routing/gain_uniform": row["routing/gain_uniform"] * step / row["steps"],
+    }
     for step, value in zip(steps, mse, strict=True)
   ]
 

@@ -14,6 +14,7 @@ from experiments import kept
 from experiments.bases import __main__ as study
 from experiments.bases import analysis
 from experiments.questions import bases as question
+from experiments.questions import committed
 from qlora_jax import sweeps
 from qlora_jax.models import mlp
 from qlora_jax.training import progress
@@ -171,3 +172,32 @@ def test_a_second_training_stands_beside_the_first_of_the_same_comparison():
     percent = 100 * (errors["queryable"] / errors["lora"] - 1)
     assert rows.loc["regimes", f"relative{suffix}"] == pytest.approx(percent)
     assert rows.loc["regimes", f"baseline_rate{suffix}"] == rates["lora"]
+
+
+def test_the_gain_is_measured_at_the_rates_that_the_searches_chose():
+  chosen = committed.csv("bases", "differences").set_index(["task", "base"])["learning_rate"]
+  points = config.get_hyper(sweeps, "gain")
+  assert {(p["data.task"], p["pretrain.seed"]): p["optimizer.learning_rate"] for p in points} == {
+    key: rate for key, rate in chosen.items() if key[0] in config.CHOSEN
+  }
+  pooled = committed.csv("bases", "pooled")
+  assert set(config.CHOSEN) == set(pooled[pooled["verdict"] != "not significant"]["task"])
+
+
+def test_the_trials_of_the_gain_repeat_the_errors_of_the_searched_ones():
+  """Another machine rounds differently: the means over ten seeds agree within a few per cent."""
+  again = committed.study(question.GAIN_STUDY).stage("final").groupby(["task", "method"])["score"]
+  errors = committed.csv("bases", "differences").set_index(["task", "base"])["error"]
+  for (task, method), error in again.mean().items():
+    assert abs(error / errors[task, int(method.split("/")[1])] - 1) < 0.08
+
+
+def test_the_table_of_gains_has_means_and_intervals_over_the_networks():
+  (row,) = question.routed().query("task == 'regimes'").to_dict("records")
+  final = committed.study(question.GAIN_STUDY).stage("final").query("task == 'regimes'")
+  column = "routing/gain_uniform"
+  means = final.groupby("method")[column].mean()
+  assert len(means) == row["networks"] == 6 and row["trials"] == 60
+  np.testing.assert_allclose(row[f"{column}mean"], means.mean())
+  assert means.min() <= row[f"{column}low"] < row[f"{column}mean"] < row[f"{column}high"]
+  assert f"{row['error']:.3f}" in question.gain_table()

@@ -12,8 +12,17 @@ from experiments import report
 from experiments.report import __main__ as command
 from experiments.report import figures, inputs, panels, style, tables
 from qlora_jax import errors
+from qlora_jax.studies import statistics
 
-_FIGURES = {"difference", "noise", "routing", "parameters", "curves", "learning_rates"}
+_FIGURES = {
+  "difference",
+  "noise",
+  "routing",
+  "parameters",
+  "curves",
+  "learning_rates",
+  "routing_gain",
+}
 _VOID = {"meta", "br", "img", "input", "link", "hr"}
 
 
@@ -49,6 +58,21 @@ class _Page(html.parser.HTMLParser):
         self.open.pop()
     assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
     self.open.pop()
+
+
+def test_the_page_has_what_the_routing_gains_with_intervals_over_the_seeds(built):
+  workdir, page = built
+  text = page.read_text()
+  results = pd.read_parquet(workdir / "results.parquet")
+  own = results[(results.stage == "final") & (results.method == "queryable")]
+  own = own[(own.task == "regimes") & (own.noise_level == 0.1)]
+  for column in inputs.GAIN_COLUMNS:
+    mean, low, high = statistics.student(own[column].to_numpy())[0]
+    cell = tables.with_interval(mean, low, high, lambda value: tables.signed(value, 3))
+    # Bold where the interval lies above zero: over equal weights, not over mean weights.
+    assert (f"<td><b>{cell}</b></td>" in text) == (low > 0)
+    assert (f"<td>{cell}</td>" in text) == (low <= 0)
+  assert {own[column].mean() > 0 for column in inputs.GAIN_COLUMNS} == {True, False}
 
 
 def test_every_figure_is_there_and_not_blank(built):
@@ -127,6 +151,7 @@ def test_absent_optional_files_are_named_in_one_line_each(tmp_path, make_study, 
     "Error against noise level",
     "Routing map",
     "Learning curves",
+    "Routing gain",
   ]
 
 

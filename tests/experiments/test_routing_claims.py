@@ -118,8 +118,8 @@ def test_every_claim_of_the_committed_studies_names_an_arm_that_exists():
   assert verdicts <= {routing.NOT_MEASURED, routing.INERT}
 
 
-@pytest.mark.parametrize("name, text", list(sentences.texts()), ids=lambda x: x if "/" in x else "")
-def test_every_sentence_on_routing_has_its_gain_or_says_that_there_is_none(name, text):
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in sentences.texts()])
+def test_every_sentence_on_routing_has_its_gain_or_says_that_there_is_none(text):
   assert not sentences.unsupported(text)
 
 
@@ -135,7 +135,11 @@ PLANTED = [
   "With routing −9.1 % [−12.0, −6.2] on friedman1.",
   "Routing not only helps on friedman1.",
   "Rerouting halves the error.",
+  "Routing is essential on regimes.",
+  "Routing accounts for most of the accuracy.",
+  "Routing solves regimes.",
   "# Why routing pays",
+  "What the routing gains is large: it lowers the error.",
   "The routing lowers the error. <!-- routing: no claim -->",
   "Routing helps: [0.1, 0.2]. <!-- routing: no claim -->",
   "The routing lowers the error. <!-- routing: nowhere queryable -->",
@@ -147,6 +151,7 @@ PLANTED = [
 SOUND = [
   "The routing adds nothing on friedman1.",
   "The routing is inert.",
+  "What the routing gains during training",
   "Routing is softmax attention over atoms.",
   "Does routing lower the error?",
   "The error is lower on friedman1.",

@@ -83,7 +83,7 @@ def test_how_a_local_setting_ended_is_its_reason(workdir, end, state, reason):
 def test_a_killed_process_is_lost_and_another_hosts_is_believed(workdir, monkeypatch):
   code = (
     "import os, pathlib, sys\n"
-    "from qlora_jax.training import records\n"
+    "from qlora_jax.studies import records\n"
     "with records.kept(pathlib.Path(sys.argv[1]), 'k1') as keeper:\n"
     "  keeper.start('g1', 60)\n"
     "  os._exit(1)\n"

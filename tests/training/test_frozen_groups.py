@@ -13,7 +13,8 @@ from qlora_jax.workloads import cohort_program as group
 from qlora_jax.workloads import feed
 from qlora_jax.workloads import regression_config as settings
 
-SHAPE = mlp.MLPConfig(inputs=5, width=16, hidden=12, layers=2, layers_per_block=1)
+# Three blocks: the pseudo-query of the last is the first with a gradient.
+SHAPE = mlp.MLPConfig(inputs=5, width=16, hidden=12, layers=3, layers_per_block=1)
 SEEDS = (0, 1)
 
 

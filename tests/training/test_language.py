@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from jax import numpy as jnp
 from safetensors import numpy as safetensors_numpy
 
 from configs import llm
 from qlora_jax import errors, finetuned
 from qlora_jax import generate as talk
+from qlora_jax.adapters import rerouting
 from qlora_jax.data.text import pipeline
 from qlora_jax.training import loop, progress, stop
 from qlora_jax.training import step as step_lib
@@ -79,6 +81,34 @@ def test_training_fits_answers_and_reports_before_and_after(whole):
   assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30]
   assert lines[-1]["train/loss"] < 0.6 * lines[0]["train/loss"]
   assert all(line["train/tokens_per_second"] > 0 for line in lines)
+
+
+def test_the_routing_gain_is_the_nats_with_other_weights_on_every_token(whole):
+  run, result = whole
+  variables = finetuned.FineTuned(run.directory / "adapter").variables
+  split = run._tokens(language.some(run.data.splits["validation"], run.config.eval.routing))
+
+  @jax.jit
+  def nats(tokens, positions, segments, targets, mask, instruction):
+    uniform = np.full((run.model.config.blocks, 1, 4), 0.25, "f")
+    inputs = (tokens, positions, segments, instruction)
+    trained = run.model.apply(variables, *inputs, method="score")
+    replaced = rerouting.with_weights(run.model, variables, uniform, *inputs, method="score")
+    answers = mask[..., None] * jax.nn.one_hot(targets, trained[0].shape[-1])
+    return [-jnp.sum(answers * jax.nn.log_softmax(logits)) for logits, _ in (trained, replaced)]
+
+  sums, answers = np.zeros(2), 0
+  for text, _ in pipeline.evaluation_batches(split, batch_size=8):  # one example per row
+    instruction = run.table[text.instruction_id]
+    inputs = (text.tokens, text.positions, text.segment_ids, text.targets, text.loss_mask)
+    sums += nats(*inputs, instruction)
+    answers += text.loss_mask.sum()
+  found = result["after"]
+  np.testing.assert_allclose(
+    found["routing/gain_uniform"], (sums[1] - sums[0]) / answers, rtol=1e-3, atol=1e-5
+  )
+  assert abs(found["routing/gain_uniform"]) > 1e-4
+  assert set(routing.COLUMNS) <= set(found) and found["routing/moved_weights"] > 0.01
 
 
 def test_the_loss_is_the_mean_over_answer_tokens_alone(tiny_llama, tmp_path):

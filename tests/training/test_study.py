@@ -14,9 +14,9 @@ import pytest
 
 from experiments import report
 from qlora_jax import errors, sweeps
-from qlora_jax.adapters import factory
+from qlora_jax.adapters import factory, rerouting
 from qlora_jax.studies import study
-from qlora_jax.training import checkpoint, loop, progress
+from qlora_jax.training import checkpoint, loop, progress, step
 from qlora_jax.workloads import cohort_program, regression, workload
 from qlora_jax.workloads import regression_config as settings
 
@@ -253,3 +253,58 @@ def test_a_work_directory_goes_on_with_other_checkpoints_and_another_mesh(tiny, 
 def test_an_empty_learning_rate_list_is_refused():
   with pytest.raises(errors.UserError, match=r"optimizer\.learning_rate"):
     sweeps.sweep("optimizer.learning_rate", [])
+
+
+def test_each_run_of_a_group_has_what_its_own_routing_gains(tiny, tmp_path, monkeypatch):
+  """Recomputed by hand from what the measurement was given, for the second of two runs."""
+  config = tiny.copy_and_resolve_references()
+  config.adapter.name, config.protocol.least_runs = "queryable", 3
+  config.eval.routing_every = 20
+  calls, measure = [], loop.group_lib.Program.routing_gain
+
+  def noted(program, params, initial, frozen, batches, row):
+    calls.append(jax.device_get((params, initial, frozen, batches, row)))
+    return measure(program, params, initial, frozen, batches, row)
+
+  monkeypatch.setattr(loop.group_lib.Program, "routing_gain", noted)
+  trained = train(tmp_path, loop.GroupSpec(config, "final", ((100, 1e-2), (101, 3e-2))))
+  assert len(calls) == 3  # after 20 and 40 steps on validation rows, and at the end on test rows
+  resolved = settings.resolve(config)
+  program = loop.group_lib.program(resolved.network, resolved.optimizer)
+  for call, rows in zip(calls, ("curve 20", "curve 40", "row"), strict=True):
+    params, initial, frozen, batches, row = call
+    second = jax.tree.map(lambda leaf: leaf[1], (params, initial))
+    batch = jax.tree.map(lambda leaf, place=row[1]: leaf[place], batches)
+    trained_, drawn = (
+      jax.jit(program.model.apply)(
+        step.variables(program.model, tree, frozen), batch.features, batch.instruction
+      )
+      for tree in second
+    )
+    weights, uniform = trained_.routing.weights, np.full((4, 1, resolved.adapter.atoms), 1.0, "f")
+    replaced = rerouting.with_weights(
+      program.model, step.variables(program.model, second[0], frozen),
+      uniform / resolved.adapter.atoms, batch.features, batch.instruction,
+    )  # fmt: skip
+    gain = np.mean((replaced.values - batch.targets) ** 2 - (trained_.values - batch.targets) ** 2)
+    found = trained["rows"][1] if rows == "row" else next(
+      line for line in trained["curves"]
+      if line["run_id"] == trained["rows"][1]["run_id"] and line["step"] == int(rows[-2:])
+    )  # fmt: skip
+    np.testing.assert_allclose(found["routing/gain_uniform"], gain, rtol=1e-3, atol=1e-6)
+    moved = 0.5 * np.abs(weights - drawn.routing.weights).sum(-1).mean()
+    np.testing.assert_allclose(found["routing/moved_weights"], moved, rtol=1e-3)
+    start = (1 / np.square(drawn.routing.weights).sum(-1)).mean()
+    np.testing.assert_allclose(found["routing/support_start"], start, rtol=1e-3)
+  assert "routing/gain_uniform" not in trained["curves"][0]  # after 10 steps
+  # The start is the draw: B is zero. The end is what was trained: it is not.
+  for tree, is_zero in zip(calls[-1][:2], (False, True), strict=True):
+    lora_b = tree["stack"]["blocks"]["layer_0"]["up"]["branch"]["lora_b"]
+    assert (np.abs(lora_b).max() == 0) == is_zero
+  # Each seed has its own validation rows; on test rows the error is against noise-free targets.
+  assert not np.array_equal(calls[0][3].targets[0], calls[0][3].targets[1])
+  error = np.mean((trained_.values - batch.targets) ** 2)
+  if len(batch.targets) < loop.ROUTING_ROWS:
+    np.testing.assert_allclose(error, trained["rows"][1]["test_mse"], rtol=1e-3)
+  noisy = trained["rows"][1]["test_noisy_mse"]
+  assert abs(error - trained["rows"][1]["test_mse"]) < abs(error - noisy)

@@ -1,0 +1,397 @@
+"""One-line faults that the tests must notice; `mutants.py` plants them one at a time.
+
+Each is a change of a wrong reading of an equation, an off-by-one or a forgotten check. `tests` are
+the files, or single tests, that ought to fail; others need not be run.
+"""
+
+import dataclasses
+
+REFERENCES = "tests/adapters/test_references.py"
+BRANCHES = "tests/adapters/test_branches.py"
+PEFT = "tests/adapters/test_peft_parity.py"
+FUNCTIONAL = "tests/adapters/test_functional.py"
+LOSSES = "tests/adapters/test_losses.py"
+REROUTING = "tests/adapters/test_rerouting.py"
+OPTIMIZER = "tests/training/test_optimizer.py"
+PACKING = "tests/data/text/test_packing.py"
+TRUNCATION = "tests/data/text/test_packing_truncation.py"
+PIPELINE = "tests/data/text/test_text_pipeline.py"
+STATISTICS = "tests/evaluation/test_statistics.py"
+GAIN = "tests/evaluation/test_routing.py"
+CHECKPOINT = "tests/training/test_checkpoint.py"
+METRICS = "tests/training/test_metrics.py"
+GGUF = "tests/weights/test_gguf.py"
+SOURCES = "tests/weights/test_sources.py"
+ADAPTER_FILE = "tests/weights/test_adapter_file.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+  """A fault.
+
+  Attributes:
+    name: says what is wrong with it planted.
+    path: the file, which has `old` once.
+    old, new: the text and what takes its place.
+    tests: what ought to fail.
+  """
+
+  name: str
+  path: str
+  old: str
+  new: str
+  tests: tuple[str, ...]
+
+
+_A, _D, _T = "qlora_jax/adapters/", "qlora_jax/data/text/", "qlora_jax/training/"
+_S, _W, _E = "qlora_jax/evaluation/statistics.py", "qlora_jax/weights/", "qlora_jax/evaluation/"
+
+FAULTS = (
+  # The baselines and the method.
+  Fault(
+    "the history keeps z, not z C",
+    _A + "block.py",
+    """        left = contraction.contract(
+          cfg, self.sharing, routing.state, made.weights, made.operator, atoms
+        )""",
+    "        left = routing.state",
+    (REFERENCES,),
+  ),
+  Fault(
+    "epsilon squared in the identity atoms",
+    _A + "memory.py",
+    "+ noise * jax.random.normal",
+    "+ noise**2 * jax.random.normal",
+    (BRANCHES, REFERENCES),
+  ),
+  Fault(
+    "a static mixture ignores the prior",
+    _A + "router.py",
+    "if log_prior is not None and cfg.prior_weight:",
+    "if False:",
+    (REFERENCES,),
+  ),
+  Fault(
+    "CoMoL's router without its norm",
+    _A + "branches.py",
+    "self.route(functional.rms_norm(low_rank), kernel_of_router, cores)",
+    "self.route(low_rank, kernel_of_router, cores)",
+    (BRANCHES, REFERENCES),
+  ),
+  Fault(
+    "Lily without scaling",
+    _A + "branches.py",
+    'update = self.scaling * jnp.einsum("...er,erd->...d", spread, experts)',
+    'update = jnp.einsum("...er,erd->...d", spread, experts)',
+    (BRANCHES, REFERENCES, PEFT),
+  ),
+  Fault(
+    "Lily's experts averaged",
+    _A + "branches.py",
+    '"...e,...r->...er", made.weights, low_rank)',
+    '"...e,...r->...er", jnp.ones_like(made.weights) / made.weights.shape[-1], low_rank)',
+    (BRANCHES, REFERENCES, PEFT),
+  ),
+  Fault(
+    "DoRA's norm takes a gradient",
+    _A + "branches.py",
+    "norm = jax.lax.stop_gradient(jnp.linalg.norm(updated, axis=0))",
+    "norm = jnp.linalg.norm(updated, axis=0)",
+    (BRANCHES, PEFT),
+  ),
+  Fault(
+    "DoRA's magnitude on the update alone",
+    _A + "branches.py",
+    "return ratio * (base + functional.low_rank_output(low_rank, lora_b, self.scaling)), None",
+    "return base + ratio * functional.low_rank_output(low_rank, lora_b, self.scaling), None",
+    (BRANCHES, REFERENCES, PEFT),
+  ),
+  Fault(
+    "LoRA-XS without singular values",
+    _A + "branches.py",
+    "left[:, :rank] * values[:rank]",
+    "left[:, :rank]",
+    (BRANCHES, REFERENCES),
+  ),
+  Fault(
+    "rsLoRA scaled as LoRA",
+    _A + "config.py",
+    'root = self.scaling == "sqrt_rank" or self.method == "rslora"',
+    'root = self.scaling == "sqrt_rank"',
+    (BRANCHES, REFERENCES, PEFT),
+  ),
+  Fault(
+    "LoRA's scaling is alpha",
+    _A + "config.py",
+    "return alpha / math.sqrt(rank) if root else alpha / rank",
+    "return alpha / math.sqrt(rank) if root else alpha",
+    (BRANCHES, REFERENCES, PEFT),
+  ),
+  Fault(
+    "the query reads the state where it should read the summary",
+    _A + "functional.py",
+    'jnp.einsum("...r,rq->...q", summary, summary_kernel)',
+    'jnp.einsum("...r,rq->...q", state, summary_kernel)',
+    (FUNCTIONAL, REFERENCES),
+  ),
+  Fault(
+    "logits not divided by the root of Q",
+    _A + "functional.py",
+    " / jnp.sqrt(1.0 * atom_keys.shape[-1])",
+    "",
+    (FUNCTIONAL, REFERENCES),
+  ),
+  Fault(
+    "the prior ignores its temperature",
+    _A + "functional.py",
+    "jax.nn.log_softmax(scores / temperature, axis=-1)",
+    "jax.nn.log_softmax(scores, axis=-1)",
+    (FUNCTIONAL, REFERENCES),
+  ),
+  Fault(
+    "lambda squared",
+    _A + "functional.py",
+    "logits = logits + prior_weight * log_prior",
+    "logits = logits + prior_weight**2 * log_prior",
+    (FUNCTIONAL, REFERENCES),
+  ),
+  Fault(
+    "the logits are multiplied by the temperature",
+    _A + "router.py",
+    "logits = logits / cfg.temperature",
+    "logits = logits * cfg.temperature",
+    (REFERENCES,),
+  ),
+  Fault(
+    "depth attention sees the block itself",
+    _A + "summary.py",
+    "(jnp.arange(len(history)) < index)",
+    "(jnp.arange(len(history)) <= index)",
+    (FUNCTIONAL, REFERENCES),
+  ),
+  Fault(
+    "depth attention scores states without their norm",
+    _A + "summary.py",
+    "  scores = scores * jax.lax.rsqrt(power + functional.RMS_EPSILON)\n  # A finite floor",
+    "  # A finite floor",
+    (FUNCTIONAL, REFERENCES),
+  ),
+  Fault(
+    "the recurrent gate the wrong way round",
+    _A + "summary.py",
+    "return keep * summary + (1.0 - keep) * state",
+    "return keep * state + (1.0 - keep) * summary",
+    (FUNCTIONAL, REFERENCES),
+  ),
+  Fault(
+    "one atom too many passes the top k",
+    _A + "functional.py",
+    "(jnp.sum(beats, axis=-1) < k)",
+    "(jnp.sum(beats, axis=-1) <= k)",
+    (FUNCTIONAL, REFERENCES),
+  ),
+  Fault(
+    "equal weights give the router no gradient",
+    _A + "functional.py",
+    "return weights + jax.lax.stop_gradient("
+    "mask / jnp.sum(mask, axis=-1, keepdims=True) - weights)",
+    "return jax.lax.stop_gradient(mask / jnp.sum(mask, axis=-1, keepdims=True))",
+    (FUNCTIONAL,),
+  ),
+  Fault(
+    "the operator is applied transposed",
+    _A + "functional.py",
+    "  return ((low_rank @ repeat) * flat) @ collect",
+    "  flat = jnp.swapaxes(operator, -1, -2).reshape(flat.shape)\n"
+    "  return ((low_rank @ repeat) * flat) @ collect",
+    (FUNCTIONAL, REFERENCES),
+  ),
+  Fault(
+    "the KL penalty adds the prior",
+    _A + "losses.py",
+    "(jnp.log(positive) - log_prior)",
+    "(jnp.log(positive) + log_prior)",
+    (LOSSES,),
+  ),
+  Fault(
+    "the load balance is not scaled by M",
+    _A + "losses.py",
+    "jnp.mean(num_atoms * jnp.sum(share * mean, axis=-1))",
+    "jnp.mean(jnp.sum(share * mean, axis=-1))",
+    (LOSSES,),
+  ),
+  # The optimizer.
+  Fault(
+    "weight decay pulls on the atoms",
+    _T + "optimizer.py",
+    "optax.add_decayed_weights(config.weight_decay, mask=decayed)",
+    "optax.add_decayed_weights(config.weight_decay)",
+    (OPTIMIZER,),
+  ),
+  Fault(
+    "no clipping of the gradient",
+    _T + "optimizer.py",
+    "parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []",
+    "parts = []",
+    (OPTIMIZER, "tests/training/test_frozen_groups.py", PEFT),
+  ),
+  # What the routing gains.
+  Fault(
+    "a row keeps its own weights in the exchange",
+    _E + "routing.py",
+    "other[order] = np.roll(order, 1)",
+    "other[order] = order",
+    (GAIN,),
+  ),
+  Fault(
+    "uniform weights are the mean weights",
+    _E + "routing.py",
+    "uniform = jnp.full_like(mean, 1 / mean.shape[-1])",
+    "uniform = mean",
+    (GAIN,),
+  ),
+  Fault(
+    "replaced weights always reach the first router",
+    _A + "rerouting.py",
+    'position["router"] += 1',
+    'position["router"] += 0',
+    (REROUTING + "::test_the_trained_weights_put_back_change_nothing",),
+  ),
+  # Packing.
+  Fault(
+    "truncation one token short",
+    _D + "packing.py",
+    "tokens=one.tokens[: length + 1],\n          answer_mask=one.answer_mask[: length + 1],",
+    "tokens=one.tokens[:length],\n          answer_mask=one.answer_mask[:length],",
+    (TRUNCATION, PACKING),
+  ),
+  Fault(
+    "prompt_length is not clipped",
+    _D + "packing.py",
+    "prompt_length=min(one.prompt_length, length + 1)",
+    "prompt_length=one.prompt_length",
+    (TRUNCATION, PACKING),
+  ),
+  Fault(
+    "a token is its own target",
+    _D + "packing.py",
+    "batch.targets[b, start:end] = one.tokens[1:]",
+    "batch.targets[b, start:end] = one.tokens[:-1]",
+    (PACKING, PIPELINE),
+  ),
+  Fault(
+    "positions go on across examples",
+    _D + "packing.py",
+    "np.arange(end - start)",
+    "np.arange(start, end)",
+    (PACKING,),
+  ),
+  Fault(
+    "the loss mask is one token late",
+    _D + "packing.py",
+    "batch.loss_mask[b, start:end] = one.answer_mask[1:]",
+    "batch.loss_mask[b, start:end] = one.answer_mask[:-1]",
+    (PACKING, PIPELINE),
+  ),
+  Fault(
+    "a restored iterator starts its epoch anew",
+    _D + "pipeline.py",
+    "self._rows = None\n\n  def _epoch_rows",
+    "self._rows, self._row = None, 0\n\n  def _epoch_rows",
+    (PIPELINE,),
+  ),
+  # Statistics.
+  Fault(
+    "Holm without the running maximum",
+    _S,
+    "adjusted[order] = np.maximum.accumulate(stepped)",
+    "adjusted[order] = stepped",
+    (STATISTICS,),
+  ),
+  Fault(
+    "Bonferroni for Holm",
+    _S,
+    "(len(p) - np.arange(len(p))) * p[order]",
+    "len(p) * p[order]",
+    (STATISTICS,),
+  ),
+  Fault(
+    "the bootstrap breaks the pairs",
+    _S,
+    "paired=len(samples) > 1",
+    "paired=False",
+    (STATISTICS,),
+  ),
+  Fault(
+    "a normal quantile for few seeds",
+    _S,
+    "float(stats.t.ppf(1 - SIGNIFICANCE / 2, len(a) - 1)) * error",
+    "float(stats.norm.ppf(1 - SIGNIFICANCE / 2)) * error",
+    (STATISTICS,),
+  ),
+  Fault(
+    "a spread over n, not n - 1",
+    _S,
+    'float(np.std(vector("a", a, minimum=2), ddof=1))',
+    'float(np.std(vector("a", a, minimum=2)))',
+    (STATISTICS,),
+  ),
+  # Checkpoints.
+  Fault(
+    "a changed byte of a checkpoint passes",
+    _T + "checksums.py",
+    "      if actual != digest:",
+    "      if False:",
+    (CHECKPOINT,),
+  ),
+  Fault(
+    "a checkpoint of another config is taken",
+    _T + "checkpoint.py",
+    '      if found:\n        raise errors.UserError(\n          f"--config: the checkpoint',
+    '      if False:\n        raise errors.UserError(\n          f"--config: the checkpoint',
+    (CHECKPOINT,),
+  ),
+  Fault(
+    "the best checkpoint is the worst",
+    _T + "checkpoint.py",
+    "reverse=True, n=keep_best",
+    "reverse=False, n=keep_best",
+    (CHECKPOINT,),
+  ),
+  Fault(
+    "a resumed run loses the line of its checkpoint's step",
+    _T + "metrics.py",
+    'json.loads(line)["step"] <= step]',
+    'json.loads(line)["step"] < step]',
+    (METRICS,),
+  ),
+  # Weights.
+  Fault(
+    "interleaved rotary rows are not reordered",
+    _W + "gguf_layout.py",
+    "return paired.swapaxes(1, 2).reshape(value.shape)",
+    "return value",
+    (GGUF,),
+  ),
+  Fault(
+    "Gemma's stored norms keep their offset",
+    _W + "gguf_layout.py",
+    "return value - np.ones((), value.dtype)",
+    "return value",
+    (GGUF,),
+  ),
+  Fault(
+    "linear maps are read as they are stored",
+    _W + "hf_layout.py",
+    "value = value.T if self.transposed else value",
+    "value = value",
+    (SOURCES, "tests/models/test_families.py"),
+  ),
+  Fault(
+    "an adapter loads on another base",
+    _W + "adapter_file.py",
+    "if expected_fingerprint is not None and theirs != expected_fingerprint:",
+    "if False:",
+    (ADAPTER_FILE,),
+  ),
+)
