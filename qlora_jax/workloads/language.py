@@ -29,7 +29,13 @@ from qlora_jax.parallel import processes, sharding
 from qlora_jax.training import loop, progress, resume, stop
 from qlora_jax.training import step as step_lib
 from qlora_jax.weights import adapter_file, chat, hf_layout
-from qlora_jax.workloads import language_config, language_routing, language_shards, routing_gain
+from qlora_jax.workloads import (
+  language_config,
+  language_routing,
+  language_shards,
+  language_step,
+  routing_gain,
+)
 from qlora_jax.workloads import workload as workload_lib
 
 _ANSWERS = "answers"
