@@ -66,9 +66,14 @@ def main(argv: list[str]) -> None:
     from qlora_jax.planning import command
 
     command.run(
-      config, _TOPOLOGY.value, _SLICES.value, _OUT.value, _WORKDIR.value,
-      "python " + shlex.join(sys.argv), _DRY_RUN.value,
-    )  # fmt: skip
+      config,
+      _TOPOLOGY.value,
+      _SLICES.value,
+      _OUT.value,
+      _WORKDIR.value,
+      "python " + shlex.join(sys.argv),
+      _DRY_RUN.value,
+    )
     return
   from qlora_jax.studies import study  # after the flags: a mistake there answers fast
   from qlora_jax.workloads import workload
@@ -136,9 +141,14 @@ def _submit(config, points: list[dict] | None, options_of_slurm) -> None:
     print(slurm.dry_run(config, points, _WORKDIR.value, options_of_slurm, _MAX_PARALLEL.value))
     return
   told, finished = slurm.launch(
-    config, points, _workdir(), options_of_slurm, "python " + shlex.join(sys.argv),
-    _MAX_PARALLEL.value, report.write_report,
-  )  # fmt: skip
+    config,
+    points,
+    _workdir(),
+    options_of_slurm,
+    "python " + shlex.join(sys.argv),
+    _MAX_PARALLEL.value,
+    report.write_report,
+  )
   print(told)
   if finished:
     _report(_workdir(), show=True)

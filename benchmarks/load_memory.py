@@ -23,11 +23,20 @@ import time
 # Heavy modules are imported in the children: this process only samples.
 BUILT_IN = "smollm2-135m-instruct"
 SHAPE = {
-  "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048,
-  "intermediate_size": 8192, "num_hidden_layers": 10, "num_attention_heads": 32,
-  "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False,
-  "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu",
-}  # fmt: skip
+  "architectures": ["LlamaForCausalLM"],
+  "model_type": "llama",
+  "hidden_size": 2048,
+  "intermediate_size": 8192,
+  "num_hidden_layers": 10,
+  "num_attention_heads": 32,
+  "num_key_value_heads": 8,
+  "vocab_size": 32000,
+  "tie_word_embeddings": False,
+  "max_position_embeddings": 2048,
+  "rms_norm_eps": 1e-5,
+  "rope_theta": 1e4,
+  "hidden_act": "silu",
+}
 
 
 def write_folder(folder: str, layers: int) -> None:
@@ -39,21 +48,31 @@ def write_folder(folder: str, layers: int) -> None:
   width, hidden, vocabulary = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
   keys = width // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"]
   layer = {
-    "self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width),
-    "self_attn.v_proj": (keys, width), "self_attn.o_proj": (width, width),
-    "mlp.gate_proj": (hidden, width), "mlp.up_proj": (hidden, width),
-    "mlp.down_proj": (width, hidden), "input_layernorm": (width,),
+    "self_attn.q_proj": (width, width),
+    "self_attn.k_proj": (keys, width),
+    "self_attn.v_proj": (keys, width),
+    "self_attn.o_proj": (width, width),
+    "mlp.gate_proj": (hidden, width),
+    "mlp.up_proj": (hidden, width),
+    "mlp.down_proj": (width, hidden),
+    "input_layernorm": (width,),
     "post_attention_layernorm": (width,),
-  }  # fmt: skip
-  shards = [{
-    "model.embed_tokens.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width),
-    "model.norm.weight": (width,),
-  }]  # fmt: skip
+  }
+  shards = [
+    {
+      "model.embed_tokens.weight": (vocabulary, width),
+      "lm_head.weight": (vocabulary, width),
+      "model.norm.weight": (width,),
+    }
+  ]
   for first in range(0, layers, 2):
-    shards.append({
-      f"model.layers.{index}.{name}.weight": shape
-      for index in (first, first + 1) for name, shape in layer.items()
-    })  # fmt: skip
+    shards.append(
+      {
+        f"model.layers.{index}.{name}.weight": shape
+        for index in (first, first + 1)
+        for name, shape in layer.items()
+      }
+    )
   rng, where, size = np.random.default_rng(0), {}, 0
   for number, shapes in enumerate(shards):
     file, tensors = f"model-{number:05d}.safetensors", {}
@@ -90,10 +109,16 @@ def load(weights: str, dtype: str) -> None:
   base = jax.block_until_ready(hf_layout.load_base(source, config, placed))
   seconds = time.monotonic() - began
   leaves = jax.tree.leaves(base)
-  print(json.dumps({
-    "bytes": sum(leaf.nbytes for leaf in leaves), "seconds": seconds,
-    "devices": len(leaves[0].sharding.device_set),
-  }), flush=True)  # fmt: skip
+  print(
+    json.dumps(
+      {
+        "bytes": sum(leaf.nbytes for leaf in leaves),
+        "seconds": seconds,
+        "devices": len(leaves[0].sharding.device_set),
+      }
+    ),
+    flush=True,
+  )
   sys.stdin.readline()  # the sampler has what it needs
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in leaves if leaf.ndim < 3)
 
@@ -112,9 +137,11 @@ def measure(weights: str, dtype: str, devices: int) -> dict:
   flags = f"--xla_force_host_platform_device_count={devices}"
   child = subprocess.Popen(
     [sys.executable, "-m", "benchmarks.load_memory", f"--load={weights}", f"--dtype={dtype}"],
-    text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    text=True,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
     env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-  )  # fmt: skip
+  )
   if child.stdout.readline() != "ready\n":
     raise SystemExit(f"the loading process ended with code {child.wait()}")
   before, peak = resident(child.pid), (0, 0)
@@ -132,9 +159,7 @@ def measure(weights: str, dtype: str, devices: int) -> dict:
   print(file=child.stdin, flush=True)
   assert child.wait() == 0
   anonymous, everything = (a - b for a, b in zip(peak, before, strict=True))
-  return {
-    "dtype": dtype, "anonymous": anonymous, "resident": everything, **found
-  }  # fmt: skip
+  return {"dtype": dtype, "anonymous": anonymous, "resident": everything, **found}
 
 
 def main(options) -> None:
@@ -145,8 +170,16 @@ def main(options) -> None:
   )
   results = []
   with tempfile.TemporaryDirectory() as folder:
-    subprocess.run([sys.executable, "-m", "benchmarks.load_memory", f"--write={folder}",
-                    f"--layers={options.layers}"], check=True)  # fmt: skip
+    subprocess.run(
+      [
+        sys.executable,
+        "-m",
+        "benchmarks.load_memory",
+        f"--write={folder}",
+        f"--layers={options.layers}",
+      ],
+      check=True,
+    )
     places = {"SmolLM2, GGUF": BUILT_IN, "Llama, bfloat16 shards": folder}
     for label, weights in list(places.items())[options.folder_only :]:
       for dtype in ("float32", "bfloat16"):

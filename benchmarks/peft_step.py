@@ -27,9 +27,11 @@ import time
 # Heavy modules are imported where a process needs them: a child's peak of resident memory starts
 # at that of the process that made it.
 SIDES = {
-  "LoRA": "qlora_jax, LoRA r8", "Queryable": "qlora_jax, Queryable", "PEFT": "PEFT, LoRA r8",
+  "LoRA": "qlora_jax, LoRA r8",
+  "Queryable": "qlora_jax, Queryable",
+  "PEFT": "PEFT, LoRA r8",
   "PEFT answers": "PEFT, answers",
-}  # fmt: skip
+}
 RANK, SEED, WARM = 8, 0, 2
 
 
@@ -59,9 +61,12 @@ def rows_of(config, rows: int, length: int):
   tokenizer = sources.open_source(config.model.weights).tokenizer()
   data = pipeline.load("word_tasks", seed=SEED, tasks=config.data.tasks)
   split = pipeline.encode(
-    data.splits["train"], tokenizer, language.render_with(tokenizer, ""), length=length,
+    data.splits["train"],
+    tokenizer,
+    language.render_with(tokenizer, ""),
+    length=length,
     instruction_in_prompt=True,
-  )  # fmt: skip
+  )
   tokens, answers = [], []
   for batch in pipeline.batches(split, batch_size=8, seed=SEED, pack=True):
     real = batch.segment_ids > 0
@@ -75,10 +80,13 @@ def rows_of(config, rows: int, length: int):
   mask = np.concatenate(answers)[:count].reshape(shape)
   mask[:, -1] = 0.0
   return packing.TextBatch(
-    tokens=tokens, targets=np.roll(tokens, -1, axis=1), loss_mask=mask,
-    segment_ids=np.ones(shape, np.int32), instruction_id=np.zeros(shape, np.int32),
+    tokens=tokens,
+    targets=np.roll(tokens, -1, axis=1),
+    loss_mask=mask,
+    segment_ids=np.ones(shape, np.int32),
+    instruction_id=np.zeros(shape, np.int32),
     positions=np.broadcast_to(np.arange(length, dtype=np.int32), shape).copy(),
-  )  # fmt: skip
+  )
 
 
 class Ours:
@@ -100,9 +108,13 @@ class Ours:
     params, self.frozen = language_step.init_params(self.model, base, jax.random.key(SEED))
     if spread_b:  # at zero, gradients of lora_a are zero and would agree with anything
       params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.full_like(leaf, 1e-3) * (1 + jnp.arange(leaf.shape[-1]) % 7)
-        if path[-1].key == "lora_b" else leaf, params,
-      )  # fmt: skip
+        lambda path, leaf: (
+          jnp.full_like(leaf, 1e-3) * (1 + jnp.arange(leaf.shape[-1]) % 7)
+          if path[-1].key == "lora_b"
+          else leaf
+        ),
+        params,
+      )
     table = np.random.default_rng(SEED).normal(size=(1, config.instruction.dim))
     uses = self.model.adapter.uses_instruction
     self.batch = language_step.from_text(text, table.astype(np.float32) if uses else None)
@@ -147,10 +159,13 @@ class Theirs:
 
     source = sources.open_source(config.model.weights)
     dtype = getattr(torch, config.model.dtype)
-    shape = transformers.LlamaConfig(**{
-      name: value for name, value in source.config.items()
-      if name not in ("architectures", "model_type", "dtype", "transformers_version")
-    })  # fmt: skip
+    shape = transformers.LlamaConfig(
+      **{
+        name: value
+        for name, value in source.config.items()
+        if name not in ("architectures", "model_type", "dtype", "transformers_version")
+      }
+    )
     shape.use_cache = False
     model = transformers.AutoModelForCausalLM.from_config(
       shape, dtype=dtype, attn_implementation="sdpa"
@@ -159,10 +174,25 @@ class Theirs:
     with torch.no_grad():
       for name in source.names():
         named[name].copy_(torch.from_numpy(source.read(name).copy()))
-    self.model = peft.get_peft_model(model, peft.LoraConfig(
-      r=RANK, lora_alpha=RANK, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-      target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    ))  # fmt: skip
+    self.model = peft.get_peft_model(
+      model,
+      peft.LoraConfig(
+        r=RANK,
+        lora_alpha=RANK,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        target_modules=[
+          "q_proj",
+          "k_proj",
+          "v_proj",
+          "o_proj",
+          "gate_proj",
+          "up_proj",
+          "down_proj",
+        ],
+      ),
+    )
     self.model.train()
     self.trained = [each for each in self.model.parameters() if each.requires_grad]
     self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0, fused=True)
@@ -235,9 +265,10 @@ def compare(options) -> dict:
   loss.backward()
   worst = {"lora_A": 0.0, "lora_B": 0.0}
   for (name, value), (_, own) in zip(
-    ((n, p) for n, p in theirs.model.named_parameters() if p.requires_grad), pairs(grads),
+    ((n, p) for n, p in theirs.model.named_parameters() if p.requires_grad),
+    pairs(grads),
     strict=True,
-  ):  # fmt: skip
+  ):
     kind = "lora_A" if "lora_A" in name else "lora_B"
     found = value.grad.numpy()
     worst[kind] = max(worst[kind], float(np.linalg.norm(found - own) / np.linalg.norm(found)))
@@ -296,10 +327,17 @@ def child(options) -> None:
     print(json.dumps(compare(options)), flush=True)
     return
   if options.child == "limit":
-    print(json.dumps({
-      "flops_a_token": {each: flops_a_token(options, each) for each in options.shape.split(",")},
-      "products": products(options.precision),
-    }), flush=True)  # fmt: skip
+    print(
+      json.dumps(
+        {
+          "flops_a_token": {
+            each: flops_a_token(options, each) for each in options.shape.split(",")
+          },
+          "products": products(options.precision),
+        }
+      ),
+      flush=True,
+    )
     return
   side = make(options.child, options)
   losses = [side.step() for _ in range(WARM)]  # compiles, and fills the allocators
@@ -308,9 +346,12 @@ def child(options) -> None:
     began, spent = time.perf_counter(), time.process_time()
     for _ in range(int(line)):
       side.step()
-    print(json.dumps({
-      "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - spent
-    }), flush=True)  # fmt: skip
+    print(
+      json.dumps(
+        {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - spent}
+      ),
+      flush=True,
+    )
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   print(json.dumps({"peak_bytes": peak}), flush=True)
 
@@ -320,13 +361,21 @@ class Process:
 
   def __init__(self, name: str, weights: str, precision: str, shape: str):
     command = [
-      sys.executable, "-m", "benchmarks.peft_step", f"--child={name}", f"--weights={weights}",
-      f"--precision={precision}", f"--shape={shape}",
-    ]  # fmt: skip
+      sys.executable,
+      "-m",
+      "benchmarks.peft_step",
+      f"--child={name}",
+      f"--weights={weights}",
+      f"--precision={precision}",
+      f"--shape={shape}",
+    ]
     self.pipe = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+      command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
       env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
 
   def read(self) -> dict:
     line = self.pipe.stdout.readline()
@@ -398,8 +447,9 @@ def main(options) -> None:
   print(
     f"losses agree: {agree['ours']:.6f} and {agree['theirs']:.6f} nats over {agree['answers']}"
     f" answer tokens; gradients differ by {agree['gradients']['lora_A']:.1e} (lora_a) and"
-    f" {agree['gradients']['lora_B']:.1e} (lora_b) of their norm at most", flush=True,
-  )  # fmt: skip
+    f" {agree['gradients']['lora_B']:.1e} (lora_b) of their norm at most",
+    flush=True,
+  )
   assert gap < 1e-4 and max(agree["gradients"].values()) < 1e-3, agree
   report = {"agreement": agree, "cases": []}
   for precision in options.precisions.split(","):
@@ -408,14 +458,21 @@ def main(options) -> None:
     for shape, flops in limit["flops_a_token"].items():
       found = measure(options, precision, shape)
       rate = best / flops
-      report["cases"].append({
-        "precision": precision, "shape": shape, "limit": rate, "flops_a_token": flops,
-        "products": limit["products"], "sides": found,
-      })  # fmt: skip
+      report["cases"].append(
+        {
+          "precision": precision,
+          "shape": shape,
+          "limit": rate,
+          "flops_a_token": flops,
+          "products": limit["products"],
+          "sides": found,
+        }
+      )
       print(
         f"{precision} {shape}: limit {rate:.0f} tokens/s, {flops / 1e9:.3f} GFLOP"
-        f" a token at {best / 1e9:.0f} GFLOP/s", flush=True,
-      )  # fmt: skip
+        f" a token at {best / 1e9:.0f} GFLOP/s",
+        flush=True,
+      )
   report["seconds"] = time.monotonic() - began
   print(f"\n{table(report)}\n\n{report['seconds']:.0f} s")
   if options.out:

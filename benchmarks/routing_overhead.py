@@ -36,9 +36,16 @@ ATOMS, KEPT, RANKS = (16, 64, 256, 1024, 4096), (2, 4, 8, 0), (8, 16, 64)
 def shape_of(layers: int) -> decoder.DecoderConfig:
   """SmolLM2-135M with one router a layer."""
   return decoder.DecoderConfig(
-    vocabulary=49_152, width=576, hidden=1536, layers=layers, heads=9, groups=3, head_dim=64,
-    tied=True, max_length=8192,
-  )  # fmt: skip
+    vocabulary=49_152,
+    width=576,
+    hidden=1536,
+    layers=layers,
+    heads=9,
+    groups=3,
+    head_dim=64,
+    tied=True,
+    max_length=8192,
+  )
 
 
 class Step:

@@ -21,9 +21,11 @@ DEEP = {"model.layers": 8, "adapter.budget": 16_384}
 DEFAULT = {
   "regimes": {"adapter.name": "queryable", "adapter.rank": 7, "adapter.atoms": 0},
   "multi_target": {
-    "adapter.name": "queryable_prior_query", "adapter.rank": 6, "adapter.atoms": 0,
+    "adapter.name": "queryable_prior_query",
+    "adapter.rank": 6,
+    "adapter.atoms": 0,
   },
-}  # fmt: skip
+}
 
 # (factor, level): what it changes. In the order in which they are trained.
 LEVELS = {
@@ -40,7 +42,9 @@ LEVELS = {
     ("rank for atoms", "6"): {"adapter.rank": 6},
     ("memory", "a router a map, rank 6"): {"adapter.operator": "map", "adapter.rank": 6},
     ("memory", "a memory a map, rank 6"): {
-      "adapter.operator": "map", "adapter.memory": "map", "adapter.rank": 6,
+      "adapter.operator": "map",
+      "adapter.memory": "map",
+      "adapter.rank": 6,
     },
     ("memory", "cores a map (CoMoL), rank 5"): {"adapter.name": "comol", "adapter.rank": 5},
     ("rank for atoms", "5"): {"adapter.rank": 5},
@@ -69,7 +73,9 @@ LEVELS = {
   "multi_target": {
     ("default", ""): {},
     ("query", "instruction only"): {
-      "adapter.query_state": False, "adapter.summary": "none", "adapter.query_bias": False,
+      "adapter.query_state": False,
+      "adapter.summary": "none",
+      "adapter.query_bias": False,
     },
     ("query", "no instruction"): {"adapter.instruction_in_query": False},
     ("prior weight", "0"): {"adapter.prior_weight": 0.0},
@@ -79,10 +85,14 @@ LEVELS = {
     ("weights", "equal on 4"): {"adapter.top_k": 4, "adapter.weights": "equal"},
     ("rank for atoms", "5"): {"adapter.rank": 5},
     ("memory", "a memory a map, rank 5"): {
-      "adapter.operator": "map", "adapter.memory": "map", "adapter.rank": 5,
+      "adapter.operator": "map",
+      "adapter.memory": "map",
+      "adapter.rank": 5,
     },
     ("memory", "cores a map (CoMoL), rank 5, input"): {
-      "adapter.name": "comol", "adapter.rank": 5, "adapter.instruction_in_input": True,
+      "adapter.name": "comol",
+      "adapter.rank": 5,
+      "adapter.instruction_in_input": True,
     },
     ("initial atoms", "Gaussian"): {"adapter.atom_init": "gaussian"},
     ("epsilon", "1"): {"adapter.atom_noise": 1.0},
@@ -94,7 +104,7 @@ LEVELS = {
     ("memory", "a router a map, rank 5"): {"adapter.operator": "map", "adapter.rank": 5},
     ("summary", "recurrent"): {"adapter.summary": "recurrent"},
   },
-}  # fmt: skip
+}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

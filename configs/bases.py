@@ -32,7 +32,7 @@ SEEDS = (0, 1, 2, 3, 4, 5)  # of the frozen networks; the main study's is 0
 PAIRS = {  # (routed method, its baseline) of each task
   task: ("queryable_prior", "lora_input") if task == "multi_target" else ("queryable", "lora")
   for task in (*regression.SYNTHETIC, *regression.TABLES)
-}  # fmt: skip
+}
 # The rate that each network's search chose for the routed method; a test holds them against the
 # committed results.
 CHOSEN = {
@@ -75,10 +75,15 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
   seeds, tasks = (SEEDS[:2], ("regimes",)) if arg else (SEEDS, tuple(PAIRS))
   points = [
     {
-      "pretrain.seed": seed, "data.task": task, "adapter.name": method,
+      "pretrain.seed": seed,
+      "data.task": task,
+      "adapter.name": method,
       "label": label(method, seed),
       "data.noise_level": 0.0 if task in regression.TABLES else 0.5,
-    } for seed in seeds for task in tasks for method in PAIRS[task][::-1]
-  ]  # fmt: skip
+    }
+    for seed in seeds
+    for task in tasks
+    for method in PAIRS[task][::-1]
+  ]
   rates = (3e-3, 1e-2) if arg else regression.LEARNING_RATES
   return hyper.product(points, hyper.sweep("optimizer.learning_rate", rates))

@@ -21,14 +21,20 @@ SETTINGS = (
   {"data.task": "multi_target", "adapter.name": "queryable_query"},
   {"data.task": "multi_target", "adapter.name": "queryable_prior"},
   {
-    "data.task": "regimes", "adapter.name": "queryable", "model.layers": 8,
-    "adapter.rank": 7, "adapter.atoms": 16,
+    "data.task": "regimes",
+    "adapter.name": "queryable",
+    "model.layers": 8,
+    "adapter.rank": 7,
+    "adapter.atoms": 16,
   },
   {
-    "data.task": "multi_target", "adapter.name": "queryable_query", "model.layers": 8,
-    "adapter.rank": 7, "adapter.atoms": 16,
+    "data.task": "multi_target",
+    "adapter.name": "queryable_query",
+    "model.layers": 8,
+    "adapter.rank": 7,
+    "adapter.atoms": 16,
   },
-)  # fmt: skip
+)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -55,16 +55,25 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
   """All cells, and LoRA alone and with the instruction in its input; times the rates."""
   points = []
   for instruction, routing, truth in cells():
-    points.append({
-      "label": f"{instruction}/{routing}/{truth}", "adapter.rank": RANK, "adapter.atoms": 0,
-      "instruction.shuffled": truth == "shuffled", **INSTRUCTION[instruction], **ROUTING[routing],
-    })  # fmt: skip
+    points.append(
+      {
+        "label": f"{instruction}/{routing}/{truth}",
+        "adapter.rank": RANK,
+        "adapter.atoms": 0,
+        "instruction.shuffled": truth == "shuffled",
+        **INSTRUCTION[instruction],
+        **ROUTING[routing],
+      }
+    )
   for name, truth in (("lora", "absent"), ("lora_input", "true"), ("lora_input", "shuffled")):
     instruction = "input" if name == "lora_input" else "none"
-    points.append({
-      "label": f"{instruction}/lora/{truth}", "adapter.name": name,
-      "instruction.shuffled": truth == "shuffled",
-    })  # fmt: skip
+    points.append(
+      {
+        "label": f"{instruction}/lora/{truth}",
+        "adapter.name": name,
+        "instruction.shuffled": truth == "shuffled",
+      }
+    )
   points.sort(key=lambda point: point["instruction.shuffled"])  # the control comes last
   rates = (3e-3, 1e-2) if arg else regression.LEARNING_RATES
   return hyper.product(points, hyper.sweep("optimizer.learning_rate", rates))

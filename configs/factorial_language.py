@@ -27,23 +27,37 @@ INSTRUCTION = factorial.INSTRUCTION | {"input": {"instruction.in_prompt": True}}
 ROUTING = factorial.ROUTING | {
   # All tokens of an example are routed alike: only the instruction and a bias enter the query.
   "example": {
-    "adapter.name": "queryable", "adapter.query_state": False, "adapter.summary": "none",
+    "adapter.name": "queryable",
+    "adapter.query_state": False,
+    "adapter.summary": "none",
   },
   "lora": {"adapter.name": "lora"},
-}  # fmt: skip
+}
 
 # (instruction, routing, truth), in the order in which they are trained. A static mixture has no
 # query; routing by example without an instruction in the query is a static mixture.
 CELLS = (
-  ("none", "on", "absent"), ("prior", "on", "true"),
-  ("none", "static", "absent"), ("prior", "static", "true"),
-  ("none", "uniform", "absent"), ("prior", "uniform", "true"),
-  ("none", "lora", "absent"), ("input", "lora", "true"), ("input", "on", "true"),
-  ("query", "on", "true"), ("query", "example", "true"), ("prior", "on", "shuffled"),
-  ("prior+query", "on", "true"), ("prior+query", "example", "true"),
-  ("input", "static", "true"), ("input", "uniform", "true"), ("query", "uniform", "true"),
-  ("prior", "static", "shuffled"), ("query", "on", "shuffled"), ("kl", "on", "true"),
-)  # fmt: skip
+  ("none", "on", "absent"),
+  ("prior", "on", "true"),
+  ("none", "static", "absent"),
+  ("prior", "static", "true"),
+  ("none", "uniform", "absent"),
+  ("prior", "uniform", "true"),
+  ("none", "lora", "absent"),
+  ("input", "lora", "true"),
+  ("input", "on", "true"),
+  ("query", "on", "true"),
+  ("query", "example", "true"),
+  ("prior", "on", "shuffled"),
+  ("prior+query", "on", "true"),
+  ("prior+query", "example", "true"),
+  ("input", "static", "true"),
+  ("input", "uniform", "true"),
+  ("query", "uniform", "true"),
+  ("prior", "static", "shuffled"),
+  ("query", "on", "shuffled"),
+  ("kl", "on", "true"),
+)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -68,8 +82,10 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
     {
       "label": f"{instruction}/{routing}/{truth}",
       "instruction.exchanged": truth == "shuffled",
-      **ROUTING[routing], **INSTRUCTION[instruction],
-    } for instruction, routing, truth in CELLS[: 4 if arg else None]
-  ]  # fmt: skip
+      **ROUTING[routing],
+      **INSTRUCTION[instruction],
+    }
+    for instruction, routing, truth in CELLS[: 4 if arg else None]
+  ]
   rates = LEARNING_RATES[1:2] if arg else LEARNING_RATES
   return hyper.product(points, hyper.sweep("optimizer.learning_rate", rates))

@@ -61,12 +61,21 @@ INDUCTION_RATES = (*LEARNING_RATES, 3e-2)  # without a prompt the best is 1e-2: 
 DECIDING_RATES = (3e-4, 1e-3, 3e-3, 5e-3, 7e-3, 1e-2, 3e-2)
 GRID = tuple(float(f"{rate:.2g}") for rate in np.geomspace(1.1e-5, 6.3e-3, 12))  # for a GPU
 DEMO_TASKS = (
-  "first_letter", "last_letter", "plural", "uppercase", "number_to_words", "next_number",
-)  # fmt: skip
+  "first_letter",
+  "last_letter",
+  "plural",
+  "uppercase",
+  "number_to_words",
+  "next_number",
+)
 INDUCTION_TASKS = (
-  "antonyms", "singular_to_plural", "first_word_letter", "num_to_verbal", "translation_en-fr",
+  "antonyms",
+  "singular_to_plural",
+  "first_word_letter",
+  "num_to_verbal",
+  "translation_en-fr",
   "letters_list",
-)  # fmt: skip
+)
 
 # One change each to the deciding Queryable LoRA, of the same number of parameters. The last four
 # change how strongly and how early the router parts the tasks.
@@ -76,16 +85,19 @@ REASONS = {
   "a layer a block": {"model.layers_per_block": 1},
   "one block of all layers": {"model.layers_per_block": 30},
   "rank 7, 3,500 atoms, top 4": {
-    "adapter.rank": 7, "adapter.atoms": 3500, "adapter.top_k": 4,
+    "adapter.rank": 7,
+    "adapter.atoms": 3500,
+    "adapter.top_k": 4,
   },
   "an operator a map": {"adapter.operator": "map"},
   "prior weight 4": {"adapter.prior_weight": 4.0},
   "prior temperature 0.25": {"adapter.prior_temperature": 0.25},
   "Gaussian atoms": {"adapter.atom_init": "gaussian"},
   "memory and router at 10 x the rate": {
-    "optimizer.memory_multiplier": 10.0, "optimizer.router_multiplier": 10.0,
+    "optimizer.memory_multiplier": 10.0,
+    "optimizer.router_multiplier": 10.0,
   },
-}  # fmt: skip
+}
 COMBINED = ("a layer a block", "prior weight 4", "memory and router at 10 x the rate")
 
 
@@ -99,17 +111,27 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.seed = 0
   config.label = config_dict.placeholder(str)  # a setting's name in tables; its adapter's if none
   config.model = dict(
-    weights="smollm2-135m-instruct", layers_per_block=5, base_dtype="float32", dtype="float32",
-    remat="none", attention="auto",
-  )  # fmt: skip
+    weights="smollm2-135m-instruct",
+    layers_per_block=5,
+    base_dtype="float32",
+    dtype="float32",
+    remat="none",
+    attention="auto",
+  )
   config.model.adapted = config_dict.placeholder(tuple)
   config.adapter = regression.get_config().adapter
   config.adapter.name = "queryable_prior_query"
   config.adapter.budget = 2_450_000  # LoRA of rank 8 on all seven maps of SmolLM2-135M
   config.optimizer = dict(
-    steps=600, batch_size=8, micro_batches=1, warmup=0.05, weight_decay=0.0,
-    clip=1.0, memory_multiplier=1.0, router_multiplier=1.0,
-  )  # fmt: skip
+    steps=600,
+    batch_size=8,
+    micro_batches=1,
+    warmup=0.05,
+    weight_decay=0.0,
+    clip=1.0,
+    memory_multiplier=1.0,
+    router_multiplier=1.0,
+  )
   config.optimizer.learning_rate = config_dict.placeholder(float)  # the adapter's own default
   config.data = dict(name="word_tasks", data_dir="data", length=256, pack=True, on_long="drop")
   config.data.manual_folder = config_dict.placeholder(str)
@@ -201,9 +223,11 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
     return hyper.product([{"label": "combined", **changes}], rates)
   deciding = (("lora", True, False), ("queryable_prior", True, False))
   others = (
-    ("lora", False, False), ("queryable", False, False), ("queryable_prior", False, False),
+    ("lora", False, False),
+    ("queryable", False, False),
+    ("queryable_prior", False, False),
     ("queryable_prior", False, True),
-  )  # fmt: skip
+  )
   ways = deciding if arg in ("demo", "pair", "deciding") else deciding + others
   points = [
     {"adapter.name": name, "instruction.in_prompt": in_prompt, "instruction.shuffled": shuffled}

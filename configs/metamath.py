@@ -35,9 +35,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = llm.get_config()
   config.variant = arg
   config.model.update(
-    weights=None, layers_per_block=4, base_dtype="bfloat16", dtype="bfloat16", adapted=("q", "v"),
+    weights=None,
+    layers_per_block=4,
+    base_dtype="bfloat16",
+    dtype="bfloat16",
+    adapted=("q", "v"),
     remat="full",
-  )  # fmt: skip
+  )
   config.model.architecture = "llama3.2-3b"
   config.adapter.update(
     name="queryable" if arg == "queryable" else "lora", budget=9_175_040, alpha=64.0

@@ -31,9 +31,11 @@ def settings(arg: str | None = None) -> list[tuple[str, str, float, int]]:
   if arg:
     return [("regimes", noise.KINDS[0], 0.5, rows) for rows in ROWS[:2]]
   first = [
-    ("regimes", kind, level, rows) for level in (0.5, 0.25, 1.0) for rows in ROWS
+    ("regimes", kind, level, rows)
+    for level in (0.5, 0.25, 1.0)
+    for rows in ROWS
     for kind in noise.KINDS
-  ]  # fmt: skip
+  ]
   return first + [(OTHER_TASK, kind, 0.5, rows) for rows in ROWS for kind in noise.KINDS]
 
 
@@ -46,9 +48,15 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
   """Settings times methods times rates."""
   points = [
     {
-      "data.task": task, "data.noise_kind": kind, "data.noise_level": level,
-      "data.train_rows": rows, "adapter.name": method, "label": label(method, kind, level, rows),
-    } for task, kind, level, rows in settings(arg) for method in METHODS
-  ]  # fmt: skip
+      "data.task": task,
+      "data.noise_kind": kind,
+      "data.noise_level": level,
+      "data.train_rows": rows,
+      "adapter.name": method,
+      "label": label(method, kind, level, rows),
+    }
+    for task, kind, level, rows in settings(arg)
+    for method in METHODS
+  ]
   rates = (3e-3, 1e-2) if arg else regression.LEARNING_RATES
   return hyper.product(points, hyper.sweep("optimizer.learning_rate", rates))

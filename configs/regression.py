@@ -45,9 +45,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.model = dict(inputs=24, width=64, hidden=64, layers=4, layers_per_block=1)
   config.adapter = _adapter_fields()
   config.optimizer = dict(
-    learning_rate=1e-2, steps=1000, batch_size=64, warmup=0.05, weight_decay=0.0, clip=1.0,
-    memory_multiplier=1.0, router_multiplier=1.0,
-  )  # fmt: skip
+    learning_rate=1e-2,
+    steps=1000,
+    batch_size=64,
+    warmup=0.05,
+    weight_decay=0.0,
+    clip=1.0,
+    memory_multiplier=1.0,
+    router_multiplier=1.0,
+  )
   config.pretrain = dict(learning_rate=3e-3, steps=3000, batch_size=128, seed=0)
   config.data = dict(task="regimes", noise_level=0.5)
   config.data.noise_kind = config_dict.placeholder(str)

@@ -15,9 +15,10 @@ from qlora_jax import errors, sweeps
 def parser(name: str, about: str) -> argparse.ArgumentParser:
   """A parser with the experiment's description as it is written."""
   return argparse.ArgumentParser(
-    prog=f"python -m experiments.{name}", description=about,
+    prog=f"python -m experiments.{name}",
+    description=about,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
+  )
 
 
 def of_sweep(name: str, about: str, results: pathlib.Path | None) -> argparse.ArgumentParser:
@@ -25,9 +26,12 @@ def of_sweep(name: str, about: str, results: pathlib.Path | None) -> argparse.Ar
   made = parser(name, about)
   made.add_argument("--results", type=pathlib.Path, default=results, help="where they are kept")
   made.add_argument(
-    "--from", dest="parts", type=pathlib.Path, action="append",
+    "--from",
+    dest="parts",
+    type=pathlib.Path,
+    action="append",
     help="a sweep to keep first; several times if machines have shared its settings",
-  )  # fmt: skip
+  )
   return made
 
 

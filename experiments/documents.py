@@ -18,8 +18,11 @@ from experiments.scaling import tables as scaling_tables
 
 ROOT, RESULTS = committed.ROOT, committed.RESULTS
 PAGES = (
-  "README.md", "docs/results.md", "docs/language_results.md", "experiments/scaling/README.md"
-)  # fmt: skip
+  "README.md",
+  "docs/results.md",
+  "docs/language_results.md",
+  "experiments/scaling/README.md",
+)
 LANGUAGE = RESULTS / "induction"  # the study of a language model
 REASONS = RESULTS / "reasons"  # changes to its deciding Queryable LoRA, one at a time
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -54,22 +57,37 @@ def deciding() -> str:
   """The two tasks that separate the routing and the prior from what LoRA can express."""
   chosen = {
     ("regimes, noise 0.5", "lora"): [
-      "lora", "queryable", "queryable_no_summary", "static", "uniform", "lily", "comol", "full",
+      "lora",
+      "queryable",
+      "queryable_no_summary",
+      "static",
+      "uniform",
+      "lily",
+      "comol",
+      "full",
     ],
     ("multi target", "lora_input"): [
-      "lora_input", "queryable_prior", "queryable_query", "queryable_prior_query", "queryable",
+      "lora_input",
+      "queryable_prior",
+      "queryable_query",
+      "queryable_prior_query",
+      "queryable",
       "full_input",
     ],
-  }  # fmt: skip
+  }
   rows = []
   for (setting, baseline), methods in chosen.items():
     known = set(regression()["method"])
     for _, row in _rows(setting, [m for m in methods if m in known], baseline).iterrows():
-      rows.append([
-        setting, row["label"], f"{row['trainable_params']:,.0f}",
-        tables.with_interval(row["test_mse"], row["test_mse_low"], row["test_mse_high"]),
-        _difference(row),
-      ])  # fmt: skip
+      rows.append(
+        [
+          setting,
+          row["label"],
+          f"{row['trainable_params']:,.0f}",
+          tables.with_interval(row["test_mse"], row["test_mse_low"], row["test_mse_high"]),
+          _difference(row),
+        ]
+      )
   return committed.markdown(["task", "method", "trainable", "test MSE", "difference"], rows)
 
 
@@ -84,14 +102,30 @@ def every_task() -> str:
       if both.empty or base.empty or (setting == "multi target" and theirs == "lora"):
         continue
       row, other = base.iloc[0], both.iloc[0]
-      rows.append([
-        setting, row["label"], style.method(theirs).label, tables.number(row["test_mse"]),
-        tables.number(other["test_mse"]), _difference(row), row["verdict"],
-        f"{tables.number(row['spread'])} / {tables.number(other['spread'])}",
-        f"{tables.number(row['basin_decades'], 2)} / {tables.number(other['basin_decades'], 2)}",
-      ])  # fmt: skip
-  header = ["setting", "method", "against", "test MSE", "its test MSE", "difference", "verdict",
-            "spread over seeds", "basin, decades"]  # fmt: skip
+      rows.append(
+        [
+          setting,
+          row["label"],
+          style.method(theirs).label,
+          tables.number(row["test_mse"]),
+          tables.number(other["test_mse"]),
+          _difference(row),
+          row["verdict"],
+          f"{tables.number(row['spread'])} / {tables.number(other['spread'])}",
+          f"{tables.number(row['basin_decades'], 2)} / {tables.number(other['basin_decades'], 2)}",
+        ]
+      )
+  header = [
+    "setting",
+    "method",
+    "against",
+    "test MSE",
+    "its test MSE",
+    "difference",
+    "verdict",
+    "spread over seeds",
+    "basin, decades",
+  ]
   return committed.markdown(header, rows)
 
 
@@ -108,14 +142,25 @@ def language_deciding() -> str:
       values = [tables.value(each)(bases[each.base].iloc[0]) for each in _accuracies(of)]
       rows.append([name, "0", "", tables.MISSING, *values, ""])
   for _, row in own.iterrows():
-    rows.append([
-      row["label"], f"{row['trainable_params']:,.0f}", str(row["num_seeds"]),
-      _with_interval(row, "validation_nats", tables.number),
-      *(_with_interval(row, each.key, tables.value(each)) for each in _accuracies(of)),
-      _contrast(row, of),
-    ])  # fmt: skip
-  header = ["method", "trainable", "seeds", "validation nats", "exact match, new wordings, %",
-            "known wordings, %", "difference to LoRA + prompt, points"]  # fmt: skip
+    rows.append(
+      [
+        row["label"],
+        f"{row['trainable_params']:,.0f}",
+        str(row["num_seeds"]),
+        _with_interval(row, "validation_nats", tables.number),
+        *(_with_interval(row, each.key, tables.value(each)) for each in _accuracies(of)),
+        _contrast(row, of),
+      ]
+    )
+  header = [
+    "method",
+    "trainable",
+    "seeds",
+    "validation nats",
+    "exact match, new wordings, %",
+    "known wordings, %",
+    "difference to LoRA + prompt, points",
+  ]
   return committed.markdown(header, rows)
 
 
@@ -153,14 +198,24 @@ def language_reasons() -> str:
   for key, row in rows.sort_values("validation_nats").iterrows():
     own = row["validation_nats"] - baseline
     support = row["router/effective_support"]
-    table.append([
-      style.method(key.removesuffix("+prompt")).label, f"{row['trainable_params']:,.0f}",
-      f"{row['rank']:.0f}", f"{row['validation_nats']:.3f}",
-      "baseline" if key == "lora+prompt" else f"{own:+.3f}".replace("-", "−"),
-      tables.MISSING if pd.isna(support) else f"{support:.1f}",
-    ])  # fmt: skip
-  header = ["Queryable + prior, but", "trainable", "rank", "validation nats",
-            "minus LoRA's", "atoms in use"]  # fmt: skip
+    table.append(
+      [
+        style.method(key.removesuffix("+prompt")).label,
+        f"{row['trainable_params']:,.0f}",
+        f"{row['rank']:.0f}",
+        f"{row['validation_nats']:.3f}",
+        "baseline" if key == "lora+prompt" else f"{own:+.3f}".replace("-", "−"),
+        tables.MISSING if pd.isna(support) else f"{support:.1f}",
+      ]
+    )
+  header = [
+    "Queryable + prior, but",
+    "trainable",
+    "rank",
+    "validation nats",
+    "minus LoRA's",
+    "atoms in use",
+  ]
   return committed.markdown(header, table)
 
 
@@ -194,13 +249,18 @@ def claims() -> str:
 
 
 TABLES = {
-  "claims": claims, "deciding": deciding, "every_task": every_task,
-  "language_deciding": language_deciding, "language_tasks": language_tasks,
-  "language_rates": language_rates, "language_reasons": language_reasons,
+  "claims": claims,
+  "deciding": deciding,
+  "every_task": every_task,
+  "language_deciding": language_deciding,
+  "language_tasks": language_tasks,
+  "language_rates": language_rates,
+  "language_reasons": language_reasons,
   "scaling_targets": lambda: scaling_tables.targets(_compiled()),
   "scaling_compiled": lambda: scaling_tables.compiled(_compiled()),
-  "scaling_overhead": scaling_tables.overhead, "scaling_plans": scaling_tables.plans,
-}  # fmt: skip
+  "scaling_overhead": scaling_tables.overhead,
+  "scaling_plans": scaling_tables.plans,
+}
 for _question in every.QUESTIONS.values():
   TABLES |= {name: table for name, table in _question.tables.items() if name not in TABLES}
 

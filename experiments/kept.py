@@ -137,12 +137,15 @@ def ends(name: str, interval: statistics.Interval) -> dict[str, float]:
 def verdicts(table: pd.DataFrame) -> list[str]:
   """'better', 'worse' or 'not significant': by `p_holm` and `percent_low` to `percent_high`."""
   return [
-    "not significant" if p >= statistics.SIGNIFICANCE or low <= 0 <= high
-    else "better" if high < 0 else "worse"
+    "not significant"
+    if p >= statistics.SIGNIFICANCE or low <= 0 <= high
+    else "better"
+    if high < 0
+    else "worse"
     for p, low, high in zip(
       table["p_holm"], table["percent_low"], table["percent_high"], strict=True
     )
-  ]  # fmt: skip
+  ]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -58,9 +58,12 @@ class Bench:
   """
 
   def __init__(
-    self, config: ml_collections.ConfigDict, workdir: pathlib.Path, total: int,
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    total: int,
     limit: int | None = None,
-  ):  # fmt: skip
+  ):
     compiled.enable()
     self.config, self.workdir, self.left = config, workdir, limit
     self._total, self._done = total, 0
@@ -111,9 +114,14 @@ class Bench:
   def arrays(self, config: ml_collections.ConfigDict, seed: int) -> dict[str, pipeline.Arrays]:
     """A seed's splits, whole."""
     return _arrays(
-      config.data.task, seed, config.data.data_dir, config.model.inputs, config.data.noise_kind,
-      config.data.noise_level, config.data.train_rows,
-    )  # fmt: skip
+      config.data.task,
+      seed,
+      config.data.data_dir,
+      config.model.inputs,
+      config.data.noise_kind,
+      config.data.noise_level,
+      config.data.train_rows,
+    )
 
   def data(
     self,
@@ -151,9 +159,15 @@ class Bench:
     return states
 
   def errors(
-    self, config: ml_collections.ConfigDict, program: cohort_program.Program, states, frozen,
-    data: feed.Feed, runs: Sequence[tuple[int, float]], split: str,
-  ) -> np.ndarray:  # fmt: skip
+    self,
+    config: ml_collections.ConfigDict,
+    program: cohort_program.Program,
+    states,
+    frozen,
+    data: feed.Feed,
+    runs: Sequence[tuple[int, float]],
+    split: str,
+  ) -> np.ndarray:
     """Mean squared errors [R, parts] of a whole split, against noisy targets on validation and
     against noise-free ones on test; in units of the source's variance."""
     own = [data.splits[seed][split] for seed in seeds_of(runs)]
@@ -198,9 +212,10 @@ class Bench:
 
 
 def search_and_final(
-  config: ml_collections.ConfigDict, rates: Sequence[float],
+  config: ml_collections.ConfigDict,
+  rates: Sequence[float],
   train: Callable[[Sequence[tuple[int, float]]], list[dict]],
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
   """Rows of a learning-rate search and of fresh seeds at the rate with the least validation error.
 
   Args:
@@ -211,9 +226,10 @@ def search_and_final(
   best = study.choose(searched)
   final = train(study.final_trials(config, best))
   return [
-    {"stage": stage, **row} for stage, rows in (("search", searched), ("final", final))
+    {"stage": stage, **row}
+    for stage, rows in (("search", searched), ("final", final))
     for row in rows
-  ]  # fmt: skip
+  ]
 
 
 def seeds_of(runs: Sequence[tuple[int, float]]) -> tuple[int, ...]:
@@ -249,6 +265,11 @@ def _silent(text: str) -> None:
 @functools.lru_cache(maxsize=64)
 def _arrays(task, seed, data_dir, inputs, kind, level, rows) -> dict[str, pipeline.Arrays]:
   return pipeline.target_arrays(
-    task, seed=seed, data_dir=data_dir, feature_dim=inputs, noise_kind=kind, noise_level=level,
+    task,
+    seed=seed,
+    data_dir=data_dir,
+    feature_dim=inputs,
+    noise_kind=kind,
+    noise_level=level,
     train_rows=rows,
-  )  # fmt: skip
+  )

@@ -45,9 +45,10 @@ class FineTuned:
     self.base = decoder.Decoder(config, adapter_config.AdapterConfig(method="none"))
     base = hf_layout.load_base(source, config)
     self.variables: PyTree = {
-      "params": jax.device_put(tree["params"]), "base": base,
+      "params": jax.device_put(tree["params"]),
+      "base": base,
       "frozen": jax.device_put(tree.get("frozen", {})),
-    }  # fmt: skip
+    }
     fitted = tree.get("projection")
     self.projection = fitted and projection.Projection(**fitted)
 
@@ -63,9 +64,11 @@ class FineTuned:
       self.tokenizer, self.metadata.get("system"), self.metadata.get("template")
     )
     encoded = formatting.encode_example(
-      example, self.tokenizer, render,
+      example,
+      self.tokenizer,
+      render,
       instruction_in_prompt=self.metadata["instruction"]["in_prompt"],
-    )  # fmt: skip
+    )
     return encoded.prompt
 
   def embedding_of(self, instruction: str) -> np.ndarray | None:

@@ -52,21 +52,34 @@ def write_model(folder, seed):
   backend.train_from_iterator(
     [f"{one.instruction}\n\n{one.prompt} {one.answers[0]} user assistant" for one in examples],
     trainers.BpeTrainer(
-      vocab_size=500, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+      vocab_size=500,
+      special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
     ),
-  )  # fmt: skip
+  )
   backend.save(str(folder / "tokenizer.json"))
-  (folder / "tokenizer_config.json").write_text(json.dumps({
-    "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-    "pad_token": "<|endoftext|>", "chat_template": TEMPLATE,
-  }))  # fmt: skip
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps(
+      {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": TEMPLATE,
+      }
+    )
+  )
   torch.manual_seed(seed)
   config = transformers.LlamaConfig(
-    vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
     initializer_range=0.3,  # logits that a small adapter can move
-  )  # fmt: skip
+  )
   transformers.LlamaForCausalLM(config).save_pretrained(folder)
   return folder
 

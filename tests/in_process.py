@@ -31,10 +31,12 @@ def run(arguments: Sequence[str], told: str = "") -> subprocess.CompletedProcess
   out, error = io.StringIO(), io.StringIO()
   handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
   with (
-    contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(error),
+    contextlib.chdir(ROOT),
+    contextlib.redirect_stdout(out),
+    contextlib.redirect_stderr(error),
     mock.patch.object(sys, "argv", [arguments[0], *rest]),
     mock.patch.object(sys, "stdin", io.StringIO(told)),
-  ):  # fmt: skip
+  ):
     try:
       code = _call(name, rest)
     finally:

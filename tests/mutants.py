@@ -65,8 +65,11 @@ def run(faults: Sequence[planted_faults.Fault], out: pathlib.Path) -> dict[str, 
         outcome, test = _plant(copy, fault)
         seconds = round(time.monotonic() - began, 1)
         results[fault.name] = {
-          "outcome": outcome, "by": test, "seconds": seconds, "digest": digest,
-        }  # fmt: skip
+          "outcome": outcome,
+          "by": test,
+          "seconds": seconds,
+          "digest": digest,
+        }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({**earlier, **results}, indent=1))
       result = results[fault.name]
@@ -134,8 +137,11 @@ def _copy(target: pathlib.Path) -> pathlib.Path:
   """A copy of the checkout's files; all but Python's are links."""
   listed = subprocess.run(
     ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-    cwd=ROOT, capture_output=True, text=True, check=True,
-  )  # fmt: skip
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   for name in listed.stdout.splitlines():
     if not (ROOT / name).is_file():
       continue

@@ -22,15 +22,25 @@ RESULTS = ROOT / "experiments" / "results"
 COMMAND = re.compile(r"^ *((?:make|python|pip|pytest)\b.*)$")
 FENCED = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 SMALL = [
-  "--config.model.width=16", "--config.model.hidden=16", "--config.adapter.budget=1024",
-  "--config.optimizer.steps=2", "--config.pretrain.steps=2",
-]  # fmt: skip
+  "--config.model.width=16",
+  "--config.model.hidden=16",
+  "--config.adapter.budget=1024",
+  "--config.optimizer.steps=2",
+  "--config.pretrain.steps=2",
+]
 # Instead of what a command for a language model gives: a tiny model, and few of everything.
 TINY = {
-  "model.layers_per_block": 1, "adapter.rank": 2, "adapter.atoms": 2, "instruction.dim": 2,
-  "optimizer.steps": 2, "eval.examples": 1, "eval.validation": 2, "eval.max_tokens": 2,
-  "eval.batch_size": 2, "data.length": 128,
-}  # fmt: skip
+  "model.layers_per_block": 1,
+  "adapter.rank": 2,
+  "adapter.atoms": 2,
+  "instruction.dim": 2,
+  "optimizer.steps": 2,
+  "eval.examples": 1,
+  "eval.validation": 2,
+  "eval.max_tokens": 2,
+  "eval.batch_size": 2,
+  "data.length": 128,
+}
 
 
 def commands():
@@ -60,10 +70,12 @@ def execute(arguments, tmp_path, told=None):
 def for_tiny_model(arguments, folder, tiny_llama):
   """The arguments of a launch with a language model's config, made cheap; results in `folder`."""
   kept = [
-    each for each in arguments if not each.startswith(
+    each
+    for each in arguments
+    if not each.startswith(
       ("--workdir", "--config.model.weights", *(f"--config.{name}=" for name in TINY))
     )
-  ]  # fmt: skip
+  ]
   mine = folder / "mine.jsonl"
   rows = ({"instruction": "Say it.", "input": str(n), "output": str(n)} for n in range(40))
   mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -123,9 +135,7 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data, reques
       return
     if "--status" in arguments:
       records.write_list(tmp_path, [records.Setting("key", "adapter.name=lora", 1)])
-      done = execute(
-        [sys.executable, "launch.py", "--status", f"--workdir={tmp_path}"], tmp_path
-      )  # fmt: skip
+      done = execute([sys.executable, "launch.py", "--status", f"--workdir={tmp_path}"], tmp_path)
       assert "1 arms: 1 pending" in done.stdout
       return
     if any("configs/llm.py" in each for each in arguments):

@@ -13,19 +13,29 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
-  "--config=configs/regression.py:runlocal", "--config.model.width=16", "--config.model.hidden=16",
-  "--config.adapter.budget=1024", "--config.optimizer.steps=60", "--config.eval.every=2",
-  "--config.pretrain.steps=40", "--config.checkpoint.seconds=0",
-  "--config.protocol.search_seeds=(0,)", "--config.protocol.final_seeds=(100,101)",
-]  # fmt: skip
+  "--config=configs/regression.py:runlocal",
+  "--config.model.width=16",
+  "--config.model.hidden=16",
+  "--config.adapter.budget=1024",
+  "--config.optimizer.steps=60",
+  "--config.eval.every=2",
+  "--config.pretrain.steps=40",
+  "--config.checkpoint.seconds=0",
+  "--config.protocol.search_seeds=(0,)",
+  "--config.protocol.final_seeds=(100,101)",
+]
 COMPARED = ["stage", "method", "seed", "learning_rate", "validation_mse", "test_mse", "train_loss"]
 
 
 def command(workdir, data, *more):
   return [
-    sys.executable, "launch.py", *TINY, f"--workdir={workdir}", f"--config.data.data_dir={data}",
+    sys.executable,
+    "launch.py",
+    *TINY,
+    f"--workdir={workdir}",
+    f"--config.data.data_dir={data}",
     *more,
-  ]  # fmt: skip
+  ]
 
 
 def finish(workdir, data, *more):
@@ -62,9 +72,11 @@ def test_two_workers_give_the_results_of_one(whole, tmp_path, shared_data):
 def test_a_stopped_sweep_goes_on_to_the_same_bits(whole, tmp_path, shared_data, sent, code):
   workdir = tmp_path / "run"
   process = subprocess.Popen(
-    command(workdir, shared_data, "--sweep", "--workers=1"), cwd=ROOT, stderr=subprocess.PIPE,
+    command(workdir, shared_data, "--sweep", "--workers=1"),
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
     text=True,
-  )  # fmt: skip
+  )
   while not list(workdir.glob("cohorts/*/checkpoints/[0-9]*")):  # in the middle of a cohort
     assert process.poll() is None, process.stderr.read()
     time.sleep(0.02)
@@ -87,9 +99,12 @@ def refused(*arguments):
 def test_a_work_directory_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").write_text("kept")
   done = subprocess.run(  # the exit code that the shell sees; the other tests are in this process
-    [sys.executable, "launch.py", *TINY, f"--workdir={tmp_path}/file/run"], cwd=ROOT,
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
+    [sys.executable, "launch.py", *TINY, f"--workdir={tmp_path}/file/run"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 2, done.stderr
   (line,) = done.stderr.strip().splitlines()
   assert line.startswith("error: --workdir:") and "cannot be written" in line
@@ -149,8 +164,12 @@ def test_a_bad_value_deep_in_a_sweep_is_told_before_anything_trains(tmp_path):
 def test_a_dry_run_prints_every_point_and_writes_nothing(tmp_path):
   done = subprocess.run(
     [sys.executable, "launch.py", *TINY, "--sweep", "--dry_run"],
-    cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "HOME": str(tmp_path)},
-  )  # fmt: skip
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+    env={**os.environ, "HOME": str(tmp_path)},
+  )
   lines = done.stdout.strip().splitlines()
   points = [line for line in lines if "trainable parameters" in line]
   assert len(points) == 4  # two methods, two learning rates

@@ -17,11 +17,12 @@ def summary(levels: pd.DataFrame) -> str:
   lines = []
   for task, own in levels.groupby("task", sort=False):
     lines += [
-      f"`{task}`, noise 0.5:", "",
+      f"`{task}`, noise 0.5:",
+      "",
       "| factor | level | rank | atoms | parameters | rate | atoms in use | test MSE |"
       " to the reference | p (Holm) | reference |",
       "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]  # fmt: skip
+    ]
     for row in own.itertuples():
       edge = " (edge)" if row.rate_at_edge else ""
       contrast = ("", "", "")

@@ -49,11 +49,15 @@ def levels(rows: pd.DataFrame) -> pd.DataFrame:
       budget = BUDGETS[factor == DEEP]
       values, against = errors[method].to_numpy(), reference(task, method)
       row = {
-        "task": task, "factor": factor, "level": level, "reference": against,
-        **chosen.loc[method], "seeds": len(values),
+        "task": task,
+        "factor": factor,
+        "level": level,
+        "reference": against,
+        **chosen.loc[method],
+        "seeds": len(values),
         "matched": abs(chosen.loc[method, "trainable_params"] / budget - 1) <= sizing.TOLERANCE,
         **kept.ends("mse", statistics.bootstrap_mean(values)),
-      }  # fmt: skip
+      }
       if against in errors and against != method:
         other = errors[against].to_numpy()
         row |= kept.ends("percent", statistics.paired_bootstrap_relative(values, other))

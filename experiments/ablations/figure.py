@@ -43,9 +43,13 @@ def _panel(axis, table: pd.DataFrame) -> float:
     color = style.MUTED if not sure else _BETTER if row.percent < 0 else _WORSE
     axis.plot([row.percent_low, row.percent_high], [height] * 2, color=color, linewidth=1.4)
     axis.plot(
-      row.percent, height, "o" if row.matched else "D", color=color, markersize=4.5,
+      row.percent,
+      height,
+      "o" if row.matched else "D",
+      color=color,
+      markersize=4.5,
       markerfacecolor=color if sure else style.PAPER,
-    )  # fmt: skip
+    )
   axis.axvline(0, color=style.INK, linewidth=0.6)
   axis.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
   axis.set_xlabel("change of test MSE to the reference, %")
@@ -61,7 +65,8 @@ def _handles() -> list[mlines.Line2D]:
     ("D", style.INK, style.INK, "parameters not matched"),
   )
   return [
-    mlines.Line2D([], [], color=color, marker=marker, linestyle="none", markerfacecolor=face,
-                  label=label)
+    mlines.Line2D(
+      [], [], color=color, marker=marker, linestyle="none", markerfacecolor=face, label=label
+    )
     for marker, color, face, label in marks
-  ]  # fmt: skip
+  ]

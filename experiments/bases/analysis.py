@@ -43,12 +43,20 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
         continue
       a, b = (errors[name].to_numpy() for name in names)
       rates = kept.chosen(own).loc[names, "learning_rate"]
-      table.append({
-        "task": task, "base": base, "seeds": len(a), "method": ours, "baseline": theirs,
-        "learning_rate": rates.iloc[0], "baseline_learning_rate": rates.iloc[1],
-        "error": a.mean(), "baseline_error": b.mean(),
-        **kept.ends("percent", statistics.paired_relative_interval(a, b)),
-      })  # fmt: skip
+      table.append(
+        {
+          "task": task,
+          "base": base,
+          "seeds": len(a),
+          "method": ours,
+          "baseline": theirs,
+          "learning_rate": rates.iloc[0],
+          "baseline_learning_rate": rates.iloc[1],
+          "error": a.mean(),
+          "baseline_error": b.mean(),
+          **kept.ends("percent", statistics.paired_relative_interval(a, b)),
+        }
+      )
   return pd.DataFrame(table)
 
 
@@ -66,13 +74,18 @@ def pooled(differences: pd.DataFrame) -> pd.DataFrame:
     logs = np.log(own["error"] / own["baseline_error"])
     interval, p_value = statistics.student(logs)
     errors = (own["percent_high"] - own["percent_low"]) / (2 * 1.96)
-    table.append({
-      "task": task, "bases": len(own), "method": own["method"].iloc[0],
-      "baseline": own["baseline"].iloc[0],
-      **kept.ends("percent", statistics.Interval(*kept.percent(np.array(interval)))),
-      "scatter": 100 * statistics.spread(logs), "by_seeds": float(np.sqrt(np.mean(errors**2))),
-      "p_value": p_value,
-    })  # fmt: skip
+    table.append(
+      {
+        "task": task,
+        "bases": len(own),
+        "method": own["method"].iloc[0],
+        "baseline": own["baseline"].iloc[0],
+        **kept.ends("percent", statistics.Interval(*kept.percent(np.array(interval)))),
+        "scatter": 100 * statistics.spread(logs),
+        "by_seeds": float(np.sqrt(np.mean(errors**2))),
+        "p_value": p_value,
+      }
+    )
   table = pd.DataFrame(table)
   table["p_holm"] = statistics.holm(table["p_value"])
   table["verdict"] = kept.verdicts(table)

@@ -58,27 +58,64 @@ def _task(axis, place: int, own: pd.DataFrame, pooled: pd.DataFrame, others) -> 
   y = place - 0.12
   axis.plot([row["percent_low"], row["percent_high"]], [y, y], color=_MEAN, linewidth=1.6)
   axis.plot(
-    row["percent"], y, "D", color=_MEAN, markersize=5,
+    row["percent"],
+    y,
+    "D",
+    color=_MEAN,
+    markersize=5,
     markerfacecolor=style.PAPER if row["verdict"] == "not significant" else _MEAN,
-  )  # fmt: skip
+  )
   for marker, values in zip(_MARKERS, others.values(), strict=False):
     axis.plot(
-      values[row["task"]], place - 0.28, marker, color=_OTHER, markersize=4.5,
+      values[row["task"]],
+      place - 0.28,
+      marker,
+      color=_OTHER,
+      markersize=4.5,
       markerfacecolor=style.PAPER,
-    )  # fmt: skip
+    )
 
 
 def _handles(others) -> list[mlines.Line2D]:
   return [
-    mlines.Line2D([], [], color=_NETWORK, marker="o", markersize=3, linewidth=0.7,
-                  label="a frozen network, interval over 10 seeds"),
-    mlines.Line2D([], [], color=_OTHER, marker="o", markersize=6, markerfacecolor="none",
-                  linestyle="none", label="the main study's network, trained again"),
-    mlines.Line2D([], [], color=_MEAN, marker="D", markersize=5, linewidth=1.6,
-                  label="mean over networks, Student's interval; hollow: not significant (Holm)"),
+    mlines.Line2D(
+      [],
+      [],
+      color=_NETWORK,
+      marker="o",
+      markersize=3,
+      linewidth=0.7,
+      label="a frozen network, interval over 10 seeds",
+    ),
+    mlines.Line2D(
+      [],
+      [],
+      color=_OTHER,
+      marker="o",
+      markersize=6,
+      markerfacecolor="none",
+      linestyle="none",
+      label="the main study's network, trained again",
+    ),
+    mlines.Line2D(
+      [],
+      [],
+      color=_MEAN,
+      marker="D",
+      markersize=5,
+      linewidth=1.6,
+      label="mean over networks, Student's interval; hollow: not significant (Holm)",
+    ),
     *(
-      mlines.Line2D([], [], color=_OTHER, marker=marker, linestyle="none", label=label,
-                    markerfacecolor=style.PAPER)
+      mlines.Line2D(
+        [],
+        [],
+        color=_OTHER,
+        marker=marker,
+        linestyle="none",
+        label=label,
+        markerfacecolor=style.PAPER,
+      )
       for marker, label in zip(_MARKERS, others, strict=False)
     ),
-  ]  # fmt: skip
+  ]

@@ -72,10 +72,15 @@ def _similarity(axis, summary) -> None:
       row = _pick(summary, "similarity", setting, state, "blocks, cosine, excess")
       color = _SETTINGS[setting][0]
       axis.errorbar(
-        row["mean"], place + shift, xerr=[[row["mean"] - row["low"]], [row["high"] - row["mean"]]],
-        fmt=marker, color=color, markerfacecolor=color if filled else style.PAPER, capsize=2,
+        row["mean"],
+        place + shift,
+        xerr=[[row["mean"] - row["low"]], [row["high"] - row["mean"]]],
+        fmt=marker,
+        color=color,
+        markerfacecolor=color if filled else style.PAPER,
+        capsize=2,
         label=state if place == 0 else None,
-      )  # fmt: skip
+      )
   axis.axvline(0, color=style.INK, linewidth=0.8)
   axis.set_yticks(range(len(settings)), [_SETTINGS[s][2] for s in settings])
   axis.set_ylim(len(settings) - 0.5, -0.5)
@@ -112,18 +117,23 @@ def _transfer(axis, summary) -> None:
   axis.set_title("d  A new task: what is taken, what is trained")
   own = summary[(summary["kind"] == "transfer") & (summary["quantity"] == "test mse")]
   settings = [pair.name for pair in train.PAIRS if pair.name in set(own["setting"])]
-  for shift, (arm, (color, marker)) in zip(np.linspace(-0.32, 0.32, len(_ARMS)), _ARMS.items(),
-                                           strict=True):  # fmt: skip
+  for shift, (arm, (color, marker)) in zip(
+    np.linspace(-0.32, 0.32, len(_ARMS)), _ARMS.items(), strict=True
+  ):
     rows = own[own["what"] == arm].set_index("setting")
     places = [index for index, setting in enumerate(settings) if setting in rows.index]
     if not places:
       continue
     rows = rows.loc[[settings[place] for place in places]]
     axis.errorbar(
-      rows["mean"], np.array(places) + shift,
+      rows["mean"],
+      np.array(places) + shift,
       xerr=[rows["mean"] - rows["low"], rows["high"] - rows["mean"]],
-      fmt=marker, color=color, capsize=2, label=arm,
-    )  # fmt: skip
+      fmt=marker,
+      color=color,
+      capsize=2,
+      label=arm,
+    )
   told = [setting.replace("_", " ").replace(" → ", "\n→ ") for setting in settings]
   axis.set_yticks(range(len(settings)), told)
   axis.set_ylim(max(len(settings), 1) - 0.5, -0.5)
@@ -136,7 +146,9 @@ def _transfer(axis, summary) -> None:
 
 def _pick(summary, kind, setting, what, quantity) -> pd.Series:
   chosen = (
-    (summary["kind"] == kind) & (summary["setting"] == setting) & (summary["what"] == what)
+    (summary["kind"] == kind)
+    & (summary["setting"] == setting)
+    & (summary["what"] == what)
     & (summary["quantity"] == quantity)
-  )  # fmt: skip
+  )
   return summary[chosen].iloc[0]

@@ -126,9 +126,16 @@ def _atoms_renamed(rise: np.ndarray) -> float:
 
 def _row(kind, setting, what, quantity, interval, seeds, p=np.nan) -> dict:
   return {
-    "kind": kind, "setting": setting, "what": what, "quantity": quantity, "mean": interval.mean,
-    "low": interval.low, "high": interval.high, "seeds": seeds, "p": p,
-  }  # fmt: skip
+    "kind": kind,
+    "setting": setting,
+    "what": what,
+    "quantity": quantity,
+    "mean": interval.mean,
+    "low": interval.low,
+    "high": interval.high,
+    "seeds": seeds,
+    "p": p,
+  }
 
 
 def _each_seed(values: dict[int, np.ndarray], of: Callable[[np.ndarray], float]) -> np.ndarray:
@@ -185,9 +192,9 @@ def _removal(found) -> list[dict]:
     add("blocks an atom serves", served)
     add("blocks an atom serves, atoms renamed", renamed)
     difference = statistics.paired_bootstrap(served, renamed)
-    rows.append(_row(
-      "removal", setting, "trained", "blocks an atom serves, excess", difference, len(served)
-    ))  # fmt: skip
+    rows.append(
+      _row("removal", setting, "trained", "blocks an atom serves, excess", difference, len(served))
+    )
     correlations = {
       "usage and rise, atoms": lambda w, r: (w.mean(axis=(0, 1)), r[0]),
       "usage and rise, blocks and atoms": lambda w, r: (w.mean(axis=0), r[1:]),
@@ -210,11 +217,17 @@ def _transfer(runs: pd.DataFrame) -> list[dict]:
       if len(theirs) != len(error):
         continue  # that arm is still to be run
       theirs = theirs["test_mse"].to_numpy()
-      rows.append(_row(
-        kind, setting, arm, f"difference to {other}, %",
-        statistics.paired_bootstrap_relative(error, theirs), len(error),
-        statistics.paired_p_value(error, theirs),
-      ))  # fmt: skip
+      rows.append(
+        _row(
+          kind,
+          setting,
+          arm,
+          f"difference to {other}, %",
+          statistics.paired_bootstrap_relative(error, theirs),
+          len(error),
+          statistics.paired_p_value(error, theirs),
+        )
+      )
   return rows
 
 

@@ -108,9 +108,10 @@ def setting_name(config, wanted: tuple[int, ...] | None = None) -> str:
   """A setting's name in units and tables, of its config or of its point of `get_hyper`."""
   if not isinstance(config, dict):
     config = {
-      "data.task": config.data.task, "adapter.name": config.adapter.name,
+      "data.task": config.data.task,
+      "adapter.name": config.adapter.name,
       "model.layers": config.model.layers,
-    }  # fmt: skip
+    }
   task = _told(config["data.task"], wanted)
   return f"{task} {config['adapter.name']} {config.get('model.layers', 4)} blocks"
 
@@ -171,12 +172,16 @@ def _fit(bench, config, program, states, frozen, runs, wanted):
   trained = optimizer.count_trained(states.params, program.optimizer.frozen) // len(runs)
   rows = [
     {
-      "seed": seed, "learning_rate": rate, "validation_mse": float(validation[index]),
-      "test_mse": float(test[index]), "base_mse": float(base),
-      "trainable_params": trained, "steps": program.optimizer.steps,
+      "seed": seed,
+      "learning_rate": rate,
+      "validation_mse": float(validation[index]),
+      "test_mse": float(test[index]),
+      "base_mse": float(base),
+      "trainable_params": trained,
+      "steps": program.optimizer.steps,
     }
     for index, (seed, rate) in enumerate(runs)
-  ]  # fmt: skip
+  ]
   return rows, jax.device_get(states.params)
 
 
@@ -209,12 +214,23 @@ def look(bench, name: str, config: ml_collections.ConfigDict) -> dict[str, list[
       routed = np.asarray(weights(own_params, frozen, batch))
       shares = quantities.shares(routed, own, len(names))
       found["usage"] += [
-        {"setting": name, "state": state, "seed": seed, "part": names[g], "block": b, "atom": m,
-         "weight": float(shares[g, b, m])}
+        {
+          "setting": name,
+          "state": state,
+          "seed": seed,
+          "part": names[g],
+          "block": b,
+          "atom": m,
+          "weight": float(shares[g, b, m]),
+        }
         for g, b, m in np.ndindex(shares.shape)
-      ]  # fmt: skip
-      row = {"setting": name, "state": state, "seed": seed,
-             "effective_support": quantities.effective_support(routed)}  # fmt: skip
+      ]
+      row = {
+        "setting": name,
+        "state": state,
+        "seed": seed,
+        "effective_support": quantities.effective_support(routed),
+      }
       rng = np.random.default_rng(seed)
       for kind, similarity in quantities.SIMILARITIES.items():
         shuffled = [
@@ -238,7 +254,7 @@ def look(bench, name: str, config: ml_collections.ConfigDict) -> dict[str, list[
         {"setting": name, "seed": seed, "block": block, "atom": atom, "part": part, "mse": value}
         for part, value in [("all", float(each.mean())), *zip(names, by_part.tolist(), strict=True)]
         if block < 0 or part == "all"
-      ]  # fmt: skip
+      ]
   return found
 
 

@@ -17,10 +17,16 @@ def summary(cells: pd.DataFrame, effects: pd.DataFrame, domain: analysis.Domain)
   """Markdown: all cells, and all effects at unseen wordings, with 95 % intervals."""
   exact = bool(domain.accuracy)
   heads = [
-    "instruction", "routing", "truth", "atoms", "rate", domain.unit,
-    "to the same routing, told nothing", "to LoRA with it in the input",
+    "instruction",
+    "routing",
+    "truth",
+    "atoms",
+    "rate",
+    domain.unit,
+    "to the same routing, told nothing",
+    "to LoRA with it in the input",
     *(["exact match, %"] if exact else []),
-  ]  # fmt: skip
+  ]
   lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
   for row in cells.to_dict("records"):
     edge = " (edge)" if row["rate_at_edge"] else ""
@@ -32,9 +38,10 @@ def summary(cells: pd.DataFrame, effects: pd.DataFrame, domain: analysis.Domain)
       + (f" {_number(row['exact_match'], '.1f')} |" if exact else "")
     )
   lines += [
-    "", f"| family | wordings | effect | per cent | {domain.unit} | p (Holm) |",
+    "",
+    f"| family | wordings | effect | per cent | {domain.unit} | p (Holm) |",
     "| --- | --- | --- | --- | --- | --- |",
-  ]  # fmt: skip
+  ]
   for row in effects.to_dict("records"):
     lines.append(
       f"| {row['family']} | {row['truth']} | {row['effect']} | {_ends(row, 'percent', '+.1f')} |"

@@ -38,14 +38,22 @@ class Domain:
 
 DOMAINS = {
   "regression": Domain(
-    "factorial", "configs/factorial.py", "test_known_mse", "test_mse",
+    "factorial",
+    "configs/factorial.py",
+    "test_known_mse",
+    "test_mse",
     "test MSE (source variance = 1)",
   ),
   "language": Domain(
-    "factorial_language", "configs/factorial_language.py", "test_seen_nats", "test_nats",
-    "test nats an answer token", "prompt", "test_accuracy",
+    "factorial_language",
+    "configs/factorial_language.py",
+    "test_seen_nats",
+    "test_nats",
+    "test nats an answer token",
+    "prompt",
+    "test_accuracy",
   ),
-}  # fmt: skip
+}
 INSTRUCTIONS = ("none", "input", "query", "prior", "kl", "prior+query")
 ROUTINGS = ("on", "static", "uniform", "example", "lora")
 TRUTHS = ("true", "unseen", "shuffled")
@@ -79,12 +87,15 @@ def cells(rows: pd.DataFrame, domain: Domain) -> pd.DataFrame:
     trained = "absent" if absent else "shuffled" if truth == "shuffled" else "true"
     own = chosen.loc[f"{instruction}/{routing}/{trained}"]
     row = {
-      "instruction": instruction, "routing": routing, "truth": "absent" if absent else truth,
+      "instruction": instruction,
+      "routing": routing,
+      "truth": "absent" if absent else truth,
       **own[["rank", "atoms", "trainable_params", "learning_rate", "rate_at_edge"]],
-      "seeds": len(values), "diverged": own["diverged"],
+      "seeds": len(values),
+      "diverged": own["diverged"],
       "effective_support": own["effective_support"],
       **kept.ends("error", statistics.mean_interval(values)),
-    }  # fmt: skip
+    }
     if domain.accuracy and truth != "true":
       own = kept.scores(rows, domain.accuracy)[f"{instruction}/{routing}/{trained}"]
       row["exact_match"] = 100 * own.mean()
@@ -119,45 +130,66 @@ def contrasts(found: dict) -> list[tuple[str, str, str, dict]]:
     for way in told:
       routings = PAIRED if way in ("query", "prior+query") else ROUTINGS[:3]
       add(
-        "instruction", truth, f"{way} − none",
+        "instruction",
+        truth,
+        f"{way} − none",
         *mean(1, ((way, r, truth) for r in routings)),
         *mean(-1, (("none", r, truth) for r in routings)),
-      )  # fmt: skip
+      )
     ways = ("none", "input", "prior", "kl")  # those that every routing exists for
     for other in ROUTINGS[1:3]:
       add(
-        "routing", truth, f"on − {other}",
+        "routing",
+        truth,
+        f"on − {other}",
         *mean(1, ((way, "on", truth) for way in ways)),
         *mean(-1, ((way, other, truth) for way in ways)),
-      )  # fmt: skip
+      )
     for way in told:
       for other in ROUTINGS[1:3]:
         add(
-          "interaction", truth, f"({way} − none) × (on − {other})",
-          (1, (way, "on", truth)), (-1, ("none", "on", truth)),
-          (-1, (way, other, truth)), (1, ("none", other, truth)),
-        )  # fmt: skip
+          "interaction",
+          truth,
+          f"({way} − none) × (on − {other})",
+          (1, (way, "on", truth)),
+          (-1, ("none", "on", truth)),
+          (-1, (way, other, truth)),
+          (1, ("none", other, truth)),
+        )
     for way in told:
       add(
-        "with routing on", truth, f"{way} − none, routing on",
-        (1, (way, "on", truth)), (-1, ("none", "on", truth)),
-      )  # fmt: skip
+        "with routing on",
+        truth,
+        f"{way} − none, routing on",
+        (1, (way, "on", truth)),
+        (-1, ("none", "on", truth)),
+      )
     for way in ("none", "input"):
       add(
-        "against LoRA", truth, f"on − LoRA, {way}",
-        (1, (way, "on", truth)), (-1, (way, "lora", truth)),
-      )  # fmt: skip
+        "against LoRA",
+        truth,
+        f"on − LoRA, {way}",
+        (1, (way, "on", truth)),
+        (-1, (way, "lora", truth)),
+      )
     for way in ("query", "prior+query"):
       add(
-        "example", truth, f"on − example, {way}",
-        (1, (way, "on", truth)), (-1, (way, "example", truth)),
-      )  # fmt: skip
+        "example",
+        truth,
+        f"on − example, {way}",
+        (1, (way, "on", truth)),
+        (-1, (way, "example", truth)),
+      )
     for routing in PAIRED:
       add(
-        "interaction", truth, f"prior × query, routing {routing}",
-        (1, ("prior+query", routing, truth)), (-1, ("prior", routing, truth)),
-        (-1, ("query", routing, truth)), (1, ("none", routing, truth)),
-      )  # fmt: skip
+        "interaction",
+        truth,
+        f"prior × query, routing {routing}",
+        (1, ("prior+query", routing, truth)),
+        (-1, ("prior", routing, truth)),
+        (-1, ("query", routing, truth)),
+        (1, ("none", routing, truth)),
+      )
   for way in told:
     for routing in ROUTINGS[:3]:
       for family, other in (("wording", "true"), ("truth", "shuffled")):
@@ -178,12 +210,17 @@ def effects(rows: pd.DataFrame, domain: Domain) -> pd.DataFrame:
     given = list(weights.values())
     plain, _ = _contrast(values, given)
     log, p_value = _contrast(np.log(values), given)
-    table.append({
-      "family": family, "effect": name, "truth": truth, "seeds": values.shape[1],
-      **kept.ends("error", plain),
-      **kept.ends("percent", statistics.Interval(*kept.percent(np.array(log)))),
-      "p_value": p_value,
-    })  # fmt: skip
+    table.append(
+      {
+        "family": family,
+        "effect": name,
+        "truth": truth,
+        "seeds": values.shape[1],
+        **kept.ends("error", plain),
+        **kept.ends("percent", statistics.Interval(*kept.percent(np.array(log)))),
+        "p_value": p_value,
+      }
+    )
   table = pd.DataFrame(table)
   table["p_holm"] = table.groupby(["family", "truth"])["p_value"].transform(statistics.holm)
   return table

@@ -12,24 +12,35 @@ from experiments.report import style
 
 # Colour and marker tell the routing; a filled, hollow or half filled marker tells the truth.
 _ROUTING = {
-  "on": ("#d55e00", "o", "routing on"), "static": ("#cc79a7", "s", "static mixture"),
+  "on": ("#d55e00", "o", "routing on"),
+  "static": ("#cc79a7", "s", "static mixture"),
   "uniform": ("#0072b2", "^", "uniform on the top 4"),
-  "example": ("#009e73", "v", "on, by example"), "lora": (style.INK, "D", "LoRA"),
-}  # fmt: skip
+  "example": ("#009e73", "v", "on, by example"),
+  "lora": (style.INK, "D", "LoRA"),
+}
 _PLACES = {
-  "none": "none", "input": "in the\ninput", "query": "in the\nquery",
-  "prior": "prior in\nthe logits", "kl": "KL\npenalty", "prior+query": "prior\n+ query",
-}  # fmt: skip
+  "none": "none",
+  "input": "in the\ninput",
+  "query": "in the\nquery",
+  "prior": "prior in\nthe logits",
+  "kl": "KL\npenalty",
+  "prior+query": "prior\n+ query",
+}
 _TRUTHS = {
-  "true": "wordings seen in training", "unseen": "unseen wordings",
+  "true": "wordings seen in training",
+  "unseen": "unseen wordings",
   "shuffled": "other rows' wordings",
-}  # fmt: skip
+}
 
 # The effects that are drawn, in this order, with their markers.
 FAMILIES = {
-  "instruction": "o", "with routing on": "o", "routing": "s", "example": "v", "against LoRA": "^",
+  "instruction": "o",
+  "with routing on": "o",
+  "routing": "s",
+  "example": "v",
+  "against LoRA": "^",
   "interaction": "D",
-}  # fmt: skip
+}
 _FILL = {"true": "none", "unseen": "full", "shuffled": "left"}
 
 
@@ -57,11 +68,18 @@ def _cells(axis, cells: pd.DataFrame, domain: analysis.Domain) -> None:
     offset = (slots.index((row.routing, truth)) + 0.5) / len(slots) - 0.5
     color, marker, _ = _ROUTING[row.routing]
     axis.errorbar(
-      place + 0.84 * offset, row.error,
-      yerr=[[row.error - row.error_low], [row.error_high - row.error]], color=color, marker=marker,
-      markersize=4.5, elinewidth=1, linestyle="none", markeredgewidth=1,
-      fillstyle=_FILL[truth], markerfacecoloralt=style.PAPER,
-    )  # fmt: skip
+      place + 0.84 * offset,
+      row.error,
+      yerr=[[row.error - row.error_low], [row.error_high - row.error]],
+      color=color,
+      marker=marker,
+      markersize=4.5,
+      elinewidth=1,
+      linestyle="none",
+      markeredgewidth=1,
+      fillstyle=_FILL[truth],
+      markerfacecoloralt=style.PAPER,
+    )
   for place in range(1, len(places)):
     axis.axvline(place - 0.5, color=style.FAINT, linewidth=0.6)
   named = [_PLACES[name].replace("input", domain.place) for name in places]
@@ -86,9 +104,13 @@ def _effects(axis, effects: pd.DataFrame, domain: analysis.Domain) -> None:
     marker = FAMILIES[row.family]
     axis.plot([row.percent_low, row.percent_high], [height] * 2, color=color, linewidth=1.4)
     axis.plot(
-      row.percent, height, marker, color=color, markersize=4.5,
+      row.percent,
+      height,
+      marker,
+      color=color,
+      markersize=4.5,
       markerfacecolor=color if row.p_holm < 0.05 else style.PAPER,
-    )  # fmt: skip
+    )
   axis.axvline(0, color=style.INK, linewidth=0.6)
   axis.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
   axis.set_xlabel(f"change of {domain.unit.partition(' (')[0]}, %\n(×: of the ratio of two)")
@@ -99,11 +121,20 @@ def _effects(axis, effects: pd.DataFrame, domain: analysis.Domain) -> None:
 def _handles(cells: pd.DataFrame) -> list[mlines.Line2D]:
   found = [
     mlines.Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
-    for key, (color, marker, label) in _ROUTING.items() if key in set(cells["routing"])
-  ]  # fmt: skip
+    for key, (color, marker, label) in _ROUTING.items()
+    if key in set(cells["routing"])
+  ]
   return found + [
     mlines.Line2D(
-      [], [], color=style.INK, marker="o", linestyle="none", label=label,
-      fillstyle=_FILL[truth], markerfacecoloralt=style.PAPER,
-    ) for truth, label in _TRUTHS.items() if truth in {*cells["truth"], "unseen"}
-  ]  # fmt: skip
+      [],
+      [],
+      color=style.INK,
+      marker="o",
+      linestyle="none",
+      label=label,
+      fillstyle=_FILL[truth],
+      markerfacecoloralt=style.PAPER,
+    )
+    for truth, label in _TRUTHS.items()
+    if truth in {*cells["truth"], "unseen"}
+  ]

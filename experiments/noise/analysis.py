@@ -26,15 +26,23 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
       if name == "lora" or theirs not in errors:
         continue
       a, b = errors[method].to_numpy(), errors[theirs].to_numpy()
-      table.append({
-        "task": task, "noise_kind": kind, "noise_level": float(level), "train_rows": int(count),
-        "seeds": len(a), "learning_rate": chosen.loc[method, "learning_rate"],
-        "lora_learning_rate": chosen.loc[theirs, "learning_rate"],
-        "rate_at_edge": bool(chosen.loc[[method, theirs], "rate_at_edge"].any()),
-        "error": a.mean(), "lora_error": b.mean(),
-        **kept.ends("percent", statistics.paired_bootstrap_relative(a, b)),
-        "effect_size": statistics.effect_size(a, b), "p_value": statistics.paired_p_value(a, b),
-      })  # fmt: skip
+      table.append(
+        {
+          "task": task,
+          "noise_kind": kind,
+          "noise_level": float(level),
+          "train_rows": int(count),
+          "seeds": len(a),
+          "learning_rate": chosen.loc[method, "learning_rate"],
+          "lora_learning_rate": chosen.loc[theirs, "learning_rate"],
+          "rate_at_edge": bool(chosen.loc[[method, theirs], "rate_at_edge"].any()),
+          "error": a.mean(),
+          "lora_error": b.mean(),
+          **kept.ends("percent", statistics.paired_bootstrap_relative(a, b)),
+          "effect_size": statistics.effect_size(a, b),
+          "p_value": statistics.paired_p_value(a, b),
+        }
+      )
   table = pd.DataFrame(table).sort_values(
     SETTING, key=lambda c: -c.eq("regimes") if c.name == "task" else c, ignore_index=True
   )
@@ -56,17 +64,22 @@ def pooled(rows: pd.DataFrame) -> pd.DataFrame:
       pairs = [
         (f"queryable/{kind}/{level}/{count}", f"lora/{kind}/{level}/{count}")
         for kind in noise.KINDS
-      ]  # fmt: skip
+      ]
       if not {name for pair in pairs for name in pair} <= set(errors):
         continue
       logs = np.mean([np.log(errors[ours] / errors[theirs]) for ours, theirs in pairs], axis=0)
       percent = statistics.Interval(*kept.percent(np.array(statistics.bootstrap_mean(logs))))
-      table.append({
-        "task": task, "noise_level": float(level), "train_rows": int(count), "seeds": len(logs),
-        **kept.ends("percent", percent),
-        "effect_size": statistics.effect_size(logs, np.zeros_like(logs)),
-        "p_value": statistics.paired_p_value(logs, np.zeros_like(logs)),
-      })  # fmt: skip
+      table.append(
+        {
+          "task": task,
+          "noise_level": float(level),
+          "train_rows": int(count),
+          "seeds": len(logs),
+          **kept.ends("percent", percent),
+          "effect_size": statistics.effect_size(logs, np.zeros_like(logs)),
+          "p_value": statistics.paired_p_value(logs, np.zeros_like(logs)),
+        }
+      )
   table = pd.DataFrame(table)
   table["p_holm"] = statistics.holm(table["p_value"])
   table["verdict"] = kept.verdicts(table)

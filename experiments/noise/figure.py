@@ -10,9 +10,11 @@ from experiments.report import style
 
 # (task, level) -> colour, marker, line.
 _LINES = {
-  ("regimes", 0.25): ("#0072b2", "o", "-"), ("regimes", 0.5): ("#d55e00", "s", "-"),
-  ("regimes", 1.0): ("#009e73", "^", "-"), ("friedman1", 0.5): (style.INK, "D", "--"),
-}  # fmt: skip
+  ("regimes", 0.25): ("#0072b2", "o", "-"),
+  ("regimes", 0.5): ("#d55e00", "s", "-"),
+  ("regimes", 1.0): ("#009e73", "^", "-"),
+  ("friedman1", 0.5): (style.INK, "D", "--"),
+}
 
 
 def draw(differences: pd.DataFrame, target: pathlib.Path) -> None:
@@ -33,23 +35,34 @@ def draw(differences: pd.DataFrame, target: pathlib.Path) -> None:
 
 def _panel(axis, own: pd.DataFrame) -> None:
   counts = sorted(own["train_rows"].unique())
-  groups = [(key, part.sort_values("train_rows")) for key, part in
-            own.groupby(["task", "noise_level"]) if key in _LINES]  # fmt: skip
+  groups = [
+    (key, part.sort_values("train_rows"))
+    for key, part in own.groupby(["task", "noise_level"])
+    if key in _LINES
+  ]
   groups.sort(key=lambda each: list(_LINES).index(each[0]))
   for place, (key, part) in enumerate(groups):
     color, marker, line = _LINES[key]
     shift = 1.0 + 0.07 * (place - (len(groups) - 1) / 2)  # on a logarithmic axis
     x = part["train_rows"] * shift
     axis.errorbar(
-      x, part["percent"],
+      x,
+      part["percent"],
       yerr=[part["percent"] - part["percent_low"], part["percent_high"] - part["percent"]],
-      color=color, linestyle=line, elinewidth=1, linewidth=1,
-    )  # fmt: skip
+      color=color,
+      linestyle=line,
+      elinewidth=1,
+      linewidth=1,
+    )
     for value, row in zip(x, part.itertuples(), strict=True):
       axis.plot(
-        value, row.percent, marker, color=color, markersize=4.5,
+        value,
+        row.percent,
+        marker,
+        color=color,
+        markersize=4.5,
         markerfacecolor=style.PAPER if row.verdict == "not significant" else color,
-      )  # fmt: skip
+      )
   axis.axhline(0, color=style.INK, linewidth=0.6)
   axis.set_xscale("log")
   axis.set_xticks(counts, [f"{count:,}" for count in counts])
@@ -63,8 +76,9 @@ def _handles(differences: pd.DataFrame) -> list[mlines.Line2D]:
     mlines.Line2D(
       [], [], color=color, marker=marker, linestyle=line, label=f"{task}, noise {level:g}"
     )
-    for (task, level), (color, marker, line) in _LINES.items() if (task, level) in there
-  ]  # fmt: skip
+    for (task, level), (color, marker, line) in _LINES.items()
+    if (task, level) in there
+  ]
   found.append(
     mlines.Line2D(
       [],

@@ -18,13 +18,16 @@ def table() -> str:
   """Every level beside its reference."""
   rows = [
     [
-      row["task"].replace("_", " "), str(row["factor"]),
+      row["task"].replace("_", " "),
+      str(row["factor"]),
       "" if pd.isna(row["level"]) else str(row["level"]),
       f"{row['trainable_params']:,.0f}" + ("" if row["matched"] else " (not matched)"),
-      f"{row['mse']:.3f}", factorial.ends(row), f"{row['p_holm']:.3f}",
+      f"{row['mse']:.3f}",
+      factorial.ends(row),
+      f"{row['p_holm']:.3f}",
     ]
     for row in compared().to_dict("records")
-  ]  # fmt: skip
+  ]
   header = ["task", "factor", "level", "trainable", "test MSE", "change", "p (Holm)"]
   return committed.markdown(header, rows)
 
@@ -36,14 +39,17 @@ def answer() -> list[question.Claim]:
     own = own[own["matched"].astype(bool)]
     clear = own[(own["p_holm"] < 0.05)]
     for word, part in (
-      ("higher", clear[clear["percent_low"] > 0]), ("lower", clear[clear["percent_high"] < 0]),
-    ):  # fmt: skip
+      ("higher", clear[clear["percent_low"] > 0]),
+      ("lower", clear[clear["percent_high"] < 0]),
+    ):
       names = [f"{row.factor}: {row.level} ({row.percent:+.0f} %)" for row in part.itertuples()]
-      found.append(question.Claim(
-        f"{task.replace('_', ' ')}: a change gives a clearly {word} error",
-        f"{len(part)} of {len(own)} changes",
-        ", ".join(names).replace("-", "−") or "none",
-      ))  # fmt: skip
+      found.append(
+        question.Claim(
+          f"{task.replace('_', ' ')}: a change gives a clearly {word} error",
+          f"{len(part)} of {len(own)} changes",
+          ", ".join(names).replace("-", "−") or "none",
+        )
+      )
   return found
 
 

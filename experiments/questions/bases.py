@@ -52,15 +52,30 @@ def table() -> str:
   main = error.compared().set_index("setting")["relative"]
   rows = []
   for row in committed.csv("bases", "pooled").to_dict("records"):
-    rows.append([
-      _setting(row["task"]), style.method(row["method"]).label, f"{row['bases']}",
-      factorial.ends(row), f"{row['scatter']:.1f}", f"{row['by_seeds']:.1f}",
-      tables.probability(row["p_holm"]), row["verdict"],
-      f"{tables.percent(main[_setting(row['task'])])} %",
-    ])  # fmt: skip
-  header = ["task", "method", "networks", "difference to LoRA, mean over the networks",
-            "scatter over networks, %", "expected of the seeds alone", "p (Holm)", "verdict",
-            "main study's first training"]  # fmt: skip
+    rows.append(
+      [
+        _setting(row["task"]),
+        style.method(row["method"]).label,
+        f"{row['bases']}",
+        factorial.ends(row),
+        f"{row['scatter']:.1f}",
+        f"{row['by_seeds']:.1f}",
+        tables.probability(row["p_holm"]),
+        row["verdict"],
+        f"{tables.percent(main[_setting(row['task'])])} %",
+      ]
+    )
+  header = [
+    "task",
+    "method",
+    "networks",
+    "difference to LoRA, mean over the networks",
+    "scatter over networks, %",
+    "expected of the seeds alone",
+    "p (Holm)",
+    "verdict",
+    "main study's first training",
+  ]
   return committed.markdown(header, rows)
 
 
@@ -170,9 +185,11 @@ def draw(target: pathlib.Path) -> None:
   """Writes `target`.svg and .png."""
   rows = repeated().set_index("task")
   figure.draw(
-    committed.csv("bases", "differences"), committed.csv("bases", "pooled"), target,
+    committed.csv("bases", "differences"),
+    committed.csv("bases", "pooled"),
+    target,
     {"main study's network, first training": rows["relative"]},
-  )  # fmt: skip
+  )
 
 
 QUESTION = question.Question(

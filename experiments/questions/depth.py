@@ -34,8 +34,9 @@ def table() -> str:
   """Similarity of the blocks' routing and removal of atoms, by setting."""
   rows = [
     [row["setting"].replace("_", " "), quantity, what, ends(row)]
-    for kind, what, quantity in _SHOWN for row in _rows(kind, what, quantity).to_dict("records")
-  ]  # fmt: skip
+    for kind, what, quantity in _SHOWN
+    for row in _rows(kind, what, quantity).to_dict("records")
+  ]
   return committed.markdown(["setting", "quantity", "network", "mean [95 % interval]"], rows)
 
 
@@ -56,8 +57,9 @@ def answer() -> list[question.Claim]:
   """Whether training makes blocks share atoms, and an atom serve many blocks."""
 
   def told(rows: pd.DataFrame) -> str:
-    return "; ".join(f"{row['setting'].replace('_', ' ')} {ends(row)}"
-                     for row in rows.to_dict("records"))  # fmt: skip
+    return "; ".join(
+      f"{row['setting'].replace('_', ' ')} {ends(row)}" for row in rows.to_dict("records")
+    )
 
   def verdict(rows: pd.DataFrame) -> str:
     if rows.empty:
@@ -71,9 +73,10 @@ def answer() -> list[question.Claim]:
   usage = _rows("removal", "trained", "usage and rise, blocks and atoms")
   moved = committed.csv("depth", "summary")
   moved = moved[
-    (moved["kind"] == "transfer") & (moved["what"] == "source memory, all trained")
+    (moved["kind"] == "transfer")
+    & (moved["what"] == "source memory, all trained")
     & (moved["quantity"] == "difference to all from scratch, %")
-  ]  # fmt: skip
+  ]
   return [
     question.Claim(
       "training makes blocks share atoms (centred cosine)", verdict(learnt), told(learnt), _ARM

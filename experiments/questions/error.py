@@ -12,9 +12,10 @@ from qlora_jax.studies import statistics
 
 _LOWER, _TIE, _HIGHER = "#0072b2", style.FAINT, "#d55e00"
 _LOOKS = (
-  (_LOWER, "", "lower error (Holm)"), (_TIE, "", "not significant"),
+  (_LOWER, "", "lower error (Holm)"),
+  (_TIE, "", "not significant"),
   (_HIGHER, "////", "higher error (Holm)"),
-)  # fmt: skip
+)
 _ENDS = ["relative", "relative_low", "relative_high"]
 
 
@@ -52,12 +53,22 @@ def counts() -> str:
   for key in style.ordered(rows["method"]):
     own = rows[rows["method"] == key]
     number = holm_counts(own)
-    table.append([
-      style.method(key).label, str(len(own)), *map(str, number),
-      tables.percent(own["relative"].median()) + " %",
-    ])  # fmt: skip
-  header = ["method", "settings", "lower error (Holm)", "not significant", "higher error (Holm)",
-            "median"]  # fmt: skip
+    table.append(
+      [
+        style.method(key).label,
+        str(len(own)),
+        *map(str, number),
+        tables.percent(own["relative"].median()) + " %",
+      ]
+    )
+  header = [
+    "method",
+    "settings",
+    "lower error (Holm)",
+    "not significant",
+    "higher error (Holm)",
+    "median",
+  ]
   return committed.markdown(header, table)
 
 
@@ -65,14 +76,25 @@ def resolved() -> str:
   """Effect sizes, corrected p-values, and the seeds that would resolve a difference of 5 %."""
   table = [
     [
-      row["setting"], row["label"], style.method(row["baseline"]).label,
-      tables.signed(row["effect_size"], 2), tables.number(row["p_holm"], 2),
-      f"{row['num_pairs']:.0f}", f"{row['seeds_needed']:.0f}",
+      row["setting"],
+      row["label"],
+      style.method(row["baseline"]).label,
+      tables.signed(row["effect_size"], 2),
+      tables.number(row["p_holm"], 2),
+      f"{row['num_pairs']:.0f}",
+      f"{row['seeds_needed']:.0f}",
     ]
     for row in compared().to_dict("records")
-  ]  # fmt: skip
-  header = ["setting", "method", "against", "effect size", "p (Holm)", "seeds",
-            "seeds that resolve 5 %"]  # fmt: skip
+  ]
+  header = [
+    "setting",
+    "method",
+    "against",
+    "effect size",
+    "p (Holm)",
+    "seeds",
+    "seeds that resolve 5 %",
+  ]
   return committed.markdown(header, table)
 
 
@@ -108,8 +130,10 @@ def draw(target: pathlib.Path) -> None:
       handles=[
         mpatches.Patch(facecolor=color, hatch=hatch, edgecolor=style.PAPER, label=label)
         for color, hatch, label in _LOOKS
-      ], loc="outside lower right", ncols=3,
-    )  # fmt: skip
+      ],
+      loc="outside lower right",
+      ncols=3,
+    )
     made.savefig(target.with_suffix(".png"), dpi=200)
     made.savefig(target.with_suffix(".svg"))
 
@@ -121,9 +145,13 @@ def _forest(axis, rows: pd.DataFrame) -> None:
     clear = row["verdict"] in ("better", "worse")
     axis.plot([row["relative_low"], row["relative_high"]], [place, place], color=look.color)
     axis.plot(
-      row["relative"], place, look.marker, color=look.color, markersize=6,
+      row["relative"],
+      place,
+      look.marker,
+      color=look.color,
+      markersize=6,
       markerfacecolor=look.color if clear else style.PAPER,
-    )  # fmt: skip
+    )
     given = row["method"] != "queryable"
     names.append(row["setting"] + ("\n(with the instruction)" if given else ""))
   axis.axvline(0, color=style.INK, linewidth=0.8)
@@ -143,9 +171,15 @@ def _bars(axis, rows: pd.DataFrame) -> None:
         axis.barh(place, number, left=start, color=color, hatch=hatch, edgecolor=style.PAPER)
         ink = style.INK if color == _TIE else style.PAPER
         axis.text(
-          start + number / 2, place, str(number), ha="center", va="center_baseline", fontsize=7,
-          color=ink, bbox=dict(facecolor=color, edgecolor="none", pad=0.8) if hatch else None,
-        )  # fmt: skip
+          start + number / 2,
+          place,
+          str(number),
+          ha="center",
+          va="center_baseline",
+          fontsize=7,
+          color=ink,
+          bbox=dict(facecolor=color, edgecolor="none", pad=0.8) if hatch else None,
+        )
       start += number
   axis.set_yticks(range(len(methods)), [style.method(key).label for key in methods])
   axis.set_ylim(len(methods) - 0.4, -0.6)

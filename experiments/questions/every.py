@@ -41,38 +41,46 @@ QUESTIONS = {
 # Name in docs/figures -> (study, name in its report, what it shows).
 REPORTS = {
   "difference": (
-    "regression", "difference",
+    "regression",
+    "difference",
     "Mean paired difference in test error of every method to its baseline, in percent, with 95 %"
     " bootstrap intervals over ten seeds; a filled mark's interval leaves out zero.",
   ),
   "noise": (
-    "regression", "noise",
+    "regression",
+    "noise",
     "Test error (units of the source's variance) against the noise in the training targets, with"
     " 95 % bootstrap intervals over ten seeds.",
   ),
   "learning_rates": (
-    "regression", "learning_rates",
+    "regression",
+    "learning_rates",
     "Validation error of the search against the learning rate; bands reach from the least to the"
     " greatest of three seeds, a ring marks the chosen rate.",
   ),
   "curves": (
-    "regression", "curves",
+    "regression",
+    "curves",
     "Validation error by training step of the final runs; bands reach from the least to the"
     " greatest of ten seeds.",
   ),
   "routing": (
-    "regression", "routing", "Mean routing weight by block and atom, of one final run a method.",
+    "regression",
+    "routing",
+    "Mean routing weight by block and atom, of one final run a method.",
   ),
   "parameters": (
-    "regression", "parameters",
+    "regression",
+    "parameters",
     "Test error against the number of trainable parameters, with 95 % bootstrap intervals.",
   ),
   "language_tasks": (
-    "induction", "tasks",
+    "induction",
+    "tasks",
     "Exact match in percent by task, in new and in known wordings of the instruction, mean over the"
     " final seeds of a method.",
   ),
-}  # fmt: skip
+}
 
 
 def captions() -> dict[str, str]:

@@ -14,14 +14,16 @@ _TOLD = (
   ("on − static", "routing by the input lowers the error against a static mixture", _PRIOR),
   ("on − uniform", "softmax weights lower the error against equal weights on the top 4", _PRIOR),
   (
-    "(prior − none) × (on − static)", "the prior gains by routing (interaction with static)",
+    "(prior − none) × (on − static)",
+    "the prior gains by routing (interaction with static)",
     _PRIOR,
   ),
   (
-    "(prior − none) × (on − uniform)", "the prior gains by routing (interaction with uniform)",
+    "(prior − none) × (on − uniform)",
+    "the prior gains by routing (interaction with uniform)",
     _PRIOR,
   ),
-)  # fmt: skip
+)
 
 
 def ends(row, name: str = "percent", digits: int = 1) -> str:
@@ -50,12 +52,14 @@ def answer(domain: analysis.Domain = REGRESSION, told=_TOLD) -> list[question.Cl
   rows = rows[rows["truth"] == "unseen"].set_index("effect")
   return [
     question.Claim(
-      claim, verdict(rows.loc[name]),
+      claim,
+      verdict(rows.loc[name]),
       f"{ends(rows.loc[name])}, p {rows.loc[name, 'p_holm']:.3f}",
       arm and f"{domain.name} {arm}",
     )
-    for name, claim, arm in told if name in rows.index
-  ]  # fmt: skip
+    for name, claim, arm in told
+    if name in rows.index
+  ]
 
 
 def verdict(row, alpha: float = 0.05) -> str:

@@ -11,30 +11,36 @@ _TOLD = (
   ("query − none", "the instruction in the query lowers them", None),
   ("input − none", "the instruction in the prompt lowers them", None),
   (
-    "on − LoRA, none", "routing lowers them against LoRA where nothing reads the instruction",
+    "on − LoRA, none",
+    "routing lowers them against LoRA where nothing reads the instruction",
     "none/on/absent",
   ),
   (
-    "on − LoRA, input", "routing lowers them against LoRA where both have the prompt",
+    "on − LoRA, input",
+    "routing lowers them against LoRA where both have the prompt",
     "input/on/true+prompt",
   ),
   (
-    "on − static", "routing by the input lowers them against a static mixture",
+    "on − static",
+    "routing by the input lowers them against a static mixture",
     "input/on/true+prompt",
   ),
   (
-    "(prior − none) × (on − static)", "the prior gains by routing (interaction with static)",
+    "(prior − none) × (on − static)",
+    "the prior gains by routing (interaction with static)",
     "prior/on/true",
   ),
   (
-    "(prior − none) × (on − uniform)", "the prior gains by routing (interaction with uniform)",
+    "(prior − none) × (on − uniform)",
+    "the prior gains by routing (interaction with uniform)",
     "prior/on/true",
   ),
   (
-    "on − example, query", "routing tokens beats routing examples (instruction in the query)",
+    "on − example, query",
+    "routing tokens beats routing examples (instruction in the query)",
     "query/on/true",
   ),
-)  # fmt: skip
+)
 
 QUESTION = question.Question(
   name="factorial_language",

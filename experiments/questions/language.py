@@ -14,12 +14,12 @@ _SCORES = {
   "test_nats": ("nats per answer token, new wordings", 3),
   "test_seen_nats": ("known wordings", 3),
   "test_accuracy": ("exact match, new wordings, %", 1),
-}  # fmt: skip
+}
 _COMBINED = {
   "validation_nats": ("validation nats", 3),
   "test_accuracy": ("exact match, new wordings, %", 1),
   "test_seen_accuracy": ("known wordings, %", 1),
-}  # fmt: skip
+}
 PAIRS = {"all_tasks": "24 tasks of instruction-induction", "gsm8k": "GSM8K"}  # studies of two
 _PAIR = ("queryable_prior+prompt", "lora+prompt")
 _SHUFFLED = "queryable_prior+shuffled"
@@ -45,8 +45,11 @@ def answer() -> list[question.Claim]:
     ),
     question.Claim(
       "the prior carries an instruction that the prompt does not hold",
-      "supported" if min(carried.low, shuffled.low) > 0
-      else "not supported" if carried.high < 0 else "inconclusive",
+      "supported"
+      if min(carried.low, shuffled.low) > 0
+      else "not supported"
+      if carried.high < 0
+      else "inconclusive",
       f"exact match {own['queryable_prior']:.1f} % with the prior, {own['queryable']:.1f} % without"
       f" it ({_told(carried)} points), {own[_SHUFFLED]:.1f} % with shuffled wordings"
       f" ({_told(shuffled)})",
@@ -59,7 +62,7 @@ def answer() -> list[question.Claim]:
     ),
     *deciding.answer(),
     *_likelihoods(),
-  ]  # fmt: skip
+  ]
 
 
 def _points(ours: str, theirs: str) -> statistics.Interval:
@@ -86,11 +89,14 @@ def _likelihoods() -> list[question.Claim]:
     ends = tables.with_interval(
       row["test_nats_difference"], low, high, lambda x: tables.signed(x, 2)
     )
-    found.append(question.Claim(
-      f"{row['label']} has a better likelihood than LoRA on {told}", verdict,
-      f"{ends} nats per answer token, {row['seeds']:.0f} seeds (Student)",
-      f"{study} {row['method']}",
-    ))  # fmt: skip
+    found.append(
+      question.Claim(
+        f"{row['label']} has a better likelihood than LoRA on {told}",
+        verdict,
+        f"{ends} nats per answer token, {row['seeds']:.0f} seeds (Student)",
+        f"{study} {row['method']}",
+      )
+    )
   return found
 
 
@@ -105,25 +111,32 @@ def pair(study: str) -> pd.DataFrame:
   scores = [name for name in _SCORES if name in final]
   methods = sorted(final["method"].unique(), key=lambda name: not name.startswith("lora"))
   tables_of = {name: final.pivot(index="seed", columns="method", values=name) for name in scores}
-  rows = [{
-    "label": "Frozen base + prompt", "trainable_params": 0,
-    **{name: _unit(name) * final[f"base_{name}"].mean() for name in scores},
-  }]  # fmt: skip
+  rows = [
+    {
+      "label": "Frozen base + prompt",
+      "trainable_params": 0,
+      **{name: _unit(name) * final[f"base_{name}"].mean() for name in scores},
+    }
+  ]
   for method in methods:
     own = final[final["method"] == method]
     row = {
-      "method": method, "label": style.method(method).label, "seeds": len(own),
+      "method": method,
+      "label": style.method(method).label,
+      "seeds": len(own),
       **own[["trainable_params", "learning_rate"]].iloc[0],
-    }  # fmt: skip
+    }
     for name in scores:
       row[name] = _unit(name) * own[name].mean()
       if method != methods[0]:
         differences = _unit(name) * (tables_of[name][method] - tables_of[name][methods[0]])
         interval, p_value = statistics.student(differences)
         row |= {
-          f"{name}_difference": interval.mean, f"{name}_low": interval.low,
-          f"{name}_high": interval.high, f"{name}_p": p_value,
-        }  # fmt: skip
+          f"{name}_difference": interval.mean,
+          f"{name}_low": interval.low,
+          f"{name}_high": interval.high,
+          f"{name}_p": p_value,
+        }
     rows.append(row)
   return pd.DataFrame(rows)
 
@@ -160,8 +173,9 @@ def combined_table() -> str:
     first = final[final["method"] == method].iloc[0]
     cells = [
       "the three changes" if method in set(own["method"]) else style.method(method).label,
-      f"{first['trainable_params']:,.0f}", f"{first['learning_rate']:g}",
-    ]  # fmt: skip
+      f"{first['trainable_params']:,.0f}",
+      f"{first['learning_rate']:g}",
+    ]
     for name, (_, digits) in _COMBINED.items():
       values = _unit(name) * tables_of[name]
       text = f"{values[method].mean():.{digits}f}"
@@ -179,12 +193,23 @@ def swap_table() -> str:
   """The swap test of one run: validation nats with its weights as trained and replaced."""
   row = routing.swap()
   cells = [
-    style.method(row["method"]).label, f"{row['seed']:.0f}", f"{row['steps']:.0f}",
+    style.method(row["method"]).label,
+    f"{row['seed']:.0f}",
+    f"{row['steps']:.0f}",
     *(f"{row[name]:.4f}" for name in ("nats", "nats_uniform", "nats_permuted")),
-    f"{row['support_start']:.2f}", f"{row['support_end']:.2f}",
-  ]  # fmt: skip
-  header = ["method", "seed", "steps", "nats as trained", "equal weights", "atoms permuted",
-            "effective support at the start", "at the end"]  # fmt: skip
+    f"{row['support_start']:.2f}",
+    f"{row['support_end']:.2f}",
+  ]
+  header = [
+    "method",
+    "seed",
+    "steps",
+    "nats as trained",
+    "equal weights",
+    "atoms permuted",
+    "effective support at the start",
+    "at the end",
+  ]
   return committed.markdown(header, [cells])
 
 

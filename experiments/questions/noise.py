@@ -13,12 +13,26 @@ def table() -> str:
   rows = []
   for row in committed.csv("noise", "pooled").to_dict("records"):
     low, high = kinds.loc[(row["task"], row["noise_level"], row["train_rows"])]
-    rows.append([
-      row["task"], f"{row['noise_level']:g}", f"{row['train_rows']:,}", factorial.ends(row),
-      f"{low:+.1f} to {high:+.1f} %".replace("-", "−"), f"{row['p_holm']:.3f}", row["verdict"],
-    ])  # fmt: skip
-  header = ["task", "noise", "training rows", "difference to LoRA, mean of five kinds of noise",
-            "single kinds", "p (Holm)", "verdict"]  # fmt: skip
+    rows.append(
+      [
+        row["task"],
+        f"{row['noise_level']:g}",
+        f"{row['train_rows']:,}",
+        factorial.ends(row),
+        f"{low:+.1f} to {high:+.1f} %".replace("-", "−"),
+        f"{row['p_holm']:.3f}",
+        row["verdict"],
+      ]
+    )
+  header = [
+    "task",
+    "noise",
+    "training rows",
+    "difference to LoRA, mean of five kinds of noise",
+    "single kinds",
+    "p (Holm)",
+    "verdict",
+  ]
   return committed.markdown(header, rows)
 
 
@@ -31,12 +45,17 @@ def answer() -> list[question.Claim]:
     told = "; ".join(
       f"noise {row['noise_level']:g}: {factorial.ends(row)}" for row in own.to_dict("records")
     )
-    found.append(question.Claim(
-      f"lower error than LoRA on {task} with {count:,} training rows, over five kinds of noise",
-      words[0] if len(set(words)) == 1
-      else "supported in part" if "supported" in words else "not supported",
-      told,
-    ))  # fmt: skip
+    found.append(
+      question.Claim(
+        f"lower error than LoRA on {task} with {count:,} training rows, over five kinds of noise",
+        words[0]
+        if len(set(words)) == 1
+        else "supported in part"
+        if "supported" in words
+        else "not supported",
+        told,
+      )
+    )
   return found
 
 

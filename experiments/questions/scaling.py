@@ -11,8 +11,14 @@ from experiments.scaling import figure
 _FOLDER = committed.RESULTS / "scaling"
 _SCALE, _ATOMS, _KEPT, _RANK = "70B", 64, 4, 16  # `experiments.scaling.points.TARGET`
 _COLUMNS = [
-  "scale", "atoms", "kept", "rank", "extra_hbm_percent", "extra_peak_percent", "routed_collectives",
-]  # fmt: skip
+  "scale",
+  "atoms",
+  "kept",
+  "rank",
+  "extra_hbm_percent",
+  "extra_peak_percent",
+  "routed_collectives",
+]
 
 
 @functools.cache
@@ -50,14 +56,25 @@ def table() -> str:
   rows = []
   for row in targets().itertuples():
     seen = _compiled(row.scale)
-    rows.append([
-      row.scale, f"{row.extra_flops_percent:.3f} %",
-      f"{row.extra_params:,.0f} ({row.extra_params_percent:.2f} %)",
-      f"{row.extra_hbm_percent:.2f} %", *_percents(seen),
-      f"{row.extra_collective_bytes / 2**20:.2f} MiB",
-    ])  # fmt: skip
-  header = ["model", "extra FLOPs", "extra parameters", "extra HBM, formula",
-            "reserved, TPU compiler", "alive at once", "gradient sum a step"]  # fmt: skip
+    rows.append(
+      [
+        row.scale,
+        f"{row.extra_flops_percent:.3f} %",
+        f"{row.extra_params:,.0f} ({row.extra_params_percent:.2f} %)",
+        f"{row.extra_hbm_percent:.2f} %",
+        *_percents(seen),
+        f"{row.extra_collective_bytes / 2**20:.2f} MiB",
+      ]
+    )
+  header = [
+    "model",
+    "extra FLOPs",
+    "extra parameters",
+    "extra HBM, formula",
+    "reserved, TPU compiler",
+    "alive at once",
+    "gradient sum a step",
+  ]
   return committed.markdown(header, rows)
 
 
@@ -79,7 +96,8 @@ def answer() -> list[question.Claim]:
   routed = (checked()["routed_collectives"] > 0).sum()
   return [
     question.Claim(
-      f"under 1 % more FLOPs than LoRA ({at})", "supported" if flops < 1 else "not supported",
+      f"under 1 % more FLOPs than LoRA ({at})",
+      "supported" if flops < 1 else "not supported",
       f"{flops:.3f} %, counted by formula",
     ),
     question.Claim(
@@ -89,12 +107,17 @@ def answer() -> list[question.Claim]:
     ),
     question.Claim(
       f"no collective on the routed path ({at})",
-      "inconclusive" if seen is None else "not supported" if seen["routed_collectives"]
+      "inconclusive"
+      if seen is None
+      else "not supported"
+      if seen["routed_collectives"]
       else "supported",
-      "not compiled" if seen is None else f"{seen['routed_collectives']:.0f} in the loop over"
+      "not compiled"
+      if seen is None
+      else f"{seen['routed_collectives']:.0f} in the loop over"
       f" blocks; {routed:.0f} of the {len(checked())} compiled points have one",
     ),
-  ]  # fmt: skip
+  ]
 
 
 def draw(target: pathlib.Path) -> None:

@@ -28,9 +28,10 @@ def pairs() -> pd.DataFrame:
   own = summary.drop_duplicates([*inputs.SETTING, "method"])
   own = own[[*inputs.SETTING, "method", "basin_decades", "diverged_share", "search_runs"]]
   return error.compared().merge(
-    own.rename(columns={"method": "baseline"}), on=[*inputs.SETTING, "baseline"],
+    own.rename(columns={"method": "baseline"}),
+    on=[*inputs.SETTING, "baseline"],
     suffixes=("", "_other"),
-  )  # fmt: skip
+  )
 
 
 @functools.cache
@@ -38,9 +39,10 @@ def spikes() -> pd.DataFrame:
   """Loss spikes a run by task, 'ours' and 'theirs', from losses recorded every ten steps."""
   runs = stability.spikes(committed.study("stability"))
   pair = {
-    name: side for both in (("lora", "queryable"), ("lora_input", "queryable_prior"))
+    name: side
+    for both in (("lora", "queryable"), ("lora_input", "queryable_prior"))
     for name, side in zip(both, ("theirs", "ours"), strict=True)
-  }  # fmt: skip
+  }
   return runs.assign(side=runs["method"].map(pair)).pivot_table(
     index="task", columns="side", values="spikes", aggfunc=["mean", "sum", "count"]
   )
@@ -64,11 +66,21 @@ def table() -> str:
   """Every method's stability over all settings."""
   rows = [
     [row["label"], str(row["settings"]), *stability.cells(row)]
-    for row in by_method().to_dict("records") if row["method"] != "none"
-  ]  # fmt: skip
-  header = ["method", "settings", "search runs", "diverged", "loss spikes", "basin, decades",
-            "narrowest", "spread, % of error", "spread below / like / above LoRA's",
-            "final runs without result"]  # fmt: skip
+    for row in by_method().to_dict("records")
+    if row["method"] != "none"
+  ]
+  header = [
+    "method",
+    "settings",
+    "search runs",
+    "diverged",
+    "loss spikes",
+    "basin, decades",
+    "narrowest",
+    "spread, % of error",
+    "spread below / like / above LoRA's",
+    "final runs without result",
+  ]
   return committed.markdown(header, rows)
 
 
@@ -76,13 +88,15 @@ def by_setting() -> str:
   """Spread over seeds and basin of Queryable LoRA beside its baseline's, setting by setting."""
   rows = [
     [
-      row["setting"], row["label"], style.method(row["baseline"]).label,
+      row["setting"],
+      row["label"],
+      style.method(row["baseline"]).label,
       tables.with_interval(*(row[name] for name in _RATIO), lambda x: tables.number(x, 2)),
-      _word(row), f"{tables.number(row['basin_decades'], 2)} /"
-      f" {tables.number(row['basin_decades_other'], 2)}",
+      _word(row),
+      f"{tables.number(row['basin_decades'], 2)} / {tables.number(row['basin_decades_other'], 2)}",
     ]
     for row in pairs().to_dict("records")
-  ]  # fmt: skip
+  ]
   header = ["setting", "method", "against", "ratio of spreads", "verdict", "basin, decades"]
   return committed.markdown(header, rows)
 
@@ -121,11 +135,12 @@ def answer() -> list[question.Claim]:
       width,
     ),
     question.Claim(
-      "fewer diverged runs than LoRA", "not supported" if ours >= theirs else "inconclusive",
+      "fewer diverged runs than LoRA",
+      "not supported" if ours >= theirs else "inconclusive",
       f"{ours} against {theirs} of {runs} search runs over seven learning rates",
     ),
     question.Claim("fewer loss spikes than LoRA", *_spiked()),
-  ]  # fmt: skip
+  ]
   verdicts = [part.verdict for part in parts]
   supported, against = verdicts.count("supported"), verdicts.count("not supported")
   whole = "inconclusive" if not supported and not against else "not supported"
@@ -165,9 +180,13 @@ def _spreads(axis, rows: pd.DataFrame) -> None:
     look, clear = style.method(row["method"]), _word(row) != "not significant"
     axis.plot([row[_RATIO[1]], row[_RATIO[2]]], [place, place], color=look.color)
     axis.plot(
-      row[_RATIO[0]], place, marker=look.marker, color=look.color, markersize=6,
+      row[_RATIO[0]],
+      place,
+      marker=look.marker,
+      color=look.color,
+      markersize=6,
       markerfacecolor=look.color if clear else style.PAPER,
-    )  # fmt: skip
+    )
   axis.axvline(1, color=style.INK, linewidth=0.8)
   panels.log_axis(axis.xaxis, rows[_RATIO[1]].min(), rows[_RATIO[2]].max())
   axis.set_yticks(range(len(rows)), rows["setting"])
@@ -180,10 +199,20 @@ def _basins(axis, rows: pd.DataFrame) -> None:
   theirs = style.method("lora")
   for place, row in enumerate(rows.to_dict("records")):
     ours = style.method(row["method"])
-    axis.plot([row["basin_decades"], row["basin_decades_other"]], [place] * 2, color=style.MUTED,
-              linewidth=0.8, zorder=1)  # fmt: skip
-    axis.plot(row["basin_decades_other"], place, theirs.marker, color=theirs.color,
-              markerfacecolor=style.PAPER)  # fmt: skip
+    axis.plot(
+      [row["basin_decades"], row["basin_decades_other"]],
+      [place] * 2,
+      color=style.MUTED,
+      linewidth=0.8,
+      zorder=1,
+    )
+    axis.plot(
+      row["basin_decades_other"],
+      place,
+      theirs.marker,
+      color=theirs.color,
+      markerfacecolor=style.PAPER,
+    )
     axis.plot(row["basin_decades"], place, ours.marker, color=ours.color, markersize=6)
   axis.set_xlim(left=0)
   axis.set_xlabel("basin, decades of\nlearning rate")
@@ -195,13 +224,21 @@ def _handles() -> list[mlines.Line2D]:
   ours, theirs = style.method("queryable"), style.method("lora")
   prior = style.method("queryable_prior")
   return [
-    mlines.Line2D([], [], color=look.color, marker=look.marker, linestyle="none", label=label,
-                  markerfacecolor=style.PAPER if look is theirs else look.color)
+    mlines.Line2D(
+      [],
+      [],
+      color=look.color,
+      marker=look.marker,
+      linestyle="none",
+      label=label,
+      markerfacecolor=style.PAPER if look is theirs else look.color,
+    )
     for look, label in (
-      (ours, "Queryable"), (prior, "Queryable + prior, of multi target"),
+      (ours, "Queryable"),
+      (prior, "Queryable + prior, of multi target"),
       (theirs, "LoRA; of multi target LoRA with instruction"),
     )
-  ]  # fmt: skip
+  ]
 
 
 def _diverged(axis) -> None:

@@ -17,10 +17,15 @@ def table() -> str:
   for row in rows[~rows["quantity"].str.endswith(_DIFFERENCE)].to_dict("records"):
     key = (row["task"], row["arm"], row["quantity"] + _DIFFERENCE)
     against = index.loc[key] if key in index.index else None
-    found.append([
-      row["task"].replace("_", " "), row["arm"], row["quantity"], depth.ends(row, 3),
-      "" if against is None else f"{depth.ends(against, 3)}, p {against['p']:.3f}",
-    ])  # fmt: skip
+    found.append(
+      [
+        row["task"].replace("_", " "),
+        row["arm"],
+        row["quantity"],
+        depth.ends(row, 3),
+        "" if against is None else f"{depth.ends(against, 3)}, p {against['p']:.3f}",
+      ]
+    )
   header = ["stream", "arm", "quantity", "mean [95 % interval]", "minus LoRA's"]
   return committed.markdown(header, found)
 
@@ -30,11 +35,19 @@ def answer() -> list[question.Claim]:
   found = [
     _claim("forgets less than LoRA (backward transfer)", _FREE, "backward transfer", up=True),
     _claim("learns a new part better than LoRA", _FREE, "error when learned", up=False),
-    _claim("makes unseen parts better than LoRA does (forward transfer)", _FREE,
-           "forward transfer", up=True),
-    _claim("forgets less than LoRA with its atoms frozen after the first part", _FROZEN,
-           "backward transfer", up=True),
-  ]  # fmt: skip
+    _claim(
+      "makes unseen parts better than LoRA does (forward transfer)",
+      _FREE,
+      "forward transfer",
+      up=True,
+    ),
+    _claim(
+      "forgets less than LoRA with its atoms frozen after the first part",
+      _FROZEN,
+      "backward transfer",
+      up=True,
+    ),
+  ]
   return [each for each in found if each]
 
 

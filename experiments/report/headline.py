@@ -166,8 +166,9 @@ def _steadiness(rows: pd.DataFrame, summary: pd.DataFrame, of: measure.Measure) 
   others = summary[columns].drop_duplicates([*inputs.SETTING, "method"])
   pairs = rows.merge(
     others.rename(columns={"method": "baseline"}),
-    on=[*inputs.SETTING, "baseline"], suffixes=("", "_other"),
-  )  # fmt: skip
+    on=[*inputs.SETTING, "baseline"],
+    suffixes=("", "_other"),
+  )
   name, other = _common_name(rows["method"]), _common_name(rows["baseline"])
   parts = []
   ours, theirs = pairs["diverged_share"].mean(), pairs["diverged_share_other"].mean()

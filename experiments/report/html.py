@@ -37,18 +37,33 @@ def _columns(of: measure.Measure) -> list[tuple]:
       for each in (of, *of.also)
     ),
     ("Compared with", "the method that the difference is taken to", "baseline_label", None),
-    (f"Difference{unit}", f"paired difference in {of.short} [95 % interval]", "difference",
-     (lambda value: tables.signed(value, 2)) if of.relative else tables.contrast(of)),
-    *([("Difference, %", "the same in percent of the other's error", "relative", tables.percent)]
-      if of.relative else []),
+    (
+      f"Difference{unit}",
+      f"paired difference in {of.short} [95 % interval]",
+      "difference",
+      (lambda value: tables.signed(value, 2)) if of.relative else tables.contrast(of),
+    ),
+    *(
+      [("Difference, %", "the same in percent of the other's error", "relative", tables.percent)]
+      if of.relative
+      else []
+    ),
     ("Verdict", "whether the interval leaves out zero", "verdict", None),
-    ("p", "chance of such a difference without a true one, corrected (Holm)", "p_holm",
-     lambda value: tables.number(value, 2)),
+    (
+      "p",
+      "chance of such a difference without a true one, corrected (Holm)",
+      "p_holm",
+      lambda value: tables.number(value, 2),
+    ),
     ("Spread", f"standard deviation of the {of.short} over seeds", "spread", tables.number),
-    ("Basin", "decades of learning rate within 5 % of the best", "basin_decades",
-     lambda value: tables.number(value, 2)),
+    (
+      "Basin",
+      "decades of learning rate within 5 % of the best",
+      "basin_decades",
+      lambda value: tables.number(value, 2),
+    ),
     ("Diverged", "share of search runs that diverged", "diverged_share", tables.share),
-  ]  # fmt: skip
+  ]
 
 
 def _heading(text: str) -> str:
@@ -141,17 +156,19 @@ def _glance(summary: pd.DataFrame, of: measure.Measure) -> dict | None:
     other = here[here["method"] == row["baseline"]].iloc[0]
     finished = here[np.isfinite(here[of.key]) & (here["failed_runs"] == 0)]
     best = (finished.nsmallest if of.lower else finished.nlargest)(1, of.key).to_dict("records")
-    rows.append({
-      "setting": row["setting"],
-      "method": row["label"],
-      "base": value(row[of.base] if of.base else math.nan),
-      "baseline": style.method(row["baseline"]).label,
-      "other": _interval(other, of.key, value),
-      "own": _interval(row, of.key, value),
-      "difference": _interval(row, of.contrast, tables.contrast(of)),
-      "verdict": row["verdict"],
-      "best": f"{best[0]['label']}, {value(best[0][of.key])}" if best else "",
-    })  # fmt: skip
+    rows.append(
+      {
+        "setting": row["setting"],
+        "method": row["label"],
+        "base": value(row[of.base] if of.base else math.nan),
+        "baseline": style.method(row["baseline"]).label,
+        "other": _interval(other, of.key, value),
+        "own": _interval(row, of.key, value),
+        "difference": _interval(row, of.contrast, tables.contrast(of)),
+        "verdict": row["verdict"],
+        "best": f"{best[0]['label']}, {value(best[0][of.key])}" if best else "",
+      }
+    )
   several = own[["method", "baseline"]].drop_duplicates().shape[0] > 1
   return {
     "subject": f"Its {of.name}" if several else style.method(own["method"].iloc[0]).label,
@@ -345,10 +362,13 @@ def _samples(study: inputs.Study) -> list[dict]:
   own = final[final["method"] == (subject or style.ordered(final["method"])[0])].iloc[0]
   rows = study.samples[study.samples["run_id"] == own["run_id"]]
   rows = rows.astype(object).where(rows.notna(), None)
-  return [{
-    "label": style.method(own["method"]).label, "seed": f"{own['seed']:.0f}",
-    "rows": rows.sort_values("task", kind="stable").to_dict("records"),
-  }]  # fmt: skip
+  return [
+    {
+      "label": style.method(own["method"]).label,
+      "seed": f"{own['seed']:.0f}",
+      "rows": rows.sort_values("task", kind="stable").to_dict("records"),
+    }
+  ]
 
 
 def _figure(number: int, drawn: panels.Drawn, directory: pathlib.Path) -> dict:

@@ -47,8 +47,16 @@ _CURVES = ["run_id", "step", "train_loss"]
 _SAMPLES = ["run_id", "task", "instruction", "prompt", "expected", "before", "after"]
 _VARIANTS = {"in_prompt": "+prompt", "shuffled": "+shuffled"}  # what a true value adds to a method
 _ROUTING = ["run_id", "task", "method", "target", "with_instruction", "block", "atom", "weight"]
-_INFO = {"title": "Study", "command": "", "commit": "", "date": "", "devices": "",
-         "versions": {}, "wall_seconds": None, "config": {}}  # fmt: skip
+_INFO = {
+  "title": "Study",
+  "command": "",
+  "commit": "",
+  "date": "",
+  "devices": "",
+  "versions": {},
+  "wall_seconds": None,
+  "config": {},
+}
 
 
 @dataclasses.dataclass(frozen=True)

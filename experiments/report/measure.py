@@ -85,41 +85,68 @@ class Measure(Quantity):
 
 
 MSE = Measure(
-  key="test_mse", name="test MSE", lower=True, base="base_mse", noun="test error",
-  mean="error", short="test MSE",
+  key="test_mse",
+  name="test MSE",
+  lower=True,
+  base="base_mse",
+  noun="test error",
+  mean="error",
+  short="test MSE",
   meaning="Test error (mean squared error, MSE)",
-  validation="validation_mse", validation_name="validation MSE",
+  validation="validation_mse",
+  validation_name="validation MSE",
   validation_noun="Validation error",
-  curve="validation_mse", curve_name="validation MSE", curve_noun="Validation error",
+  curve="validation_mse",
+  curve_name="validation MSE",
+  curve_noun="Validation error",
   required=("noise_kind", "noise_level", "validation_mse", "test_mse", "base_mse", "diverged"),
-)  # fmt: skip
+)
 
 NATS = Measure(
-  key="validation_nats", name="validation nats", lower=True, noun="negative log-likelihood",
-  mean="negative log-likelihood", short="negative log-likelihood",
+  key="validation_nats",
+  name="validation nats",
+  lower=True,
+  noun="negative log-likelihood",
+  mean="negative log-likelihood",
+  short="negative log-likelihood",
   meaning="Negative log-likelihood of an answer token in nats (mean over the validation split)",
-  unit=" nats", relative=False, loss_noun="nats per answer token", loss_unit="nats",
-  validation="validation_nats", validation_name="validation nats",
+  unit=" nats",
+  relative=False,
+  loss_noun="nats per answer token",
+  loss_unit="nats",
+  validation="validation_nats",
+  validation_name="validation nats",
   validation_noun="Negative log-likelihood of the validation answers",
-  curve="train_loss", curve_name="training loss, nats",
+  curve="train_loss",
+  curve_name="training loss, nats",
   curve_noun="Training loss (nats an answer token)",
   required=("validation_nats",),
-)  # fmt: skip
+)
 EXACT_MATCH = dataclasses.replace(
-  NATS, key="test_accuracy", name="exact match, %", lower=False, scale=100.0,
-  base="base_test_accuracy", resolution=1.0, noun="exact match", mean="exact match",
+  NATS,
+  key="test_accuracy",
+  name="exact match, %",
+  lower=False,
+  scale=100.0,
+  base="base_test_accuracy",
+  resolution=1.0,
+  noun="exact match",
+  mean="exact match",
   short="exact match",
   meaning="Exact match in percent (share of greedily generated answers that equal an accepted one, "
   "for inputs that training did not see and instructions in new wordings)",
   unit=" %",
   also=(
     Quantity(
-      "test_seen_accuracy", "exact match, known wordings, %", False, 100.0,
+      "test_seen_accuracy",
+      "exact match, known wordings, %",
+      False,
+      100.0,
       "base_test_seen_accuracy",
     ),
     Quantity("validation_nats", "validation nats", True),
   ),
-)  # fmt: skip
+)
 
 # Splits of a language study: column prefix and what it holds.
 SPLITS = {"test": "new wordings", "test_seen": "known wordings"}

@@ -48,11 +48,15 @@ def splits(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   panels.label_outer(axes, "exact match, %", "")
   lines = {
     prompted: matplotlib.lines.Line2D(
-      [], [], color=style.INK, linewidth=0.9, linestyle="--" if prompted else ":",
+      [],
+      [],
+      color=style.INK,
+      linewidth=0.9,
+      linestyle="--" if prompted else ":",
       label=style.method("none+prompt" if prompted else "none").label,
     )
     for prompted in sorted({"+prompt" in m for m in methods})
-  }  # fmt: skip
+  }
   panels.legend(figure, list(lines.values()))
   return panels.Drawn(
     "accuracy",
@@ -76,19 +80,26 @@ def tasks(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   heights = [len(methods[key]) for key, _ in groups]
   figure = matplotlib.figure.Figure(
     figsize=(
-      min(panels.WIDTH, max(7.6, 2.6 + 0.85 * wide)), 0.25 * sum(heights) + 0.9 * len(groups) + 0.3,
+      min(panels.WIDTH, max(7.6, 2.6 + 0.85 * wide)),
+      0.25 * sum(heights) + 0.9 * len(groups) + 0.3,
     ),
     layout="constrained",
-  )  # fmt: skip
+  )
   axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
   several = table["task"].nunique() > 1
   for panel, ((setting, split), rows) in zip(axes, groups, strict=True):
     cells = rows.pivot(index="method", columns="name", values="accuracy")
     cells = cells.loc[methods[setting, split]]
     panel.pcolormesh(
-      np.arange(cells.shape[1] + 1) - 0.5, np.arange(cells.shape[0] + 1) - 0.5, cells.to_numpy(),
-      vmin=0, vmax=100, cmap="Blues", edgecolors="face", linewidth=0.1,
-    )  # fmt: skip
+      np.arange(cells.shape[1] + 1) - 0.5,
+      np.arange(cells.shape[0] + 1) - 0.5,
+      cells.to_numpy(),
+      vmin=0,
+      vmax=100,
+      cmap="Blues",
+      edgecolors="face",
+      linewidth=0.1,
+    )
     for (y, x), value in np.ndenumerate(cells.to_numpy()):
       if math.isfinite(value):
         color = _ON_DARK if value > _DARK else "black"
@@ -98,8 +109,9 @@ def tasks(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
     panel.tick_params(length=0)
     panel.set_yticks(range(len(cells)), [style.method(m).label for m in cells.index])
     names = [str(name).replace("_", " ") for name in cells.columns]
-    panel.set_xticks(range(len(names)), names, rotation=30 if wide > 4 else 0,
-                     ha="right" if wide > 4 else "center")  # fmt: skip
+    panel.set_xticks(
+      range(len(names)), names, rotation=30 if wide > 4 else 0, ha="right" if wide > 4 else "center"
+    )
     meaning = measure.SPLITS[split]
     panel.set_title(f"{setting}, {meaning}".replace("_", " ") if several else meaning)
     panel.invert_yaxis()

@@ -79,9 +79,13 @@ def _forest_panel(
       side = math.copysign(1, mean)
       panel.plot(side * limit * 0.96, y, ">" if side > 0 else "<", color=color, markersize=5)
       panel.annotate(
-        f"{mean:+.0f}{' %' if of.relative else ''}".replace("-", "−"), (side * limit * 0.88, y),
-        fontsize=7, ha="right" if side > 0 else "left", va="center_baseline", color=style.INK,
-      )  # fmt: skip
+        f"{mean:+.0f}{' %' if of.relative else ''}".replace("-", "−"),
+        (side * limit * 0.88, y),
+        fontsize=7,
+        ha="right" if side > 0 else "left",
+        va="center_baseline",
+        color=style.INK,
+      )
       continue
     low, high = row[f"{of.contrast}_low"], row[f"{of.contrast}_high"]
     if math.isfinite(low):
@@ -117,9 +121,14 @@ def noise(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
         continue
       look = style.method(key)
       panel.errorbar(
-        line["noise_level"], line["test_mse"], _error_bars(line), color=look.color,
-        linestyle=look.line, marker=look.marker, elinewidth=0.8,
-      )  # fmt: skip
+        line["noise_level"],
+        line["test_mse"],
+        _error_bars(line),
+        color=look.color,
+        linestyle=look.line,
+        marker=look.marker,
+        elinewidth=0.8,
+      )
     panels.log_axis(panel.yaxis, *_limits(group))
     levels = sorted(group["noise_level"].unique())
     if levels[0] > 0 and levels[-1] > 5 * levels[0]:
@@ -158,10 +167,16 @@ def parameters(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str
       if row["method"] not in front:
         look, size = dataclasses.replace(look, color=style.MUTED, marker="."), 5
       panel.errorbar(
-        row["trainable_params"], row["test_mse"], _error_bars(pd.DataFrame([row])),
-        color=look.color, marker=look.marker, linestyle="none", elinewidth=0.8, markersize=size,
+        row["trainable_params"],
+        row["test_mse"],
+        _error_bars(pd.DataFrame([row])),
+        color=look.color,
+        marker=look.marker,
+        linestyle="none",
+        elinewidth=0.8,
+        markersize=size,
         zorder=3 if row["method"] in front else 2,
-      )  # fmt: skip
+      )
     panels.log_axis(panel.yaxis, *_limits(here))
     panels.log_axis(panel.xaxis, fewest, most)
     panel.set_title(study.setting_label(setting))

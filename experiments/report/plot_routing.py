@@ -48,9 +48,16 @@ def routing(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
       axes = grid[strip * len(both) + row, column]
       axes.set_visible(True)
       mesh = axes.pcolormesh(
-        table.columns, table.index, table.to_numpy(), vmin=0, vmax=most, cmap="Blues",
-        shading="nearest", edgecolors="face", linewidth=0.1,
-      )  # fmt: skip
+        table.columns,
+        table.index,
+        table.to_numpy(),
+        vmin=0,
+        vmax=most,
+        cmap="Blues",
+        shading="nearest",
+        edgecolors="face",
+        linewidth=0.1,
+      )
       axes.spines[:].set_visible(False)
       axes.tick_params(length=0)
       axes.set_yticks(_few(table.index))

@@ -61,9 +61,15 @@ def _curves_panel(
       if key in _banded(front):
         panel.fill_between(mean.index, low, high, color=look.color, alpha=0.15, linewidth=0)
       panel.plot(
-        mean.index, mean, color=look.color, linestyle=look.line, marker=look.marker,
-        markevery=(index % every, every), markersize=4.5, zorder=3,
-      )  # fmt: skip
+        mean.index,
+        mean,
+        color=look.color,
+        linestyle=look.line,
+        marker=look.marker,
+        markevery=(index % every, every),
+        markersize=4.5,
+        zorder=3,
+      )
       ends += [low.min(), high.max()] if key in _banded(front) else [mean.min(), mean.max()]
   panels.log_axis(panel.yaxis, min(ends), max(ends))
   ticks = matplotlib.ticker.MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=True)
@@ -144,25 +150,45 @@ def _rates_panel(
       continue
     if key in _banded(front):
       panel.fill_between(
-        inside.index, inside["min"], inside["max"].clip(upper=high * 2), color=look.color,
-        alpha=0.15, linewidth=0,
-      )  # fmt: skip
+        inside.index,
+        inside["min"],
+        inside["max"].clip(upper=high * 2),
+        color=look.color,
+        alpha=0.15,
+        linewidth=0,
+      )
     panel.plot(
-      inside.index, inside["mean"], color=look.color, linestyle=look.line, marker=look.marker,
-      markersize=4.5, zorder=3,
-    )  # fmt: skip
+      inside.index,
+      inside["mean"],
+      color=look.color,
+      linestyle=look.line,
+      marker=look.marker,
+      markersize=4.5,
+      zorder=3,
+    )
     for rate in table.index.difference(inside.index):
       place = broken[rate] = broken.get(rate, -1) + 1  # side by side, not on top of each other
       panel.plot(
-        rate * 10 ** (-0.09 * place), 0.97, "^", color=look.color, markersize=5, clip_on=False,
+        rate * 10 ** (-0.09 * place),
+        0.97,
+        "^",
+        color=look.color,
+        markersize=5,
+        clip_on=False,
         transform=panel.get_xaxis_transform(),
-      )  # fmt: skip
+      )
     rate = chosen.get(key, np.nan)
     if rate in inside.index:
       panel.plot(
-        rate, inside.loc[rate, "mean"], "o", color=look.color, markersize=9, fillstyle="none",
-        markeredgewidth=1, zorder=4,
-      )  # fmt: skip
+        rate,
+        inside.loc[rate, "mean"],
+        "o",
+        color=look.color,
+        markersize=9,
+        fillstyle="none",
+        markeredgewidth=1,
+        zorder=4,
+      )
   if "lora" in means:
     panel.axhline(
       means["lora"]["mean"].min(), color=style.method("lora").color, linestyle=":", linewidth=0.8

@@ -9,16 +9,25 @@ from experiments.report import inputs, style, tables
 from qlora_jax.studies import stability, statistics
 
 HEADINGS = {
-  "search_runs": "Search runs", "diverged": "Diverged", "spikes": "Loss spikes", "basin": "Basin",
-  "narrowest": "Narrowest basin", "spread": "Spread, %", "against": "Spread against",
+  "search_runs": "Search runs",
+  "diverged": "Diverged",
+  "spikes": "Loss spikes",
+  "basin": "Basin",
+  "narrowest": "Narrowest basin",
+  "spread": "Spread, %",
+  "against": "Spread against",
   "failed": "Final runs without result",
-}  # fmt: skip
+}
 
 
 # Methods whose predictions read the instruction.
 _READ = (
-  "full_input", "lora_input", "queryable_prior", "queryable_query", "queryable_prior_query",
-)  # fmt: skip
+  "full_input",
+  "lora_input",
+  "queryable_prior",
+  "queryable_query",
+  "queryable_prior_query",
+)
 
 
 def table(study: inputs.Study, summary: pd.DataFrame) -> pd.DataFrame:
@@ -36,32 +45,47 @@ def table(study: inputs.Study, summary: pd.DataFrame) -> pd.DataFrame:
   # Of several baselines the last reads the instruction, the first does not: as the method does.
   against = summary[np.isfinite(summary["spread_ratio"]) & (summary["method"] != "lora")]
   reads, key = against["method"].isin(_READ), [*inputs.SETTING, "method"]
-  against = pd.concat([
-    against[~reads].groupby(key, sort=False).head(1),
-    against[reads].groupby(key, sort=False).tail(1),
-  ])  # fmt: skip
+  against = pd.concat(
+    [
+      against[~reads].groupby(key, sort=False).head(1),
+      against[reads].groupby(key, sort=False).tail(1),
+    ]
+  )
   rows = []
   for key in style.ordered(own["method"]):
     here, ratios = own[own["method"] == key], against[against["method"] == key]
     searched, basins = here["search_runs"].sum(), here["basin_decades"].dropna()
-    counts = statistics.win_tie_loss([
-      (mean - 1, low - 1, high - 1) for mean, low, high in
-      ratios[["spread_ratio", "spread_ratio_low", "spread_ratio_high"]].to_numpy()
-    ])  # fmt: skip
+    counts = statistics.win_tie_loss(
+      [
+        (mean - 1, low - 1, high - 1)
+        for mean, low, high in ratios[
+          ["spread_ratio", "spread_ratio_low", "spread_ratio_high"]
+        ].to_numpy()
+      ]
+    )
     runs = found[found["method"] == key]["spikes"]
-    rows.append({
-      "method": key, "label": style.method(key).label, "settings": len(here),
-      "search_runs": int(searched),
-      "diverged": (here["diverged_share"] * here["search_runs"]).sum() / searched
-      if searched else math.nan,
-      "spikes": runs.sum() if len(runs) else math.nan, "spiked_runs": len(runs),
-      "basin": basins.median() if len(basins) else math.nan,
-      "narrowest": basins.min() if len(basins) else math.nan,
-      "spread": 100 * (here["spread"] / here[of.key]).median(),
-      "steadier": counts.wins, "alike": counts.ties, "less_steady": counts.losses,
-      "ratio": ratios["spread_ratio"].median() if len(ratios) else math.nan,
-      "failed": int(here["failed_runs"].sum()), "finals": int(here["num_seeds"].sum()),
-    })  # fmt: skip
+    rows.append(
+      {
+        "method": key,
+        "label": style.method(key).label,
+        "settings": len(here),
+        "search_runs": int(searched),
+        "diverged": (here["diverged_share"] * here["search_runs"]).sum() / searched
+        if searched
+        else math.nan,
+        "spikes": runs.sum() if len(runs) else math.nan,
+        "spiked_runs": len(runs),
+        "basin": basins.median() if len(basins) else math.nan,
+        "narrowest": basins.min() if len(basins) else math.nan,
+        "spread": 100 * (here["spread"] / here[of.key]).median(),
+        "steadier": counts.wins,
+        "alike": counts.ties,
+        "less_steady": counts.losses,
+        "ratio": ratios["spread_ratio"].median() if len(ratios) else math.nan,
+        "failed": int(here["failed_runs"].sum()),
+        "finals": int(here["num_seeds"].sum()),
+      }
+    )
   return pd.DataFrame(rows)
 
 
@@ -71,12 +95,15 @@ def cells(row: dict) -> list[str]:
   against = f"{row['steadier']} / {row['alike']} / {row['less_steady']}"
   spiked = math.isfinite(row["spikes"])
   return [
-    str(row["search_runs"]), _share(row["diverged"]),
+    str(row["search_runs"]),
+    _share(row["diverged"]),
     f"{row['spikes']:.0f} in {row['spiked_runs']} runs" if spiked else tables.MISSING,
-    tables.number(row["basin"], 2), tables.number(row["narrowest"], 2),
-    tables.number(row["spread"], 2), against if compared else tables.MISSING,
+    tables.number(row["basin"], 2),
+    tables.number(row["narrowest"], 2),
+    tables.number(row["spread"], 2),
+    against if compared else tables.MISSING,
     f"{row['failed']} of {row['finals']}",
-  ]  # fmt: skip
+  ]
 
 
 def _share(value: float) -> str:
@@ -93,8 +120,13 @@ def spikes(study: inputs.Study) -> pd.DataFrame:
   for _, part in study.curves.groupby(steps):  # runs with as many records, together
     part = part.sort_values(["run_id", "step"], kind="stable")
     losses = part["train_loss"].to_numpy().reshape(part["run_id"].nunique(), -1)
-    counts.append(pd.DataFrame({
-      "run_id": part["run_id"].unique(), "spikes": stability.loss_spikes(np.maximum(losses, 0)),
-    }))  # fmt: skip
+    counts.append(
+      pd.DataFrame(
+        {
+          "run_id": part["run_id"].unique(),
+          "spikes": stability.loss_spikes(np.maximum(losses, 0)),
+        }
+      )
+    )
   runs = study.results[["run_id", *names]].merge(pd.concat(counts), on="run_id")
   return runs[runs["method"] != "none"]

@@ -187,10 +187,16 @@ def by_task(study: inputs.Study) -> pd.DataFrame:
       split, _, rest = column.removeprefix(prefix).partition("/")
       task, _, kind = rest.rpartition("/")
       if split in measure.SPLITS and kind == "accuracy" and runs[column].notna().any():
-        rows.append({
-          "task": setting, "method": base if prefix else key, "split": split, "name": task,
-          "accuracy": 100 * runs[column].mean(), "num_seeds": int(runs[column].notna().sum()),
-        })  # fmt: skip
+        rows.append(
+          {
+            "task": setting,
+            "method": base if prefix else key,
+            "split": split,
+            "name": task,
+            "accuracy": 100 * runs[column].mean(),
+            "num_seeds": int(runs[column].notna().sum()),
+          }
+        )
   columns = ["task", "method", "split", "name"]
   table = pd.DataFrame(rows, columns=[*columns, "accuracy", "num_seeds"])
   return table.drop_duplicates(columns, ignore_index=True)

@@ -21,9 +21,12 @@ def show(page: pathlib.Path, console: rich.console.Console | None = None) -> Non
   for (setting, baseline), rows in summary.groupby(["setting", "baseline"], sort=False):
     against = f", compared with {style.method(baseline).label}" if baseline else ""
     table = rich.table.Table(
-      title=f"{setting}{against}", title_justify="left", title_style="bold", box=None,
+      title=f"{setting}{against}",
+      title_justify="left",
+      title_style="bold",
+      box=None,
       header_style="dim",
-    )  # fmt: skip
+    )
     table.add_column("method", min_width=18, no_wrap=True)
     difference = f"difference, {of.contrast_unit}"
     for name, width in (("trainable", 9), (of.name, 22), (difference, 22)):

@@ -26,18 +26,25 @@ def against_lora(rows: pd.DataFrame) -> pd.DataFrame:
     plain = plain.iloc[0]
     point = points.Point(row.scale, row.atoms, row.kept, row.rank)
     guess = points.extra(point)
-    found.append({
-      "scale": row.scale, "atoms": row.atoms, "kept": row.kept or row.atoms, "rank": row.rank,
-      "hbm": row.hbm, "lora_hbm": plain["hbm"], "extra_hbm": row.hbm - plain["hbm"],
-      "extra_hbm_percent": 100 * (row.hbm / plain["hbm"] - 1),
-      "extra_peak_percent": 100 * (row.peak - plain["peak"]) / plain["hbm"],
-      "analytic_extra_hbm_percent": guess["extra_hbm_percent"],
-      "analytic_lora_hbm": guess["lora_hbm"],
-      "extra_collectives": row.collectives - plain["collectives"],
-      "routed_collectives": row.routed_collectives,
-      "extra_collective_bytes": row.collective_bytes - plain["collective_bytes"],
-      "extra_collective_percent": 100 * (row.collective_bytes / plain["collective_bytes"] - 1),
-    })  # fmt: skip
+    found.append(
+      {
+        "scale": row.scale,
+        "atoms": row.atoms,
+        "kept": row.kept or row.atoms,
+        "rank": row.rank,
+        "hbm": row.hbm,
+        "lora_hbm": plain["hbm"],
+        "extra_hbm": row.hbm - plain["hbm"],
+        "extra_hbm_percent": 100 * (row.hbm / plain["hbm"] - 1),
+        "extra_peak_percent": 100 * (row.peak - plain["peak"]) / plain["hbm"],
+        "analytic_extra_hbm_percent": guess["extra_hbm_percent"],
+        "analytic_lora_hbm": guess["lora_hbm"],
+        "extra_collectives": row.collectives - plain["collectives"],
+        "routed_collectives": row.routed_collectives,
+        "extra_collective_bytes": row.collective_bytes - plain["collective_bytes"],
+        "extra_collective_percent": 100 * (row.collective_bytes / plain["collective_bytes"] - 1),
+      }
+    )
   return pd.DataFrame(found)
 
 
@@ -60,11 +67,13 @@ def summary(table: pd.DataFrame, checked: pd.DataFrame) -> str:
     )
   if len(checked):
     lines += [
-      "", "Compiled:", "",
+      "",
+      "Compiled:",
+      "",
       "| model | M | k | R | LoRA's HBM | extra HBM | alive at once | analytic | collectives more |"
       " their bytes | on the routed path |",
       "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]  # fmt: skip
+    ]
     for row in checked.itertuples():
       lines.append(
         f"| {row.scale} | {row.atoms} | {row.kept} | {row.rank} | {row.lora_hbm / 2**30:.2f} GiB |"

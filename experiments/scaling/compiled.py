@@ -59,15 +59,17 @@ def _row(point: points.Point, found: dict[str, Any]) -> dict[str, Any]:
   memory = found["memory"]
   collectives = [hlo.Collective(**each) for each in found.get("collectives", ())]
   row = {
-    "scale": point.scale, "atoms": point.atoms, "kept": point.kept, "rank": point.rank,
-    "hbm": found.get("used") or sum(memory.values()), "peak": found.get("peak"),
+    "scale": point.scale,
+    "atoms": point.atoms,
+    "kept": point.kept,
+    "rank": point.rank,
+    "hbm": found.get("used") or sum(memory.values()),
+    "peak": found.get("peak"),
     "collectives": sum(each.times for each in collectives),
     "collective_bytes": sum(each.wire * each.times for each in collectives),
     "routed_collectives": len(estimate.of_routing(collectives)),
     "compile_seconds": found["compile_seconds"],
-  }  # fmt: skip
+  }
   row |= {f"hbm_{kind}": size for kind, size in memory.items()}
-  row |= {
-    f"count_{kind}": each["count"] for kind, each in estimate.by_kind(collectives).items()
-  }  # fmt: skip
+  row |= {f"count_{kind}": each["count"] for kind, each in estimate.by_kind(collectives).items()}
   return row

@@ -11,8 +11,9 @@ from experiments.report import style
 _RANKS = {8: ("#56b4e9", "o"), 16: ("#0072b2", "s"), 64: ("#d55e00", "^")}
 _KEPT = {"k = 2": ":", "k = 4": "-", "k = 8": "--", "k = M": "-."}
 _PANELS = {
-  "extra_flops_percent": "extra FLOPs", "extra_hbm_percent": "extra HBM a chip",
-}  # fmt: skip
+  "extra_flops_percent": "extra FLOPs",
+  "extra_hbm_percent": "extra HBM a chip",
+}
 
 
 def draw(table: pd.DataFrame, compiled: pd.DataFrame, target: pathlib.Path) -> None:
@@ -65,9 +66,14 @@ def _points(axis, compiled: pd.DataFrame) -> None:
     if each.extra_hbm_percent > 0:
       color, marker = _RANKS[each.rank]
       axis.plot(
-        each.atoms, each.extra_hbm_percent, marker, markersize=9, markerfacecolor="none",
-        markeredgecolor=color, markeredgewidth=1.6,
-      )  # fmt: skip
+        each.atoms,
+        each.extra_hbm_percent,
+        marker,
+        markersize=9,
+        markerfacecolor="none",
+        markeredgecolor=color,
+        markeredgewidth=1.6,
+      )
 
 
 def _handles(compiled: bool) -> list[mlines.Line2D]:
@@ -80,8 +86,16 @@ def _handles(compiled: bool) -> list[mlines.Line2D]:
     for kept, line in _KEPT.items()
   ]
   if compiled:
-    found.append(mlines.Line2D(
-      [], [], color=style.INK, marker="o", markersize=9, linestyle="none",
-      markerfacecolor="none", label="compiled",
-    ))  # fmt: skip
+    found.append(
+      mlines.Line2D(
+        [],
+        [],
+        color=style.INK,
+        marker="o",
+        markersize=9,
+        linestyle="none",
+        markerfacecolor="none",
+        label="compiled",
+      )
+    )
   return found

@@ -77,9 +77,12 @@ def grid() -> list[Point]:
 def shape_of(scale: str) -> decoder.DecoderConfig:
   """The decoder of a scale."""
   return families.config_from_hf(
-    architectures.config(SCALES[scale].architecture), layers_per_block=1, base_dtype="bfloat16",
-    dtype="bfloat16", remat="full",
-  )  # fmt: skip
+    architectures.config(SCALES[scale].architecture),
+    layers_per_block=1,
+    base_dtype="bfloat16",
+    dtype="bfloat16",
+    remat="full",
+  )
 
 
 def job_of(point: Point) -> tuple[program.Job, hardware.Topology]:
@@ -124,11 +127,16 @@ def extra(point: Point) -> dict[str, Any]:
   shape = shape_of(point.scale)
   maps = shape.layers_per_block * len(shape.adapted)
   row: dict[str, Any] = {
-    "scale": point.scale, "atoms": point.atoms, "kept": point.kept or point.atoms,
-    "dense": not point.kept, "rank": point.rank,
-    "order": contraction.choose(point.adapter, maps), "lora_flops": plain["flops"],
-    "lora_params": plain["params"], "lora_hbm": plain["hbm"],
-  }  # fmt: skip
+    "scale": point.scale,
+    "atoms": point.atoms,
+    "kept": point.kept or point.atoms,
+    "dense": not point.kept,
+    "rank": point.rank,
+    "order": contraction.choose(point.adapter, maps),
+    "lora_flops": plain["flops"],
+    "lora_params": plain["params"],
+    "lora_hbm": plain["hbm"],
+  }
   for name in ("flops", "params", "hbm"):
     row[f"extra_{name}"] = own[name] - plain[name]
     row[f"extra_{name}_percent"] = 100 * (own[name] / plain[name] - 1)

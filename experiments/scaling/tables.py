@@ -32,17 +32,19 @@ def targets(checked: pd.DataFrame, folder: pathlib.Path = RESULTS) -> str:
     [
       ["under 1 % more FLOPs", f"{guess['extra_flops_percent']:.3f} %", "(counts a loop once)"],
       [
-        "under 1 % more HBM", f"{guess['extra_hbm_percent']:.2f} %",
+        "under 1 % more HBM",
+        f"{guess['extra_hbm_percent']:.2f} %",
         f"{own['extra_peak_percent']:.2f} % alive at once;"
         f" {_judged(own['extra_hbm_percent'])}{reserved} reserved,"
         f" {own['lora_hbm'] / _GIB:.2f} to {own['hbm'] / _GIB:.2f} GiB",
       ],
       [
-        "no collective on the routed path", "none",
+        "no collective on the routed path",
+        "none",
         f"{own['routed_collectives']:.0f}; {own['extra_collective_percent']:+.2f} % of all bytes",
       ],
     ],
-  )  # fmt: skip
+  )
 
 
 def _judged(percent: float) -> str:
@@ -57,17 +59,36 @@ def compiled(checked: pd.DataFrame) -> str:
   """Every compiled point against LoRA of its size and rank."""
   rows = [
     [
-      row.scale, f"{row.atoms}", f"{row.kept}", f"{row.rank}", f"{row.lora_hbm / _GIB:.2f} GiB",
-      f"{row.extra_hbm_percent:.2f} %", f"{row.extra_peak_percent:.2f} %",
-      f"{row.analytic_extra_hbm_percent:.2f} %", f"{row.extra_collectives:+.0f}",
-      f"{row.extra_collective_percent:+.2f} %", f"{row.routed_collectives:.0f}",
+      row.scale,
+      f"{row.atoms}",
+      f"{row.kept}",
+      f"{row.rank}",
+      f"{row.lora_hbm / _GIB:.2f} GiB",
+      f"{row.extra_hbm_percent:.2f} %",
+      f"{row.extra_peak_percent:.2f} %",
+      f"{row.analytic_extra_hbm_percent:.2f} %",
+      f"{row.extra_collectives:+.0f}",
+      f"{row.extra_collective_percent:+.2f} %",
+      f"{row.routed_collectives:.0f}",
     ]
     for row in checked.itertuples()
-  ]  # fmt: skip
+  ]
   return markdown(
-    ["model", "M", "k", "R", "LoRA's HBM", "extra HBM", "alive at once", "formulas",
-     "collectives more", "their bytes", "on the routed path"], rows,
-  )  # fmt: skip
+    [
+      "model",
+      "M",
+      "k",
+      "R",
+      "LoRA's HBM",
+      "extra HBM",
+      "alive at once",
+      "formulas",
+      "collectives more",
+      "their bytes",
+      "on the routed path",
+    ],
+    rows,
+  )
 
 
 def overhead(folder: pathlib.Path = RESULTS) -> str:
@@ -75,14 +96,17 @@ def overhead(folder: pathlib.Path = RESULTS) -> str:
   found = pd.read_csv(folder / OVERHEAD)
   rows = [
     [
-      f"{row.rank}", f"{row.atoms}", f"{row.kept or row.atoms}", row.order,
-      f"{row.lora_seconds:.2f} s", f"{row.ratio:.2f} x", f"{row.analytic:.4f} x",
+      f"{row.rank}",
+      f"{row.atoms}",
+      f"{row.kept or row.atoms}",
+      row.order,
+      f"{row.lora_seconds:.2f} s",
+      f"{row.ratio:.2f} x",
+      f"{row.analytic:.4f} x",
     ]
     for row in found.itertuples()
-  ]  # fmt: skip
-  return markdown(
-    ["R", "M", "k", "order", "LoRA's step", "step time", "FLOPs, formulas"], rows
-  )  # fmt: skip
+  ]
+  return markdown(["R", "M", "k", "order", "LoRA's step", "step time", "FLOPs, formulas"], rows)
 
 
 def plans(folder: pathlib.Path = RESULTS) -> str:
@@ -93,12 +117,16 @@ def plans(folder: pathlib.Path = RESULTS) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
     hbm, times = found["hbm"], found["step_time"]
     fits = "fits" if found["fits"] else "**does not fit**"
-    rows.append([
-      path.stem.split("@")[0], f"{found['slices']} x {found['topology']}", mesh,
-      f"{hbm['needed'] / _GIB:.1f} of {hbm['limit'] / _GIB:.1f} GiB: {fits}",
-      f"{times['estimate']:.1f} s, {times['bound']}" if times else "–",
-      f"{found['compile']['compile_seconds']:.0f} s" if found["compiled"] else "–",
-    ])  # fmt: skip
+    rows.append(
+      [
+        path.stem.split("@")[0],
+        f"{found['slices']} x {found['topology']}",
+        mesh,
+        f"{hbm['needed'] / _GIB:.1f} of {hbm['limit'] / _GIB:.1f} GiB: {fits}",
+        f"{times['estimate']:.1f} s, {times['bound']}" if times else "–",
+        f"{found['compile']['compile_seconds']:.0f} s" if found["compiled"] else "–",
+      ]
+    )
   return markdown(
     ["model", "topology", "mesh", "HBM a chip", "step (estimate), bound by", "compiled in"], rows
   )

@@ -79,10 +79,14 @@ def _rates(axis, runs, task) -> None:
     columns = ("validation_mse", "validation_mse_at_end")
     middle, low, high = ([groups[c].agg(f) for c in columns] for f in ("mean", "min", "max"))
     axis.errorbar(
-      *middle, xerr=[middle[0] - low[0], high[0] - middle[0]],
-      yerr=[middle[1] - low[1], high[1] - middle[1]], linestyle=line, color=color, marker=marker,
+      *middle,
+      xerr=[middle[0] - low[0], high[0] - middle[0]],
+      yerr=[middle[1] - low[1], high[1] - middle[1]],
+      linestyle=line,
+      color=color,
+      marker=marker,
       elinewidth=0.6,
-    )  # fmt: skip
+    )
   axis.set_xscale("log")
   axis.set_yscale("log")
   for scale in (axis.xaxis, axis.yaxis):
@@ -103,10 +107,13 @@ def _transfers(axis, summary, task) -> None:
     rows = own.loc[list(quantities)]
     color, marker, _ = _LOOKS[arm]
     axis.errorbar(
-      rows["mean"], np.arange(2) + shift,
-      xerr=[rows["mean"] - rows["low"], rows["high"] - rows["mean"]], fmt=marker, color=color,
+      rows["mean"],
+      np.arange(2) + shift,
+      xerr=[rows["mean"] - rows["low"], rows["high"] - rows["mean"]],
+      fmt=marker,
+      color=color,
       capsize=2,
-    )  # fmt: skip
+    )
   axis.axvline(0, color=style.INK, linewidth=0.8)
   axis.set_yticks(range(2), ["backward\ntransfer", "forward\ntransfer"])
   axis.set_ylim(1.5, -0.5)

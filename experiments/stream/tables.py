@@ -50,15 +50,17 @@ def values(errors: pd.DataFrame, task: str, arm: str) -> dict[str, np.ndarray]:
     return made
   made["error when learned"] = np.array([quantities.learned_error(each) for each in found])
   made["backward transfer"] = np.array([quantities.backward_transfer(each) for each in found])
-  made["forward transfer"] = np.array([
-    quantities.forward_transfer(each, own) for each, own in zip(found, base, strict=True)
-  ])  # fmt: skip
+  made["forward transfer"] = np.array(
+    [quantities.forward_transfer(each, own) for each, own in zip(found, base, strict=True)]
+  )
   alone, _ = matrices(errors, task, ALONE[arm.split(",")[0]])
   if len(alone) == len(found):
-    made["intransigence"] = np.array([
-      quantities.intransigence(each, np.diagonal(own))
-      for each, own in zip(found, alone, strict=True)
-    ])  # fmt: skip
+    made["intransigence"] = np.array(
+      [
+        quantities.intransigence(each, np.diagonal(own))
+        for each, own in zip(found, alone, strict=True)
+      ]
+    )
   return made
 
 
@@ -91,9 +93,15 @@ def summarise(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def _row(task, arm, quantity, interval, seeds, p=np.nan) -> dict:
   return {
-    "task": task, "arm": arm, "quantity": quantity, "mean": interval.mean, "low": interval.low,
-    "high": interval.high, "seeds": seeds, "p": p,
-  }  # fmt: skip
+    "task": task,
+    "arm": arm,
+    "quantity": quantity,
+    "mean": interval.mean,
+    "low": interval.low,
+    "high": interval.high,
+    "seeds": seeds,
+    "p": p,
+  }
 
 
 def markdown(summary: pd.DataFrame) -> str:

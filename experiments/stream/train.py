@@ -90,22 +90,29 @@ def learn(bench: units.Bench, config: ml_collections.ConfigDict, arm: Arm, rates
       order = order_of(task, seed)
       errors.extend(
         {
-          **label, "seed": seed, "after": int(after), "place": int(place),
-          "part": names[order[place]], "mse": float(matrix[after, place]),
+          **label,
+          "seed": seed,
+          "after": int(after),
+          "place": int(place),
+          "part": names[order[place]],
+          "mse": float(matrix[after, place]),
           "base_mse": float(base[order[place]]),
         }
         for after, place in np.ndindex(matrix.shape)
         if arm.order != "alone" or after == place
-      )  # fmt: skip
+      )
     return [
       {
-        **label, "seed": seed, "learning_rate": rate,
+        **label,
+        "seed": seed,
+        "learning_rate": rate,
         "validation_mse": float(learned[index].mean()),
         "validation_mse_at_end": float(validation[index, -1].mean()),
-        "trained_first": trained[0], "trained_later": trained[-1],
+        "trained_first": trained[0],
+        "trained_later": trained[-1],
       }
       for index, (seed, rate) in enumerate(runs)
-    ]  # fmt: skip
+    ]
 
   rows = units.search_and_final(config, rates, train)
   return {"runs": rows, "errors": errors}

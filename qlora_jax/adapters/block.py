@@ -92,12 +92,18 @@ class Block(nn.Module):
     if cfg.routed:
       routers = self.router if cfg.operator == "map" else {router.WHOLE_BLOCK: self.router}
       given = (instruction, log_prior)
-      routing = router.BlockRouting({
-        name: lambda state, each=each, name=name: each(
-          state, running if self.carries else running[each.name], index,
-          memory.of_map(cfg, shared, name), *given
-        ) for name, each in routers.items()
-      })  # fmt: skip
+      routing = router.BlockRouting(
+        {
+          name: lambda state, each=each, name=name: each(
+            state,
+            running if self.carries else running[each.name],
+            index,
+            memory.of_map(cfg, shared, name),
+            *given,
+          )
+          for name, each in routers.items()
+        }
+      )
     for slot, layer in enumerate(self.stack):
       if context is None:
         hidden, routings = layer(hidden, routing, shared)
@@ -192,9 +198,15 @@ class BlockStack(nn.Module):
         name: tree["pseudo_query"] for name, tree in params.items() if name.startswith("router")
       }
       last, record = depth_scan.scan(
-        functools.partial(_step, Block(*arguments, carries=False, parent=None)), params, queries,
-        own, hidden, running, (shared, instruction, log_prior), context,
-      )  # fmt: skip
+        functools.partial(_step, Block(*arguments, carries=False, parent=None)),
+        params,
+        queries,
+        own,
+        hidden,
+        running,
+        (shared, instruction, log_prior),
+        context,
+      )
       carry = (last, None, None, None)
     else:
       scanned = nn.scan(

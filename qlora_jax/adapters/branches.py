@@ -84,10 +84,16 @@ class LoRA(Branch):
     if block is not None:
       # The anchor's state is of the same product: one gradient of x, not two.
       routing = block.at(self.name_of_map, lambda: functional.rms_norm(product))
-      low_rank = sharding.tokens(contraction.contract(
-        self.config, self.maps, low_rank, routing.weights, routing.operator,
-        memory.of_map(self.config, shared, self.name_of_map)["atoms"],
-      ))  # fmt: skip
+      low_rank = sharding.tokens(
+        contraction.contract(
+          self.config,
+          self.maps,
+          low_rank,
+          routing.weights,
+          routing.operator,
+          memory.of_map(self.config, shared, self.name_of_map)["atoms"],
+        )
+      )
     return base + functional.low_rank_output(low_rank, self.lora_b, self.scaling), None
 
 

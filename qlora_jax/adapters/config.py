@@ -123,9 +123,15 @@ class AdapterConfig:
     if self.memory == "map" and self.operator != "map":
       _fail("memory", self.memory, "'network' unless adapter.operator is 'map'")
     for field in (
-      "alpha", "atom_noise", "kl_weight", "load_balance_weight", "z_loss_weight",
-      "prior_weight", "prior_dim", "instruction_dim",
-    ):  # fmt: skip
+      "alpha",
+      "atom_noise",
+      "kl_weight",
+      "load_balance_weight",
+      "z_loss_weight",
+      "prior_weight",
+      "prior_dim",
+      "instruction_dim",
+    ):
       if not 0 <= getattr(self, field) < math.inf:
         _fail(field, getattr(self, field), "a finite number of at least 0")
     if self.uses_instruction and not self.instruction_dim:

@@ -131,9 +131,7 @@ def _scan_backward(step, kept, grads):
 
   slots = {name: history if name == first else jnp.zeros_like(history) for name in queries}
   zeros = {name: jnp.zeros(history.shape[:-1], each.dtype) for name, each in queries.items()}
-  start = (
-    _instantiated(grad_hidden), slots, zeros, zeros, jax.tree.map(jnp.zeros_like, shared)
-  )  # fmt: skip
+  start = (_instantiated(grad_hidden), slots, zeros, zeros, jax.tree.map(jnp.zeros_like, shared))
   indices = jnp.arange(len(history), dtype=jnp.int32)
   (grad_hidden, *_, grad_shared), (grad_own, grad_queries) = jax.lax.scan(
     body, start, (own, queries, fixed, inputs, grad_records, indices), reverse=True

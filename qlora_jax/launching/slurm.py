@@ -51,17 +51,18 @@ def make_executor(
     cpus_per_task=slurm.cpus_per_task,
     gpus_per_node=slurm.gpus_per_node or None,
     mem=None if slurm.memory_gb is None else f"{round(slurm.memory_gb * 1024)}M",
-    partition=slurm.partition, account=slurm.account, qos=slurm.qos, constraint=slurm.constraint,
+    partition=slurm.partition,
+    account=slurm.account,
+    qos=slurm.qos,
+    constraint=slurm.constraint,
     signal_delay_s=slurm.signal_seconds,
     array_parallelism=max_parallel or 1_000_000,
-    setup=[
-      f"export PYTHONPATH={json.dumps(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}", *slurm.setup
-    ],
+    setup=[f"export PYTHONPATH={json.dumps(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}", *slurm.setup],
     # Since 22.05 srun does not take this from sbatch.
     srun_args=[f"--cpus-per-task={slurm.cpus_per_task}"],
     wckey=None,
     additional_parameters=more,
-  )  # fmt: skip
+  )
   return executor
 
 

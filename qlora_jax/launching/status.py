@@ -86,9 +86,10 @@ def look(workdir: pathlib.Path) -> list[Row]:
   arms, jobs = records.read_list(workdir), read_jobs(workdir)
   known = {arm.key: records.read(workdir, arm) for arm in arms}
   unclear = {
-    jobs[key] for key, record in known.items()
+    jobs[key]
+    for key, record in known.items()
     if key in jobs and (record is None or record.state != "done")
-  }  # fmt: skip
+  }
   queue = ask_slurm(sorted(unclear))
   return [_row(workdir, arm, known[arm.key], jobs.get(arm.key), queue) for arm in arms]
 

@@ -113,9 +113,7 @@ def requeue(limit: int) -> str:
   count = int(os.environ.get("SLURM_RESTART_COUNT", 0))
   if count >= limit:
     return f"requeued {count} times already (cluster.slurm.requeues): not requeued"
-  done = subprocess.run(
-    ["scontrol", "requeue", job], capture_output=True, text=True, check=False
-  )  # fmt: skip
+  done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
   if done.returncode:
     return f"scontrol requeue {job}: {(done.stderr or done.stdout).strip()}"
   return f"job {job} requeued: it goes on from its checkpoint"

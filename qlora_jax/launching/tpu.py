@@ -26,9 +26,13 @@ _BUCKET = "bucket"  # where the bucket is mounted, below the same
 _SENT = ("launch.py", "qlora_jax", "configs", "experiments", "pyproject.toml")
 _CORES = ("v2", "v3", "v4", "v5p")  # named by TensorCores, two a chip; the others by chips
 _RUNTIMES = {
-  "v2": "tpu-ubuntu2204-base", "v3": "tpu-ubuntu2204-base", "v4": "tpu-ubuntu2204-base",
-  "v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e",
-}  # fmt: skip
+  "v2": "tpu-ubuntu2204-base",
+  "v3": "tpu-ubuntu2204-base",
+  "v4": "tpu-ubuntu2204-base",
+  "v5litepod": "v2-alpha-tpuv5-lite",
+  "v5p": "v2-alpha-tpuv5",
+  "v6e": "v2-alpha-tpuv6e",
+}
 _GCSFUSE = (
   "command -v gcsfuse >/dev/null || { curl -fsSL"
   " https://packages.cloud.google.com/apt/doc/apt-key.gpg |"
@@ -191,50 +195,105 @@ def plan(
     return on_all(why, "ssh", "NODE", "--worker=all", f"--command={line}")
 
   if tpu.way == "vm":
-    created = [Step("the TPU-VM", ((
-      *base, "tpu-vm", "create", tpu.name, f"--accelerator-type={tpu.accelerator}",
-      f"--version={version}", *more,
-    ),), unless=(*base, "tpu-vm", "describe", tpu.name, *where))]  # fmt: skip
+    created = [
+      Step(
+        "the TPU-VM",
+        (
+          (
+            *base,
+            "tpu-vm",
+            "create",
+            tpu.name,
+            f"--accelerator-type={tpu.accelerator}",
+            f"--version={version}",
+            *more,
+          ),
+        ),
+        unless=(*base, "tpu-vm", "describe", tpu.name, *where),
+      )
+    ]
     gone = (*base, "tpu-vm", "delete", tpu.name, "--quiet", *where)
   else:
     several = (
-      [f"--node-count={tpu.slices}", f"--node-prefix={tpu.name}"] if tpu.slices > 1
+      [f"--node-count={tpu.slices}", f"--node-prefix={tpu.name}"]
+      if tpu.slices > 1
       else [f"--node-id={tpu.name}"]
-    )  # fmt: skip
+    )
     queued = (*base, "queued-resources")
     created = [
-      Step("the request", ((
-        *queued, "create", tpu.name, *several, f"--accelerator-type={tpu.accelerator}",
-        f"--runtime-version={version}", *more,
-      ),), unless=(*queued, "describe", tpu.name, *where)),
-      Step("wait for the TPU-VMs", ((
-        *queued, "describe", tpu.name, "--format=value(state.state)", *where
-      ),), until="ACTIVE"),
-    ]  # fmt: skip
+      Step(
+        "the request",
+        (
+          (
+            *queued,
+            "create",
+            tpu.name,
+            *several,
+            f"--accelerator-type={tpu.accelerator}",
+            f"--runtime-version={version}",
+            *more,
+          ),
+        ),
+        unless=(*queued, "describe", tpu.name, *where),
+      ),
+      Step(
+        "wait for the TPU-VMs",
+        ((*queued, "describe", tpu.name, "--format=value(state.state)", *where),),
+        until="ACTIVE",
+      ),
+    ]
     gone = (*queued, "delete", tpu.name, "--force", "--quiet", *where)
   sent = [*_SENT, *(name for name in tpu.packages if name not in _SENT)]
   run = run_line(
-    ".venv/bin/python" if tpu.packages else tpu.python, arguments,
+    ".venv/bin/python" if tpu.packages else tpu.python,
+    arguments,
     f"{_BUCKET}/{workdir.strip('/')}" if tpu.bucket else workdir,
     hosts(tpu.accelerator) * tpu.slices > 1,
-  )  # fmt: skip
+  )
   steps = [
     *created,
-    Step("this package", ((
-      "tar", "-czf", archive, "--exclude=__pycache__", "--exclude=experiments/results",
-      "-C", str(ROOT), *sent,
-    ),)),
+    Step(
+      "this package",
+      (
+        (
+          "tar",
+          "-czf",
+          archive,
+          "--exclude=__pycache__",
+          "--exclude=experiments/results",
+          "-C",
+          str(ROOT),
+          *sent,
+        ),
+      ),
+    ),
     on_all("to every worker", "scp", archive, "NODE:qlora_jax.tar.gz", "--worker=all"),
-    ssh("install it", f"mkdir -p {_HOME} && tar -xzf qlora_jax.tar.gz -C {_HOME} && cd {_HOME}"
-        f" && {setup_line(tpu)}"),
+    ssh(
+      "install it",
+      f"mkdir -p {_HOME} && tar -xzf qlora_jax.tar.gz -C {_HOME} && cd {_HOME}"
+      f" && {setup_line(tpu)}",
+    ),
     ssh("run on every worker", f"cd {_HOME} && {run}"),
-  ]  # fmt: skip
+  ]
   if not tpu.bucket:
     local = str(pathlib.Path(workdir).parent)
-    steps.append(Step("the results", ((
-      *base, "tpu-vm", "scp", "--recurse", f"{tpu.name}:{_HOME}/{workdir}", local, "--worker=0",
-      *where,
-    ),)))  # fmt: skip
+    steps.append(
+      Step(
+        "the results",
+        (
+          (
+            *base,
+            "tpu-vm",
+            "scp",
+            "--recurse",
+            f"{tpu.name}:{_HOME}/{workdir}",
+            local,
+            "--worker=0",
+            *where,
+          ),
+        ),
+      )
+    )
   if tpu.delete:
     steps.append(Step("delete it", (gone,)))
   else:
@@ -254,9 +313,10 @@ def setup_line(tpu: ml_collections.ConfigDict) -> str:
     lines.append(f".venv/bin/pip install -q {shlex.quote(_jax_for_tpus())}")
   if tpu.bucket:
     lines += [
-      _GCSFUSE, f"mkdir -p {_BUCKET}",
+      _GCSFUSE,
+      f"mkdir -p {_BUCKET}",
       f"mountpoint -q {_BUCKET} || gcsfuse --implicit-dirs {shlex.quote(tpu.bucket)} {_BUCKET}",
-    ]  # fmt: skip
+    ]
   return "; ".join(lines)
 
 
@@ -280,14 +340,27 @@ def _workload(arguments: list[str], workdir: str, tpu: ml_collections.ConfigDict
       lines.append(f"pip install -q{alone} -r {name}")
     lines.append(f"pip install -q {shlex.quote(_jax_for_tpus())}")
   lines.append(run)
-  return Step("the workload", ((
-    "xpk", "workload", "create", f"--workload={tpu.name}", f"--cluster={tpu.cluster}",
-    *(f"--{name}={tpu[name]}" for name in ("project", "zone") if tpu[name]),
-    f"--tpu-type={tpu.topology or tpu.accelerator}", f"--num-slices={tpu.slices}",
-    *(["--spot"] if tpu.spot else []), *source,
-    "--env=QLORA_JAX_DISTRIBUTED=1", "--env=PYTHONPATH=.",
-    "--max-restarts=50", f"--command={'; '.join(lines)}",
-  ),))  # fmt: skip
+  return Step(
+    "the workload",
+    (
+      (
+        "xpk",
+        "workload",
+        "create",
+        f"--workload={tpu.name}",
+        f"--cluster={tpu.cluster}",
+        *(f"--{name}={tpu[name]}" for name in ("project", "zone") if tpu[name]),
+        f"--tpu-type={tpu.topology or tpu.accelerator}",
+        f"--num-slices={tpu.slices}",
+        *(["--spot"] if tpu.spot else []),
+        *source,
+        "--env=QLORA_JAX_DISTRIBUTED=1",
+        "--env=PYTHONPATH=.",
+        "--max-restarts=50",
+        f"--command={'; '.join(lines)}",
+      ),
+    ),
+  )
 
 
 def _jax_for_tpus() -> str:

@@ -79,9 +79,12 @@ def empty_cache(
   shape = (layers, batch, length, groups, head_dim)
   slots = (batch, length)
   return Cache(
-    jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(slots, jnp.int32),
-    jnp.full(slots, EMPTY, jnp.int32), jnp.zeros((), jnp.int32),
-  )  # fmt: skip
+    jnp.zeros(shape, dtype),
+    jnp.zeros(shape, dtype),
+    jnp.zeros(slots, jnp.int32),
+    jnp.full(slots, EMPTY, jnp.int32),
+    jnp.zeros((), jnp.int32),
+  )
 
 
 def extend(cache: Cache, positions: Array, segments: Array) -> Cache:

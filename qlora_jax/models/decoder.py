@@ -88,8 +88,16 @@ class DecoderConfig:
   attention: str = "auto"
 
   def __post_init__(self):
-    for name in ("vocabulary", "width", "hidden", "layers", "heads", "groups", "head_dim",
-                 "layers_per_block"):  # fmt: skip
+    for name in (
+      "vocabulary",
+      "width",
+      "hidden",
+      "layers",
+      "heads",
+      "groups",
+      "head_dim",
+      "layers_per_block",
+    ):
       if getattr(self, name) < 1:
         raise errors.UserError(f"model.{name}: {getattr(self, name)} is not at least 1")
     if self.heads % self.groups:
@@ -109,10 +117,13 @@ class DecoderConfig:
     if not self.adapted:
       raise errors.UserError(f"model.adapted: empty; use some of {', '.join(self.maps)}")
     for name, known in (
-      ("remat", tuple(block.REMAT)), ("norm", norms.KINDS), ("dtype", DTYPES),
-      ("base_dtype", DTYPES), ("activation", tuple(feed_forward.ACTIVATIONS)),
+      ("remat", tuple(block.REMAT)),
+      ("norm", norms.KINDS),
+      ("dtype", DTYPES),
+      ("base_dtype", DTYPES),
+      ("activation", tuple(feed_forward.ACTIVATIONS)),
       ("attention", fast_attention.KINDS),
-    ):  # fmt: skip
+    ):
       if getattr(self, name) not in known:
         raise errors.UserError(
           f"model.{name}: {getattr(self, name)!r} is unknown; use one of {', '.join(known)}"
@@ -141,10 +152,14 @@ class DecoderConfig:
     """(D_in, D_out) of every map."""
     queries, keys = self.heads * self.head_dim, self.groups * self.head_dim
     shapes = {
-      "q": (self.width, queries), "k": (self.width, keys), "v": (self.width, keys),
-      "o": (queries, self.width), "gate": (self.width, self.hidden),
-      "up": (self.width, self.hidden), "down": (self.hidden, self.width),
-    }  # fmt: skip
+      "q": (self.width, queries),
+      "k": (self.width, keys),
+      "v": (self.width, keys),
+      "o": (queries, self.width),
+      "gate": (self.width, self.hidden),
+      "up": (self.width, self.hidden),
+      "down": (self.hidden, self.width),
+    }
     return {name: shapes[name] for name in self.maps}
 
   def has_bias(self, name: str) -> bool:
@@ -177,10 +192,14 @@ class Context(NamedTuple):
 
 
 _AXES = {
-  "q": ("embed", "heads"), "k": ("embed", "kv_heads"), "v": ("embed", "kv_heads"),
-  "o": ("heads", "embed"), "gate": ("embed", "mlp"), "up": ("embed", "mlp"),
+  "q": ("embed", "heads"),
+  "k": ("embed", "kv_heads"),
+  "v": ("embed", "kv_heads"),
+  "o": ("heads", "embed"),
+  "gate": ("embed", "mlp"),
+  "up": ("embed", "mlp"),
   "down": ("mlp", "embed"),
-}  # fmt: skip
+}
 
 
 class Layer(nn.Module):
@@ -208,9 +227,15 @@ class Layer(nn.Module):
     cfg = self.config
     adapter = self.adapter if name in cfg.adapted else _NO_ADAPTER
     return dense.AdaptedDense(
-      adapter, name, *cfg.map_shapes[name], self.maps, _AXES[name], cfg.has_bias(name),
-      cfg.base_dtype, parent=None,
-    )  # fmt: skip
+      adapter,
+      name,
+      *cfg.map_shapes[name],
+      self.maps,
+      _AXES[name],
+      cfg.has_bias(name),
+      cfg.base_dtype,
+      parent=None,
+    )
 
   def _map(self, name: str) -> dense.AdaptedDense:
     return self._unbound_map(name)
@@ -249,10 +274,17 @@ class Layer(nn.Module):
       cache, key, value = attention.store(cache, index, context.start, key, value)
       key, value = key.astype(query.dtype), value.astype(query.dtype)
     mixed = fast_attention.attend(
-      cfg.attention, query, key, value, context.mask, scale=cfg.scale,
+      cfg.attention,
+      query,
+      key,
+      value,
+      context.mask,
+      scale=cfg.scale,
       windows=(cfg.layer_windows or (0,) * cfg.layers)[place[1] :: cfg.layers_per_block],
-      place=place[0], soft_cap=cfg.attention_soft_cap, cached=cache is not None,
-    )  # fmt: skip
+      place=place[0],
+      soft_cap=cfg.attention_soft_cap,
+      cached=cache is not None,
+    )
     update, routed = self.o(mixed.reshape(*hidden.shape[:2], -1), routing, shared)
     update = sharding.tokens(update)
     hidden = hidden + (self.attention_post_norm(update) if cfg.post_norms else update)
@@ -344,10 +376,12 @@ class Decoder(nn.Module):
       cache = attention.extend(cache, positions, segments)
       keys = (cache.positions, cache.segments)
     context = Context(
-      attention.MaskInfo(positions, keys[0], segments, keys[1]), cos, sin,
+      attention.MaskInfo(positions, keys[0], segments, keys[1]),
+      cos,
+      sin,
       jnp.asarray(cfg.layer_ropes or (0,) * cfg.layers, jnp.int32),
       start,
-    )  # fmt: skip
+    )
     hidden, routing, kept = self.stack(hidden, instruction, context, kept)
     if cache is not None:
       cache = cache._replace(keys=kept[0], values=kept[1])
@@ -369,9 +403,11 @@ class Decoder(nn.Module):
     cfg = self.config
     table = self.output_table(hidden.dtype) if table is None else table
     scores = jnp.einsum(
-      "...d,vd->...v" if cfg.tied else "...d,dv->...v", hidden, table,
+      "...d,vd->...v" if cfg.tied else "...d,dv->...v",
+      hidden,
+      table,
       preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
     scores = sharding.constrain(scores, "batch", *[None] * (scores.ndim - 2), "vocabulary")
     if cfg.logit_soft_cap:
       scores = cfg.logit_soft_cap * jnp.tanh(scores / cfg.logit_soft_cap)
@@ -397,8 +433,8 @@ def abstract(
     instruction = jax.ShapeDtypeStruct((1, adapter.instruction_dim), jnp.float32)
   model = Decoder(config, adapter)
   return jax.eval_shape(
-    lambda key, tokens, instruction: model.init(
-      key, tokens, instruction, method="initialise"
-    ),
-    jax.random.key(0), tokens, instruction,
-  )  # fmt: skip
+    lambda key, tokens, instruction: model.init(key, tokens, instruction, method="initialise"),
+    jax.random.key(0),
+    tokens,
+    instruction,
+  )

@@ -11,9 +11,14 @@ from qlora_jax import errors
 from qlora_jax.models import decoder, rope
 
 _ACTIVATIONS = {
-  "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
-  "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu",
-}  # fmt: skip
+  "silu": "silu",
+  "swish": "silu",
+  "gelu": "gelu",
+  "gelu_new": "gelu_tanh",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "gelu_fast": "gelu_tanh",
+  "relu": "relu",
+}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2")
 
 

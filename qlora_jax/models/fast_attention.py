@@ -46,9 +46,15 @@ def platform() -> str:
 
 
 def choose(
-  kind: str, platform: str, *, cached: bool, dtype: jnp.dtype, head_dim: int, length: int,
+  kind: str,
+  platform: str,
+  *,
+  cached: bool,
+  dtype: jnp.dtype,
+  head_dim: int,
+  length: int,
   soft_cap: float,
-) -> str:  # fmt: skip
+) -> str:
   """'reference', 'splash' or 'cudnn' for one attention; a kind asked for by name is kept.
 
   Args:
@@ -73,9 +79,18 @@ def choose(
 
 
 def attend(
-  kind: str, query: Array, key: Array, value: Array, mask: attention.MaskInfo, *, scale: float,
-  windows: Sequence[int], place: Array | int, soft_cap: float, cached: bool,
-) -> Array:  # fmt: skip
+  kind: str,
+  query: Array,
+  key: Array,
+  value: Array,
+  mask: attention.MaskInfo,
+  *,
+  scale: float,
+  windows: Sequence[int],
+  place: Array | int,
+  soft_cap: float,
+  cached: bool,
+) -> Array:
   """Attention [B, T, H, K] of one layer by the implementation that `choose` names.
 
   Args:
@@ -87,16 +102,27 @@ def attend(
   """
   length, head_dim = query.shape[1], query.shape[-1]
   chosen = choose(
-    kind, platform(), cached=cached, dtype=query.dtype, head_dim=head_dim,
-    length=length, soft_cap=soft_cap,
-  )  # fmt: skip
+    kind,
+    platform(),
+    cached=cached,
+    dtype=query.dtype,
+    head_dim=head_dim,
+    length=length,
+    soft_cap=soft_cap,
+  )
   if chosen == "splash":
     kinds = sorted(set(windows))
     choice = jnp.asarray([kinds.index(window) for window in windows])[place]
     return splash(
-      query, key, value, mask.query_segments, scale=scale, windows=kinds, choice=choice,
+      query,
+      key,
+      value,
+      mask.query_segments,
+      scale=scale,
+      windows=kinds,
+      choice=choice,
       soft_cap=soft_cap,
-    )  # fmt: skip
+    )
   window = windows[0] if len(set(windows)) == 1 else jnp.asarray(windows, jnp.int32)[place]
   if chosen == "cudnn":
     if soft_cap:
@@ -106,9 +132,15 @@ def attend(
 
 
 def cudnn(
-  query: Array, key: Array, value: Array, mask: attention.MaskInfo, *, scale: float,
-  window: Array | int = 0, implementation: str = "cudnn",
-) -> Array:  # fmt: skip
+  query: Array,
+  key: Array,
+  value: Array,
+  mask: attention.MaskInfo,
+  *,
+  scale: float,
+  window: Array | int = 0,
+  implementation: str = "cudnn",
+) -> Array:
   """Fused attention [B, T, H, K] on a GPU; `implementation='xla'` is the same mask on any device.
 
   Raises:
@@ -126,10 +158,17 @@ def cudnn(
 
 
 def splash(
-  query: Array, key: Array, value: Array, segments: Array, *, scale: float,
-  windows: Sequence[int] = (0,), choice: Array | int = 0, soft_cap: float = 0.0,
+  query: Array,
+  key: Array,
+  value: Array,
+  segments: Array,
+  *,
+  scale: float,
+  windows: Sequence[int] = (0,),
+  choice: Array | int = 0,
+  soft_cap: float = 0.0,
   interpret: bool = False,
-) -> Array:  # fmt: skip
+) -> Array:
   """Blockwise causal attention [B, T, H, K] within segments [B, T].
 
   On a mesh each device takes its own rows and heads; where the mesh splits heads finer than there
@@ -218,9 +257,11 @@ def _sharded(function, found, arguments):
   of_row = sharding.spec(segments.shape, ("batch", None), *found)
   whole = jax.sharding.PartitionSpec()
   return jax.shard_map(
-    function, in_specs=(of_query, of_key, of_key, of_row, whole), out_specs=of_query,
+    function,
+    in_specs=(of_query, of_key, of_key, of_row, whole),
+    out_specs=of_query,
     check_vma=False,  # a Pallas call does not say over which axes its result varies
-  )  # fmt: skip
+  )
 
 
 @functools.lru_cache(maxsize=64)
@@ -238,10 +279,20 @@ def _kernel(heads, length, window, block, soft_cap, interpret):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
   sizes = splash_lib.BlockSizes(
-    block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-    block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
-  )  # fmt: skip
+    block_q=block,
+    block_kv=block,
+    block_kv_compute=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_kv_dkv_compute=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
   return splash_lib.make_splash_mha(
-    _masks(heads, length, window), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-    attn_logits_soft_cap=soft_cap or None, interpret=interpret,
-  )  # fmt: skip
+    _masks(heads, length, window),
+    block_sizes=sizes,
+    head_shards=1,
+    q_seq_shards=1,
+    attn_logits_soft_cap=soft_cap or None,
+    interpret=interpret,
+  )

@@ -40,9 +40,24 @@ DEFAULT_RULES: Rules = (
 )
 # The axis names of the parameters of all models and adapters.
 LOGICAL_AXES = (
-  "atoms", "blocks", "embed", "features", "head_dim", "heads", "input", "instruction", "kv_heads",
-  "mlp", "output", "prior", "query", "rank", "rank_out", "target", "vocabulary",
-)  # fmt: skip
+  "atoms",
+  "blocks",
+  "embed",
+  "features",
+  "head_dim",
+  "heads",
+  "input",
+  "instruction",
+  "kv_heads",
+  "mlp",
+  "output",
+  "prior",
+  "query",
+  "rank",
+  "rank_out",
+  "target",
+  "vocabulary",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,14 @@ FILE = "plan.json"
 
 
 def run(
-  config: ml_collections.ConfigDict, topology: str | None, slices: int, out: str | None,
-  workdir: str | None, command: str, dry_run: bool = False,
-) -> None:  # fmt: skip
+  config: ml_collections.ConfigDict,
+  topology: str | None,
+  slices: int,
+  out: str | None,
+  workdir: str | None,
+  command: str,
+  dry_run: bool = False,
+) -> None:
   """Plans, prints tables, and writes JSON to `out` or into the work directory.
 
   With `dry_run` nothing is compiled: memory is estimated, and collectives are left out.

@@ -22,10 +22,14 @@ from qlora_jax import errors
 from qlora_jax.planning import hardware, program
 
 _ENVIRONMENT = {
-  "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_STDERR_LOG_LEVEL": "3",
+  "TPU_MIN_LOG_LEVEL": "3",
   "TF_CPP_MIN_LOG_LEVEL": "3",
-}  # fmt: skip
+}
 _ROOT = pathlib.Path(__file__).parents[2]
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -74,9 +78,12 @@ def run(job: program.Job, topology: hardware.Topology, hlo: str = "") -> dict[st
     path = [str(_ROOT), str(folder()), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(each for each in path if each)
     worker = subprocess.Popen(
-      [sys.executable, "-m", "qlora_jax.planning.worker"], env=environment,
-      stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+      [sys.executable, "-m", "qlora_jax.planning.worker"],
+      env=environment,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+    )
     try:
       _, said = worker.communicate(pickle.dumps(request))
     finally:
@@ -90,9 +97,10 @@ def run(job: program.Job, topology: hardware.Topology, hlo: str = "") -> dict[st
 def _ended(code: int, said: bytes) -> str:
   """How a process ended, with its last words; libtpu's traces are addresses without names."""
   lines = [
-    line.strip() for line in said.decode(errors="replace").splitlines()
+    line.strip()
+    for line in said.decode(errors="replace").splitlines()
     if line.strip() and "symbolize" not in line
-  ]  # fmt: skip
+  ]
   how = f"crashed ({signal.Signals(-code).name})" if code < 0 else f"stopped with code {code}"
   return f"{how}: {lines[-1]}" if lines and code >= 0 else how
 

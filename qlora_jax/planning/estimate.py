@@ -80,9 +80,13 @@ def step_time(
   across = sum(each.wire * each.times for each in collectives if each.across)
   return StepTime(
     flops.hardware / (topology.chips * chip.flops * UTILISATION),
-    moved / chip.hbm_bandwidth, inside / link, across / chip.dcn_bandwidth, flops.model,
-    topology.chips, chip.flops,
-  )  # fmt: skip
+    moved / chip.hbm_bandwidth,
+    inside / link,
+    across / chip.dcn_bandwidth,
+    flops.model,
+    topology.chips,
+    chip.flops,
+  )
 
 
 def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, dict[str, float]]:

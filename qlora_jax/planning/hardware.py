@@ -46,9 +46,18 @@ class Chip:
 
 
 _CUBES = (
-  "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
+  "2x2x1",
+  "2x2x2",
+  "2x2x4",
+  "2x4x4",
+  "4x4x4",
+  "4x4x8",
+  "4x8x8",
+  "8x8x8",
+  "8x8x16",
+  "8x16x16",
   "16x16x16",
-)  # fmt: skip
+)
 _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 CHIPS = {
@@ -56,23 +65,38 @@ CHIPS = {
   for chip in (
     # Six links of 50 GB/s both ways; two cores that run as one ("megacore").
     Chip(
-      "v4", 275e12, 32 * GIB, 1228 * GB, 300 * GB, 6.25 * GB, 407 * GIB, 4, 3, 4096, _CUBES,
+      "v4",
+      275e12,
+      32 * GIB,
+      1228 * GB,
+      300 * GB,
+      6.25 * GB,
+      407 * GIB,
+      4,
+      3,
+      4096,
+      _CUBES,
       (("chip_config_name", "megacore"),),
     ),
     # 6.4 Tbit/s between pods of 256 chips.
+    Chip("v5e", 197e12, 16 * GIB, 819 * GB, 400 * GB, 3.125 * GB, 512 * GIB, 8, 2, 256, _SQUARES),
     Chip(
-      "v5e", 197e12, 16 * GIB, 819 * GB, 400 * GB, 3.125 * GB, 512 * GIB, 8, 2, 256, _SQUARES
-    ),
-    Chip(
-      "v5p", 459e12, 95 * GIB, 2765 * GB, 1200 * GB, 6.25 * GB, 448 * GIB, 4, 3, 6144,
+      "v5p",
+      459e12,
+      95 * GIB,
+      2765 * GB,
+      1200 * GB,
+      6.25 * GB,
+      448 * GIB,
+      4,
+      3,
+      6144,
       (*_CUBES, "16x16x24"),
     ),
     # 25.6 Tbit/s between pods of 256 chips.
-    Chip(
-      "v6e", 918e12, 32 * GIB, 1638 * GB, 800 * GB, 12.5 * GB, 1536 * GIB, 8, 2, 256, _SQUARES
-    ),
+    Chip("v6e", 918e12, 32 * GIB, 1638 * GB, 800 * GB, 12.5 * GB, 1536 * GIB, 8, 2, 256, _SQUARES),
   )
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,25 @@ from collections.abc import Iterator
 import numpy as np
 
 _BYTES = {
-  "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2,
-  "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+  "pred": 1,
+  "s4": 0.5,
+  "u4": 0.5,
+  "s8": 1,
+  "u8": 1,
+  "f8e4m3fn": 1,
+  "f8e5m2": 1,
+  "s16": 2,
+  "u16": 2,
+  "f16": 2,
+  "bf16": 2,
+  "s32": 4,
+  "u32": 4,
+  "f32": 4,
+  "s64": 8,
+  "u64": 8,
+  "f64": 8,
   "c64": 8,
-}  # fmt: skip
+}
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*->.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
@@ -132,9 +147,10 @@ def _trips(loop: Instruction, found: dict[str, list[Instruction]]) -> int:
   if len(compare) != 1 or "direction=LT" not in compare[0].rest:
     return 1
   limits = [
-    each.rest for name, each in lines.items()
+    each.rest
+    for name, each in lines.items()
     if each.opcode == "constant" and re.search(rf"%?{re.escape(name)}[,)]", compare[0].rest)
-  ]  # fmt: skip
+  ]
   number = re.match(r"(\d+)\)", limits[0]) if len(limits) == 1 else None
   return int(number[1]) if number else 1
 

@@ -115,9 +115,13 @@ def estimate(
   batch = rows * length / shards * (4 * 4 + FLOAT32 * adapter.instruction_dim)
   batch += answers / shards * 12
   return Memory(
-    int(base), int(trained), int(2 * trained), int(batch), int(kept),
+    int(base),
+    int(trained),
+    int(2 * trained),
+    int(batch),
+    int(kept),
     int(inside + routed["temporary"] + gathered + head + chunk + places + gradients + hidden),
-  )  # fmt: skip
+  )
 
 
 def _local(shape, name: str, tensor: int) -> float:

@@ -42,13 +42,17 @@ def job_of(config: ml_collections.ConfigDict, topology: hardware.Topology) -> pr
     )
   layout = dataclasses.replace(layout, **dict(zip(mesh_lib.AXES, sizes, strict=True)))
   mesh_lib.check_batch(
-    jax.sharding.AbstractMesh(sizes, mesh_lib.AXES), settings.optimizer.batch_size,
+    jax.sharding.AbstractMesh(sizes, mesh_lib.AXES),
+    settings.optimizer.batch_size,
     settings.micro_batches,
-  )  # fmt: skip
+  )
   return program.Job(
-    settings.model, settings.optimizer, layout, config.data.length,
+    settings.model,
+    settings.optimizer,
+    layout,
+    config.data.length,
     micro_batches=settings.micro_batches,
-  )  # fmt: skip
+  )
 
 
 def make(
@@ -78,9 +82,11 @@ def make(
     log(f"does not fit; compiling with {change.text}")
     tried = describe(change.job, change.topology, compile_lib.run(change.job, change.topology))
     plan["suggestion"] = {
-      "flags": list(change.flags), "verified": tried["fits"], "hbm": tried["hbm"],
+      "flags": list(change.flags),
+      "verified": tried["fits"],
+      "hbm": tried["hbm"],
       "step_time": tried["step_time"],
-    }  # fmt: skip
+    }
     if tried["fits"]:
       break
   return plan
@@ -94,9 +100,11 @@ def guess(job: program.Job, topology: hardware.Topology) -> dict[str, Any]:
   change = None if found["fits"] else next(search.nearest(job, topology), None)
   if change is not None:
     found["suggestion"] = {
-      "flags": list(change.flags), "verified": False, "hbm": {"needed": change.bytes},
+      "flags": list(change.flags),
+      "verified": False,
+      "hbm": {"needed": change.bytes},
       "step_time": None,
-    }  # fmt: skip
+    }
   return found
 
 
@@ -119,37 +127,58 @@ def describe(
   limit = compiled.get("limit") or int(chip.hbm)
   fits = compiled["fits"] and needed <= limit
   times = estimate.step_time(
-    job, topology, work, collectives,
-    kinds["base"] * sizes["fsdp"], kinds.get("activations", 0),
-  )  # fmt: skip
+    job,
+    topology,
+    work,
+    collectives,
+    kinds["base"] * sizes["fsdp"],
+    kinds.get("activations", 0),
+  )
   return {
-    "topology": topology.name, "slices": topology.slices, "chips": topology.chips,
-    "mesh": sizes, "remat": shape.remat, "micro_batches": job.micro_batches,
-    "rows": job.rows, "length": job.length,
-    "blocks": shape.blocks, "layers_per_block": shape.layers_per_block,
+    "topology": topology.name,
+    "slices": topology.slices,
+    "chips": topology.chips,
+    "mesh": sizes,
+    "remat": shape.remat,
+    "micro_batches": job.micro_batches,
+    "rows": job.rows,
+    "length": job.length,
+    "blocks": shape.blocks,
+    "layers_per_block": shape.layers_per_block,
     "adapter": dataclasses.asdict(job.model.adapter),
-    "fits": fits, "compiled": not compiled.get("estimated", False),
+    "fits": fits,
+    "compiled": not compiled.get("estimated", False),
     "hbm": {
-      "needed": needed, "limit": limit, "kinds": kinds,
+      "needed": needed,
+      "limit": limit,
+      "kinds": kinds,
       "activations_are_estimated": not compiled["fits"] or "estimated" in compiled,
     },
     "collectives": estimate.by_kind(collectives),
     "collectives_of_routing": len(estimate.of_routing(collectives)),
     "flops": {
-      **dataclasses.asdict(work), "model": work.model, "hardware": work.hardware,
+      **dataclasses.asdict(work),
+      "model": work.model,
+      "hardware": work.hardware,
     },
-    "step_time": None if not fits else {
+    "step_time": None
+    if not fits
+    else {
       **{name: getattr(times, name) for name in ("compute", "memory", "ici", "dcn")},
-      "estimate": times.overlapped, "serial": times.serial, "mfu": times.mfu,
-      "bound": times.bound, "assumed_utilisation": estimate.UTILISATION,
+      "estimate": times.overlapped,
+      "serial": times.serial,
+      "mfu": times.mfu,
+      "bound": times.bound,
+      "assumed_utilisation": estimate.UTILISATION,
       "tokens_per_second": job.rows * job.length / times.overlapped,
     },
     "host_memory": host_memory(job, topology, kinds),
     "compile": {
-      "trace_seconds": compiled["trace_seconds"], "compile_seconds": compiled["compile_seconds"],
+      "trace_seconds": compiled["trace_seconds"],
+      "compile_seconds": compiled["compile_seconds"],
       "host_peak_bytes": compiled["host_peak_bytes"],
     },
-  }  # fmt: skip
+  }
 
 
 def host_memory(

@@ -81,11 +81,15 @@ def batch(job: Job, mesh: jax.sharding.Mesh) -> language_step.LanguageBatch:
     return _leaf((parts, *shape), dtype, split)
 
   return language_step.LanguageBatch(
-    array(rows, job.length), array(rows, job.length), array(rows, job.length),
+    array(rows, job.length),
+    array(rows, job.length),
+    array(rows, job.length),
     array(rows, job.length, dtype=jnp.float32),
     array(rows, job.length, dim, dtype=jnp.float32) if dim else None,
-    array(shards, places), array(shards, places), array(shards, places, dtype=jnp.float32),
-  )  # fmt: skip
+    array(shards, places),
+    array(shards, places),
+    array(shards, places, dtype=jnp.float32),
+  )
 
 
 def lower(job: Job, shards: language_shards.Shards, platform: str) -> jax.stages.Lowered:
@@ -115,6 +119,8 @@ def _sharded(tree: PyTree, places: PyTree) -> PyTree:
 def _full(tree: PyTree, places: PyTree) -> PyTree:
   """A prefix of shardings, with one for every leaf of the tree."""
   return jax.tree.map(
-    lambda place, part: jax.tree.map(lambda _: place, part), places, tree,
+    lambda place, part: jax.tree.map(lambda _: place, part),
+    places,
+    tree,
     is_leaf=lambda leaf: isinstance(leaf, jax.sharding.Sharding),
-  )  # fmt: skip
+  )

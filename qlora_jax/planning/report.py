@@ -7,13 +7,19 @@ from rich import box, console, table
 from qlora_jax.planning import hardware, plan
 
 _KINDS = {
-  "base": "frozen weights", "adapter": "trained weights", "optimizer": "AdamW's two moments",
-  "batch": "tokens, masks, answer places", "activations": "kept for the gradient",
+  "base": "frozen weights",
+  "adapter": "trained weights",
+  "optimizer": "AdamW's two moments",
+  "batch": "tokens, masks, answer places",
+  "activations": "kept for the gradient",
   "temporaries": "everything else at the peak",
-}  # fmt: skip
+}
 _RESOURCES = {
-  "compute": "products", "memory": "HBM", "ici": "network of a slice", "dcn": "between slices",
-}  # fmt: skip
+  "compute": "products",
+  "memory": "HBM",
+  "ici": "network of a slice",
+  "dcn": "between slices",
+}
 
 
 def show(found: dict[str, Any], out: console.Console) -> None:
@@ -26,8 +32,9 @@ def show(found: dict[str, Any], out: console.Console) -> None:
     f" remat {found['remat']}; {found['blocks']} blocks of {found['layers_per_block']} layers;"
     f" {adapter['method']} R {adapter['rank']}"
     + (f" M {adapter['atoms']} k {adapter['top_k']}" if adapter["method"] == "queryable" else ""),
-    highlight=False, soft_wrap=True,
-  )  # fmt: skip
+    highlight=False,
+    soft_wrap=True,
+  )
   out.print(_memory(found))
   if found["collectives"]:
     out.print(_collectives(found))
@@ -42,8 +49,9 @@ def show(found: dict[str, Any], out: console.Console) -> None:
   out.print(
     f"host: at most {host['needed'] / hardware.GIB:.0f} of {host['limit'] / hardware.GIB:.0f} GiB"
     f" for {host['chips']} chips; {how}",
-    highlight=False, soft_wrap=True,
-  )  # fmt: skip
+    highlight=False,
+    soft_wrap=True,
+  )
   out.print(plan.verdict(found), highlight=False, soft_wrap=True)
 
 
@@ -53,15 +61,18 @@ def _memory(found) -> table.Table:
   for name, size in hbm["kinds"].items():
     told = _KINDS[name]
     if hbm["activations_are_estimated"] and name in ("activations", "temporaries"):
-      told += " (estimated)" if not found["compiled"] else (
-        " (estimated: the compiler tells the sum only)"
-      )  # fmt: skip
+      told += (
+        " (estimated)"
+        if not found["compiled"]
+        else (" (estimated: the compiler tells the sum only)")
+      )
     shown.add_row(name, f"{size / hardware.GIB:.2f}", told)
   shown.add_section()
   shown.add_row(
-    "total", f"{hbm['needed'] / hardware.GIB:.2f}",
+    "total",
+    f"{hbm['needed'] / hardware.GIB:.2f}",
     f"of {hbm['limit'] / hardware.GIB:.2f}: {'fits' if found['fits'] else 'does not fit'}",
-  )  # fmt: skip
+  )
   return shown
 
 
@@ -85,13 +96,15 @@ def _work(found) -> table.Table:
   for name, told in _RESOURCES.items():
     shown.add_row(name, f"{times[name]:.3f} s", told)
   shown.add_row(
-    "step", f"{times['estimate']:.3f} s",
+    "step",
+    f"{times['estimate']:.3f} s",
     f"overlapped, bound by {times['bound']}; {times['serial']:.3f} s if nothing overlaps",
-  )  # fmt: skip
+  )
   shown.add_row(
-    "MFU", f"{100 * times['mfu']:.0f} %",
+    "MFU",
+    f"{100 * times['mfu']:.0f} %",
     f"assuming {100 * times['assumed_utilisation']:.0f} % of the published peak in products",
-  )  # fmt: skip
+  )
   shown.add_row("tokens a second", f"{times['tokens_per_second']:,.0f}", "all chips together")
   return shown
 

@@ -78,9 +78,11 @@ def _candidates(job: program.Job, topology: hardware.Topology) -> Iterator[progr
         continue
       model = decoder.Decoder(dataclasses.replace(shape, remat=remat), job.model.adapter)
       yield dataclasses.replace(
-        job, model=model, mesh=dataclasses.replace(job.mesh, **sizes),
+        job,
+        model=model,
+        mesh=dataclasses.replace(job.mesh, **sizes),
         micro_batches=micro_batches,
-      )  # fmt: skip
+      )
 
 
 def _meshes(
@@ -93,8 +95,11 @@ def _meshes(
       continue
     for fsdp in (n for n in range(1, chips // tensor + 1) if chips // tensor % n == 0):
       yield {
-        "slice": topology.slices, "data": chips // tensor // fsdp, "fsdp": fsdp, "tensor": tensor,
-      }  # fmt: skip
+        "slice": topology.slices,
+        "data": chips // tensor // fsdp,
+        "fsdp": fsdp,
+        "tensor": tensor,
+      }
 
 
 def _difference(
@@ -105,9 +110,11 @@ def _difference(
   if after != before:
     flags.append(f"--topology={after.name}")
     distance += 4 * math.log2(after.chips / before.chips)
-  sizes = mesh_lib.nearest(old.mesh.sizes, after.chips) if after != before else (
-    mesh_lib.resolve(old.mesh, before.chips)
-  )  # fmt: skip
+  sizes = (
+    mesh_lib.nearest(old.mesh.sizes, after.chips)
+    if after != before
+    else (mesh_lib.resolve(old.mesh, before.chips))
+  )
   for axis, was, now in zip(mesh_lib.AXES, sizes, new.mesh.sizes, strict=True):
     if was != now:
       flags.append(f"--config.mesh.{axis}={now}")

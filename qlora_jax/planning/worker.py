@@ -40,10 +40,11 @@ def measure(request: compile_lib.Request) -> dict[str, Any]:
   shards = language_shards.Shards(mesh, job.mesh.rules)
   state, frozen, batch = program.arguments(job, shards)
   sizes = {
-    "base": program.bytes_a_chip(frozen), "adapter": program.bytes_a_chip(state.params),
+    "base": program.bytes_a_chip(frozen),
+    "adapter": program.bytes_a_chip(state.params),
     "optimizer": program.bytes_a_chip((state.step, state.opt_state, state.learning_rate)),
     "batch": program.bytes_a_chip(batch),
-  }  # fmt: skip
+  }
   began = time.monotonic()
   with contextlib.redirect_stdout(sys.stderr):
     lowered = program.lower(job, shards, "tpu")
@@ -68,24 +69,30 @@ def measure(request: compile_lib.Request) -> dict[str, Any]:
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
   sizes |= {
     "activations": kept,
-    "temporaries": memory.temp_size_in_bytes - kept + output + memory.argument_size_in_bytes
+    "temporaries": memory.temp_size_in_bytes
+    - kept
+    + output
+    + memory.argument_size_in_bytes
     - sum(sizes.values()),
-  }  # fmt: skip
+  }
   slice_size = topology.chips_a_slice if topology.slices > 1 else 0
   return {
-    "fits": True, "memory": sizes, "program": memory.generated_code_size_in_bytes,
+    "fits": True,
+    "memory": sizes,
+    "program": memory.generated_code_size_in_bytes,
     # What is alive at the fullest moment; the rest is lost to how the compiler packs it.
     "peak": memory.peak_memory_in_bytes,
     "collectives": [vars(each) for each in hlo.collectives(text, slice_size)],
     **_times(began, traced),
-  }  # fmt: skip
+  }
 
 
 def _times(began: float, traced: float) -> dict[str, float]:
   return {
-    "trace_seconds": traced - began, "compile_seconds": time.monotonic() - traced,
+    "trace_seconds": traced - began,
+    "compile_seconds": time.monotonic() - traced,
     "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-  }  # fmt: skip
+  }
 
 
 def main() -> None:

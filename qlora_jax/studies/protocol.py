@@ -78,9 +78,12 @@ def check(runs: pd.DataFrame, rules: Rules) -> list[str]:
     return []
   search, final = (runs[runs["stage"] == stage] for stage in ("search", "final"))
   parts = (
-    _searches(search, final, rules), _sizes(runs, rules), _steps(runs),
-    _seeds(search, final, rules), _selection(search, final),
-  )  # fmt: skip
+    _searches(search, final, rules),
+    _sizes(runs, rules),
+    _steps(runs),
+    _seeds(search, final, rules),
+    _selection(search, final),
+  )
   return [line for part in parts for line in part if line]
 
 
@@ -111,37 +114,42 @@ def _searches(search: pd.DataFrame, final: pd.DataFrame, rules: Rules) -> Iterat
   }
   every = [key for key, _ in final.groupby(_KEY)] or list(grids)
   yield _line(
-    "no search of the learning rate", "the config's own is used",
+    "no search of the learning rate",
+    "the config's own is used",
     [name for setting, name in every if (setting, name) not in grids],
-  )  # fmt: skip
+  )
   few = {key: len(grid) for key, grid in grids.items() if len(grid) < rules.rates}
   yield _line(
-    "too few learning rates", f"{min(few.values(), default=0)}, at least {rules.rates} asked",
+    "too few learning rates",
+    f"{min(few.values(), default=0)}, at least {rules.rates} asked",
     [name for _, name in few],
-  )  # fmt: skip
+  )
   spans = {key: float(np.log10(grid[-1] / grid[0])) for key, grid in grids.items() if grid[0] > 0}
   narrow = {key: span for key, span in spans.items() if span < rules.decades - _ROUNDING}
   yield _line(
     "learning rates too close together",
     f"{min(narrow.values(), default=0):.2g} decades, at least {rules.decades:g} asked",
     [name for _, name in narrow],
-  )  # fmt: skip
+  )
   by_setting: dict[str, set] = {}
   for (setting, _), grid in grids.items():
     by_setting.setdefault(setting, set()).add(tuple(grid))
   yield _line(
-    "different learning rates", "all methods of a data set must search the same ones",
+    "different learning rates",
+    "all methods of a data set must search the same ones",
     [setting for setting, each in by_setting.items() if len(each) > 1],
-  )  # fmt: skip
+  )
   chosen = final.groupby(_KEY)["learning_rate"].first()
   edge = [
-    name for (setting, name), rate in chosen.items()
+    name
+    for (setting, name), rate in chosen.items()
     if len(grid := grids.get((setting, name), [])) > 1 and rate in (grid[0], grid[-1])
-  ]  # fmt: skip
+  ]
   yield _line(
     "learning rate at the edge of the grid",
-    f"{len(edge)} of {len(grids)} searches, a rate beyond it may do better", edge,
-  )  # fmt: skip
+    f"{len(edge)} of {len(grids)} searches, a rate beyond it may do better",
+    edge,
+  )
 
 
 def _sizes(runs: pd.DataFrame, rules: Rules) -> Iterator[str]:
@@ -159,8 +167,9 @@ def _sizes(runs: pd.DataFrame, rules: Rules) -> Iterator[str]:
   furthest = max(off.values(), key=abs, default=0.0)
   yield _line(
     "trainable parameters not matched",
-    f"{100 * furthest:+.3g} %, at most ±{100 * rules.tolerance:g} % asked".replace("-", "−"), off,
-  )  # fmt: skip
+    f"{100 * furthest:+.3g} %, at most ±{100 * rules.tolerance:g} % asked".replace("-", "−"),
+    off,
+  )
 
 
 def _steps(runs: pd.DataFrame) -> Iterator[str]:
@@ -177,22 +186,25 @@ def _seeds(search: pd.DataFrame, final: pd.DataFrame, rules: Rules) -> Iterator[
   seeds = {key: set(each) for key, each in final.groupby(_KEY)["seed"]}
   few = {key: len(each) for key, each in seeds.items() if len(each) < rules.seeds}
   yield _line(
-    "too few seeds", f"{min(few.values(), default=0)}, at least {rules.seeds} asked",
+    "too few seeds",
+    f"{min(few.values(), default=0)}, at least {rules.seeds} asked",
     [name for _, name in few],
-  )  # fmt: skip
+  )
   # Another seed means another order of the data: without a common one nothing is paired.
   by_setting: dict[str, list[set]] = {}
   for (setting, _), each in seeds.items():
     by_setting.setdefault(setting, []).append(each)
   yield _line(
-    "no seed in common", "methods are compared seed by seed",
+    "no seed in common",
+    "methods are compared seed by seed",
     [setting for setting, each in by_setting.items() if not set.intersection(*each)],
-  )  # fmt: skip
+  )
   used = {key: set(each) for key, each in search.groupby(_KEY)["seed"]}
   yield _line(
-    "final seeds not fresh", "the search has used them",
+    "final seeds not fresh",
+    "the search has used them",
     [name for (setting, name), each in seeds.items() if each & used.get((setting, name), set())],
-  )  # fmt: skip
+  )
 
 
 def _selection(search: pd.DataFrame, final: pd.DataFrame) -> Iterator[str]:
@@ -205,9 +217,10 @@ def _selection(search: pd.DataFrame, final: pd.DataFrame) -> Iterator[str]:
   least = means.loc[means.groupby(_KEY)["loss"].idxmin()].set_index(_KEY)["learning_rate"]
   rates = {key: set(each) for key, each in final.groupby(_KEY)["learning_rate"]}
   yield _line(
-    "learning rate not chosen on validation", "another one had the least validation loss",
+    "learning rate not chosen on validation",
+    "another one had the least validation loss",
     [key[1] for key, each in rates.items() if key in least.index and each != {least[key]}],
-  )  # fmt: skip
+  )
 
 
 def _line(what: str, detail: str, names: Sequence[str]) -> str:
@@ -238,12 +251,14 @@ def planned(config: ml_collections.ConfigDict, points: list[dict]) -> pd.DataFra
   for own, rates in study.expand(config, points):
     instruction = own.instruction
     row = {
-      "task": workload.task_name(own), "method": own.get("label") or own.adapter.name,
+      "task": workload.task_name(own),
+      "method": own.get("label") or own.adapter.name,
       "noise_level": own.data.get("noise_level") or 0.0,
       "in_prompt": instruction.get("in_prompt", False),
-      "shuffled": instruction.get("shuffled", False), "steps": own.optimizer.steps,
+      "shuffled": instruction.get("shuffled", False),
+      "steps": own.optimizer.steps,
       "trainable_params": study.resolve(own, abstract=True).trainable_params,
-    }  # fmt: skip
+    }
     rows += [
       {**row, "stage": "search", "seed": seed, "learning_rate": rate}
       for seed, rate in study.search_trials(own, rates)

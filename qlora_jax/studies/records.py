@@ -97,9 +97,10 @@ def names(points: list[dict]) -> list[str]:
   arm_fields = list(arms.values())
   every = dict.fromkeys(name for fields in arm_fields for name in fields)
   varied = [
-    name for name in every
+    name
+    for name in every
     if len({json.dumps(fields.get(name), default=list) for fields in arm_fields}) > 1
-  ] or list(every)  # fmt: skip
+  ] or list(every)
   return [
     " ".join(f"{name}={fields[name]}" for name in varied if name in fields) or "the config's own"
     for fields in arm_fields
@@ -161,10 +162,19 @@ def kept(
   """
   path = workdir / FOLDER / f"{arm_key}.json"
   path.parent.mkdir(exist_ok=True)
-  keeper = Keeper(path, first, Record(
-    "running", host=socket.gethostname(), pid=os.getpid(), started=_start_time(os.getpid()),
-    job=job_id(), devices=devices, began=_now(),
-  ))  # fmt: skip
+  keeper = Keeper(
+    path,
+    first,
+    Record(
+      "running",
+      host=socket.gethostname(),
+      pid=os.getpid(),
+      started=_start_time(os.getpid()),
+      job=job_id(),
+      devices=devices,
+      began=_now(),
+    ),
+  )
   try:
     yield keeper
   except stop.Stopped as stopped:

@@ -125,16 +125,25 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: s
         " give the old values or another directory"
       )
     return
-  files.write_json(path, {
-    "title": "Queryable LoRA on " + (
-      f"{config.model.weights}, {config.data.name}" if is_language(config) else "noisy regression"
-    ), "command": command, "commit": _commit(),
-    "date": datetime.date.today().isoformat(),
-    "devices": ", ".join(sorted({d.device_kind for d in jax.devices()})),
-    "versions": {"python": sys.version.split()[0],
-                 **{name: importlib.metadata.version(name) for name in _PACKAGES}},
-    "wall_seconds": 0.0, "config": plain,
-  })  # fmt: skip
+  files.write_json(
+    path,
+    {
+      "title": "Queryable LoRA on "
+      + (
+        f"{config.model.weights}, {config.data.name}" if is_language(config) else "noisy regression"
+      ),
+      "command": command,
+      "commit": _commit(),
+      "date": datetime.date.today().isoformat(),
+      "devices": ", ".join(sorted({d.device_kind for d in jax.devices()})),
+      "versions": {
+        "python": sys.version.split()[0],
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+      },
+      "wall_seconds": 0.0,
+      "config": plain,
+    },
+  )
 
 
 @contextlib.contextmanager

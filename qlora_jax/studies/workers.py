@@ -28,9 +28,13 @@ def default_count() -> int:
 
 
 def run(
-  setup: Callable, setup_args: tuple, work: Callable, jobs: list, count: int,
+  setup: Callable,
+  setup_args: tuple,
+  work: Callable,
+  jobs: list,
+  count: int,
   display: progress.Display,
-) -> Iterator[tuple[int, Any]]:  # fmt: skip
+) -> Iterator[tuple[int, Any]]:
   """Yields (index, work(state, job)) as jobs finish, in any order.
 
   Args:

@@ -39,9 +39,18 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 _TRASH = "trash"  # dropped steps are renamed into it first: a half-deleted one looks damaged
 # The user's to mend; any other failure to write is a fault of the program.
 _WRITE_FAILURES = (
-  errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-  errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ESTALE,
-)  # fmt: skip
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EROFS,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EIO,
+  errno.ENOTDIR,
+  errno.EEXIST,
+  errno.ENOENT,
+  errno.ESTALE,
+)
 
 
 class Restored(NamedTuple):
@@ -70,9 +79,14 @@ class Checkpointer:
   """
 
   def __init__(
-    self, directory: pathlib.Path, *, keep: int = 2, keep_best: int = 0,
-    config: dict[str, Any] | None = None, log: Callable[[str], None] = print,
-  ):  # fmt: skip
+    self,
+    directory: pathlib.Path,
+    *,
+    keep: int = 2,
+    keep_best: int = 0,
+    config: dict[str, Any] | None = None,
+    log: Callable[[str], None] = print,
+  ):
     self.directory, self.config, self._log = directory.absolute(), config, log
     self._pending: int | None = None  # the step that may still be on its way to the disk
     _quieten()
@@ -84,17 +98,25 @@ class Checkpointer:
       managers = ocp.checkpoint_managers
       policies = [managers.LatestN(keep)]
       if keep_best:
-        policies.append(managers.BestN(
-          get_metric_fn=lambda metrics: metrics[_METRIC], reverse=True, n=keep_best,
-          keep_checkpoints_without_metrics=False,
-        ))  # fmt: skip
-      self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
-        preservation_policy=managers.AnyPreservationPolicy(policies),
-        best_fn=(lambda metrics: metrics[_METRIC]) if keep_best else None, best_mode="min",
-        todelete_subdir=_TRASH,
-        # Orbax calls this when all processes have written and the step has no name yet.
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
-      ))  # fmt: skip
+        policies.append(
+          managers.BestN(
+            get_metric_fn=lambda metrics: metrics[_METRIC],
+            reverse=True,
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
+          )
+        )
+      self._manager = ocp.CheckpointManager(
+        self.directory,
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=managers.AnyPreservationPolicy(policies),
+          best_fn=(lambda metrics: metrics[_METRIC]) if keep_best else None,
+          best_mode="min",
+          todelete_subdir=_TRASH,
+          # Orbax calls this when all processes have written and the step has no name yet.
+          async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+        ),
+      )
     self._keep_best = keep_best
 
   def __enter__(self) -> "Checkpointer":

@@ -29,9 +29,10 @@ def differences(
   """
   free = tuple(free)
   found = [
-    each for each in _walk(stored, new, "")
+    each
+    for each in _walk(stored, new, "")
     if not any(each[0] == path or each[0].startswith(f"{path}.") for path in free)
-  ]  # fmt: skip
+  ]
   return sorted(found, key=lambda each: each[0])
 
 

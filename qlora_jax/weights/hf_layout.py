@@ -24,11 +24,17 @@ from qlora_jax.weights import source as source_lib
 _SHOWN = 8  # names that an error lists
 _LLAMA_LAYER = "model.layers.{layer}."
 _LLAMA = {
-  "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-  "o": "self_attn.o_proj", "mlp/gate": "mlp.gate_proj", "mlp/up": "mlp.up_proj",
-  "mlp/down": "mlp.down_proj", "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
+  "q": "self_attn.q_proj",
+  "k": "self_attn.k_proj",
+  "v": "self_attn.v_proj",
+  "o": "self_attn.o_proj",
+  "mlp/gate": "mlp.gate_proj",
+  "mlp/up": "mlp.up_proj",
+  "mlp/down": "mlp.down_proj",
+  "q_norm": "self_attn.q_norm",
+  "k_norm": "self_attn.k_norm",
   "attention_norm": "input_layernorm",
-}  # fmt: skip
+}
 _LLAMA_NORMS = {"feed_forward_norm": "post_attention_layernorm"}
 _GEMMA_NORMS = {
   "attention_post_norm": "post_attention_layernorm",
@@ -37,10 +43,15 @@ _GEMMA_NORMS = {
 }
 _GPT2_LAYER = "h.{layer}."
 _GPT2 = {
-  "q": "attn.c_attn", "k": "attn.c_attn", "v": "attn.c_attn", "o": "attn.c_proj",
-  "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj", "attention_norm": "ln_1",
+  "q": "attn.c_attn",
+  "k": "attn.c_attn",
+  "v": "attn.c_attn",
+  "o": "attn.c_proj",
+  "mlp/up": "mlp.c_fc",
+  "mlp/down": "mlp.c_proj",
+  "attention_norm": "ln_1",
   "feed_forward_norm": "ln_2",
-}  # fmt: skip
+}
 # Buffers that old checkpoints carry beside their weights.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 
@@ -176,11 +187,12 @@ def _check(
   problems = [
     f"{what}: {_listed(names)}"
     for what, names in (
-      ("missing tensors", sorted(needed - there)), ("unknown tensors", sorted(extra)),
+      ("missing tensors", sorted(needed - there)),
+      ("unknown tensors", sorted(extra)),
       ("tensors of another shape", shapes),
     )
     if names
-  ]  # fmt: skip
+  ]
   if problems:
     raise errors.UserError(f"weights {source.name}: {'; '.join(problems)}")
 

@@ -45,9 +45,11 @@ class Program:
   @functools.cached_property
   def _mesh(self) -> jax.sharding.Mesh:
     return jax.make_mesh(
-      (self.devices,), ("runs",), axis_types=(jax.sharding.AxisType.Auto,),
+      (self.devices,),
+      ("runs",),
+      axis_types=(jax.sharding.AxisType.Auto,),
       devices=jax.devices()[: self.devices],
-    )  # fmt: skip
+    )
 
   def put(self, tree: PyTree, sharded: bool = True) -> PyTree:
     """Places a tree on the mesh: leading axis over `runs`, or replicated."""
@@ -217,9 +219,12 @@ def program(model: mlp.MLP, optimizer: optimizer_lib.OptimizerConfig, devices: i
 
 
 def predict_all(
-  prog: Program, states: step_lib.TrainState, frozen: step_lib.Frozen,
-  batch: step_lib.Batch, seed_row: Array,
-) -> np.ndarray:  # fmt: skip
+  prog: Program,
+  states: step_lib.TrainState,
+  frozen: step_lib.Frozen,
+  batch: step_lib.Batch,
+  seed_row: Array,
+) -> np.ndarray:
   """Predictions [R, n] over batches [S, n, ..], in compiled pieces of `EVAL_ROWS`."""
   rows = batch.features.shape[1]
   pieces = []

@@ -371,9 +371,13 @@ class Language:
         instruction = self.table[[each.instruction_id for each in part]]
       with self.shards.use():
         texts = generation.generate(
-          model, variables, [each.prompt for each in part], chat.stop_ids(self.tokenizer), sampling,
+          model,
+          variables,
+          [each.prompt for each in part],
+          chat.stop_ids(self.tokenizer),
+          sampling,
           instruction,
-        )  # fmt: skip
+        )
       said += [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in texts]
     return [text for _, text in sorted(zip(order, said, strict=False))]
 
@@ -442,19 +446,25 @@ class Language:
       tree["projection"] = self.projection
     if not jax.tree.leaves(tree) or not processes.is_first():
       return  # nothing was trained, or another process writes it
-    adapter_file.save(self.directory / folder, tree, {
-      "adapter": dataclasses.asdict(self.model.adapter),
-      "model_name": self.settings.source.name,
-      "model_config": {
-        "layers_per_block": self.model.config.layers_per_block,
-        "adapted": list(self.model.config.adapted),
-        "base_dtype": self.model.config.base_dtype, "dtype": self.model.config.dtype,
+    adapter_file.save(
+      self.directory / folder,
+      tree,
+      {
+        "adapter": dataclasses.asdict(self.model.adapter),
+        "model_name": self.settings.source.name,
+        "model_config": {
+          "layers_per_block": self.model.config.layers_per_block,
+          "adapted": list(self.model.config.adapted),
+          "base_dtype": self.model.config.base_dtype,
+          "dtype": self.model.config.dtype,
+        },
+        "base_fingerprint": self.settings.source.fingerprint,
+        "instruction": self.config.instruction.to_dict(),
+        "system": self.config.data.system,
+        "template": self.config.data.get("template"),
+        "training": training,
       },
-      "base_fingerprint": self.settings.source.fingerprint,
-      "instruction": self.config.instruction.to_dict(), "system": self.config.data.system,
-      "template": self.config.data.get("template"),
-      "training": training,
-    })  # fmt: skip
+    )
 
 
 def publish(workdir: pathlib.Path, row: dict) -> pathlib.Path | None:
@@ -482,19 +492,25 @@ def some(examples, count: int, task=lambda example: example.task) -> list:
 
 def _sample(example, said: str) -> dict[str, str]:
   return {
-    "task": example.task, "instruction": example.instruction, "prompt": example.prompt,
-    "expected": example.answers[0], "said": said,
-  }  # fmt: skip
+    "task": example.task,
+    "instruction": example.instruction,
+    "prompt": example.prompt,
+    "expected": example.answers[0],
+    "said": said,
+  }
 
 
 def _compare(before: list[dict], after: list[dict]) -> list[dict]:
   """The same questions as the base and then the adapted model answered them."""
   said = {(each["instruction"], each["prompt"]): each["said"] for each in before}
   return [
-    {**{name: text for name, text in each.items() if name != "said"},
-     "before": said.get((each["instruction"], each["prompt"])), "after": each["said"]}
+    {
+      **{name: text for name, text in each.items() if name != "said"},
+      "before": said.get((each["instruction"], each["prompt"])),
+      "after": each["said"],
+    }
     for each in after
-  ]  # fmt: skip
+  ]
 
 
 @functools.partial(jax.jit, static_argnums=0)

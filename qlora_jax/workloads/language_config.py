@@ -15,8 +15,9 @@ from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.weights import source, sources
 
 _COUNTS = {
-  "data": ("length",), "eval": ("every", "validation", "examples", "max_tokens", "batch_size"),
-}  # fmt: skip
+  "data": ("length",),
+  "eval": ("every", "validation", "examples", "max_tokens", "batch_size"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +92,12 @@ def resolve(config: ml_collections.ConfigDict, abstract: bool = False) -> Settin
     name, overrides, network, budget=budget, instruction_dim=config.instruction.dim
   )
   return Settings(
-    opened, decoder.Decoder(shape, adapter), optimizer_lib.OptimizerConfig(**optimizer),
-    sizing.count(adapter, network), parts,
-  )  # fmt: skip
+    opened,
+    decoder.Decoder(shape, adapter),
+    optimizer_lib.OptimizerConfig(**optimizer),
+    sizing.count(adapter, network),
+    parts,
+  )
 
 
 def _shape(

@@ -86,9 +86,11 @@ class Shards:
     def make(base, key):
       params, frozen = language_step.init_params(model, base, key)
       state = step_lib.TrainState(
-        jnp.zeros((), jnp.int32), params, optimizer_lib.make(optimizer).init(params),
+        jnp.zeros((), jnp.int32),
+        params,
+        optimizer_lib.make(optimizer).init(params),
         jnp.float32(learning_rate),
-      )  # fmt: skip
+      )
       return state, frozen.factors
 
     shardings = (self.state(model, optimizer), self.variables(model).get("frozen", {}))

@@ -72,9 +72,15 @@ def from_text(
   targets = np.take_along_axis(batch.targets.reshape(masks.shape), places, axis=1)
   instruction = None if table is None else table[batch.instruction_id]
   made = LanguageBatch(
-    batch.tokens, batch.positions, batch.segment_ids, batch.loss_mask, instruction, places, targets,
+    batch.tokens,
+    batch.positions,
+    batch.segment_ids,
+    batch.loss_mask,
+    instruction,
+    places,
+    targets,
     weights,
-  )  # fmt: skip
+  )
   return jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), made)
 
 

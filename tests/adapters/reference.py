@@ -266,9 +266,17 @@ def mlp(adapter, shape, params, base, frozen, features, instruction):
   if adapter.instruction_in_input:
     hidden = hidden + instruction @ params["instruction_input"]
   hidden, *routing = stack(
-    adapter, params.get("stack", {}), base["stack"], frozen.get("stack"), hidden, instruction,
-    shape.blocks, shape.layers_per_block, layer, anchor,
-  )  # fmt: skip
+    adapter,
+    params.get("stack", {}),
+    base["stack"],
+    frozen.get("stack"),
+    hidden,
+    instruction,
+    shape.blocks,
+    shape.layers_per_block,
+    layer,
+    anchor,
+  )
   hidden = rms_norm(hidden) * base["norm"]["scale"]
   values = hidden @ base["output"]["kernel"] + base["output"]["bias"]
   return values[..., 0], *routing
@@ -326,9 +334,17 @@ def decoder(adapter, shape, params, base, frozen, tokens, instruction):
   if adapter.instruction_in_input:
     hidden = hidden + of_token @ params["instruction_input"]
   hidden, *routing = stack(
-    adapter, params.get("stack", {}), base["stack"], frozen.get("stack"), hidden, of_token,
-    shape.layers // shape.layers_per_block, shape.layers_per_block, layer, anchor,
-  )  # fmt: skip
+    adapter,
+    params.get("stack", {}),
+    base["stack"],
+    frozen.get("stack"),
+    hidden,
+    of_token,
+    shape.layers // shape.layers_per_block,
+    shape.layers_per_block,
+    layer,
+    anchor,
+  )
   return norm(hidden, base["norm"]), *routing
 
 

@@ -10,9 +10,15 @@ from qlora_jax.adapters import config, dense, memory
 from tests.adapters import reference, test_references
 
 METHODS = {
-  "lora": {}, "rslora": {}, "dora": {}, "lora_xs": {}, "comol": {}, "lily": {},
-  "comol, top-k": {"top_k": 2}, "lily, top-k": {"top_k": 2},
-}  # fmt: skip
+  "lora": {},
+  "rslora": {},
+  "dora": {},
+  "lora_xs": {},
+  "comol": {},
+  "lily": {},
+  "comol, top-k": {"top_k": 2},
+  "lily, top-k": {"top_k": 2},
+}
 D_IN, D_OUT, RANK, ATOMS = 6, 7, 3, 5
 
 
@@ -35,9 +41,14 @@ def test_one_adapted_map_follows_its_equation(name):
   trees = {key: reference.double(tree) for key, tree in variables.items()}
   block = reference.Block(module.config, {}, reference.double(shared), [], None, None, None)
   expected = reference.adapted_map(
-    module.config, "up", x.astype(float), trees["base"], trees["params"]["branch"], block,
+    module.config,
+    "up",
+    x.astype(float),
+    trees["base"],
+    trees["params"]["branch"],
+    block,
     trees.get("frozen", {}).get("branch"),
-  )  # fmt: skip
+  )
   # float32 against float64, sums of at most seven terms of order one.
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
   assert (own is None) == (not block.routed)
@@ -50,8 +61,9 @@ def test_one_adapted_map_follows_its_equation(name):
 def test_the_frozen_factors_of_lora_xs_are_the_best_low_rank_part_of_the_kernel():
   _, variables, _, _ = build("lora_xs")
   kernel = np.asarray(variables["base"]["kernel"], float)
-  lora_a, lora_b = (np.asarray(variables["frozen"]["branch"][key], float)
-                    for key in ("lora_a", "lora_b"))  # fmt: skip
+  lora_a, lora_b = (
+    np.asarray(variables["frozen"]["branch"][key], float) for key in ("lora_a", "lora_b")
+  )
   left, values, right = np.linalg.svd(kernel)
   best = left[:, :RANK] @ np.diag(values[:RANK]) @ right[:RANK]
   np.testing.assert_allclose(lora_a @ lora_b, best, atol=1e-5)
@@ -92,13 +104,21 @@ def sample_deviation(values, expected):
 def drawn_atoms(kind, noise=0.3):
   """Atoms [40, 12, 12], and cores of CoMoL of the same shape."""
   adapter = config.AdapterConfig(
-    rank=12, atoms=40, query_dim=20, atom_init=kind, atom_noise=noise,
-  )  # fmt: skip
+    rank=12,
+    atoms=40,
+    query_dim=20,
+    atom_init=kind,
+    atom_noise=noise,
+  )
   shared = memory.SharedParameters(adapter, (("up", 3, "mlp"),))
   params = nn.meta.unbox(shared.init(jax.random.key(0)))["params"]
   comol = config.AdapterConfig(
-    method="comol", rank=12, atoms=40, atom_init=kind, atom_noise=noise,
-  )  # fmt: skip
+    method="comol",
+    rank=12,
+    atoms=40,
+    atom_init=kind,
+    atom_noise=noise,
+  )
   module = dense.AdaptedDense(comol, "up", 12, 12, 1)
   cores = module.init(jax.random.key(1), np.ones((1, 12), "f"), None, {})["params"]
   return params, np.asarray(nn.meta.unbox(cores)["branch"]["cores"], float)

@@ -85,8 +85,11 @@ def test_no_summary_carries_and_reads_nothing():
 def test_query_sums_the_terms_that_have_kernels(leading, given):
   state, running, instruction = draw(*leading, 3), draw(*leading, 3, seed=1), draw(*leading, 5)
   kernels = {
-    "state": draw(3, 4), "summary": draw(3, 4, seed=2), "instruction": draw(5, 4), "bias": draw(4)
-  }  # fmt: skip
+    "state": draw(3, 4),
+    "summary": draw(3, 4, seed=2),
+    "instruction": draw(5, 4),
+    "bias": draw(4),
+  }
   used = {k: v if given in (k, "all") else None for k, v in kernels.items()}
   actual = functional.query(state, running, instruction, *used.values())
   expected = np.zeros((len(tokens(state, 1)), 4))
@@ -170,10 +173,12 @@ def test_routed_operator_and_output_follow_the_sums(leading, columns):
   weights = np.abs(draw(*leading, 4))
   atoms, low_rank, lora_b = draw(4, 3, columns), draw(*leading, 3), draw(columns, 6)
   operator = functional.routed_operator(weights, atoms)
-  expected = np.stack([
-    sum(w * atom for w, atom in zip(row, atoms.astype(np.float64), strict=True))
-    for row in tokens(weights, 1)
-  ])  # fmt: skip
+  expected = np.stack(
+    [
+      sum(w * atom for w, atom in zip(row, atoms.astype(np.float64), strict=True))
+      for row in tokens(weights, 1)
+    ]
+  )
   check(operator, expected)
   mixed = np.stack([z @ c for z, c in zip(tokens(low_rank, 1), expected, strict=True)])
   for actual in (
@@ -182,8 +187,10 @@ def test_routed_operator_and_output_follow_the_sums(leading, columns):
     functional.gather_atoms(low_rank, weights, atoms, 4),
   ):
     check(actual, mixed)
-  check(functional.low_rank_output(mixed.reshape(*leading, -1).astype("f"), lora_b, 0.5),
-        0.5 * mixed @ lora_b.astype(np.float64))  # fmt: skip
+  check(
+    functional.low_rank_output(mixed.reshape(*leading, -1).astype("f"), lora_b, 0.5),
+    0.5 * mixed @ lora_b.astype(np.float64),
+  )
 
 
 def test_the_three_orders_of_contraction_have_the_same_gradients():

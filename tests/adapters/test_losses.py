@@ -123,10 +123,14 @@ def test_update_norms_equal_the_dense_matrices(routed):
   maps, rank, width = ("up", "down"), 3, 7
   adapter = config.AdapterConfig(method="queryable" if routed else "lora", rank=rank, alpha=6.0)
   layer = {
-    name: {"branch": {"lora_a": RNG.normal(size=(BLOCKS, width, rank)).astype("f"),
-                      "lora_b": RNG.normal(size=(BLOCKS, rank, width)).astype("f")}}
+    name: {
+      "branch": {
+        "lora_a": RNG.normal(size=(BLOCKS, width, rank)).astype("f"),
+        "lora_b": RNG.normal(size=(BLOCKS, rank, width)).astype("f"),
+      }
+    }
     for name in maps
-  }  # fmt: skip
+  }
   atoms = RNG.normal(size=(ATOMS, rank, rank)).astype("f")
   params = {"stack": {"blocks": {"layer_0": layer}, "memory": {"atoms": atoms}}}
   if not routed:

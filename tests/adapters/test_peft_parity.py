@@ -38,13 +38,15 @@ class TorchMLP(torch.nn.Module):
     super().__init__()
     self.input = torch.nn.Linear(SHAPE.inputs, SHAPE.width)
     self.layers = torch.nn.ModuleList(
-      torch.nn.ModuleDict({
-        "norm": torch.nn.RMSNorm(SHAPE.width, eps=1e-6),
-        "up": torch.nn.Linear(SHAPE.width, SHAPE.hidden),
-        "down": torch.nn.Linear(SHAPE.hidden, SHAPE.width),
-      })
+      torch.nn.ModuleDict(
+        {
+          "norm": torch.nn.RMSNorm(SHAPE.width, eps=1e-6),
+          "up": torch.nn.Linear(SHAPE.width, SHAPE.hidden),
+          "down": torch.nn.Linear(SHAPE.hidden, SHAPE.width),
+        }
+      )
       for _ in range(SHAPE.layers)
-    )  # fmt: skip
+    )
     self.norm = torch.nn.RMSNorm(SHAPE.width, eps=1e-6)
     self.output = torch.nn.Linear(SHAPE.width, 1)
 
@@ -113,16 +115,19 @@ def trained(model, name, read, write=None):
     for index in range(SHAPE.layers):
       module = layers[index][place]
       if name == "lily":
-        rows.append({
-          "lora_a": leaf("lora_a", index, module.lily_A["default"].weight),
-          "router": leaf("router", index, module.lily_router["default"].weight),
-        })  # fmt: skip
+        rows.append(
+          {
+            "lora_a": leaf("lora_a", index, module.lily_A["default"].weight),
+            "router": leaf("router", index, module.lily_router["default"].weight),
+          }
+        )
         source = None if write is None else write["stack"]["memory"][f"lily_b_{place}"]
         memory[f"lily_b_{place}"] = visit(
           module.lily_B["default"].weight,
           lambda value: value.reshape(EXPERTS, RANK, -1),
-          lambda value: value.reshape(EXPERTS * RANK, -1), source,
-        )  # fmt: skip
+          lambda value: value.reshape(EXPERTS * RANK, -1),
+          source,
+        )
         continue
       row = {
         "lora_a": leaf("lora_a", index, module.lora_A["default"].weight),
@@ -222,8 +227,10 @@ def test_ten_steps_of_adamw_end_where_those_of_peft_do(name):
       {"params": groups[True], "weight_decay": OPTIMIZER.weight_decay},
       {"params": groups[False], "weight_decay": 0.0},
     ],
-    lr=LEARNING_RATE, betas=(OPTIMIZER.b1, OPTIMIZER.b2), eps=OPTIMIZER.eps,
-  )  # fmt: skip
+    lr=LEARNING_RATE,
+    betas=(OPTIMIZER.b1, OPTIMIZER.b2),
+    eps=OPTIMIZER.eps,
+  )
   everything = groups[True] + groups[False]
   features = torch.tensor(batch.features, dtype=torch.float64)
   targets = torch.tensor(batch.targets)

@@ -22,8 +22,9 @@ BATCH = step.Batch(
 
 
 VARIED = {
-  "an operator a map": {"operator": "map"}, "a memory a map": {"operator": "map", "memory": "map"},
-}  # fmt: skip
+  "an operator a map": {"operator": "map"},
+  "a memory a map": {"operator": "map", "memory": "map"},
+}
 NAMES = (*factory.PRESETS, *VARIED)
 
 

@@ -60,8 +60,15 @@ DETAILS = {
 SHAPE = mlp.MLPConfig(inputs=5, width=8, hidden=10, layers=6, layers_per_block=2)
 SHALLOW = dataclasses.replace(SHAPE, layers=3, layers_per_block=1)
 DECODER = decoder.DecoderConfig(
-  vocabulary=17, width=8, hidden=10, layers=3, layers_per_block=1, heads=4, groups=2, head_dim=4,
-)  # fmt: skip
+  vocabulary=17,
+  width=8,
+  hidden=10,
+  layers=3,
+  layers_per_block=1,
+  heads=4,
+  groups=2,
+  head_dim=4,
+)
 
 
 def random_tree(abstract, seed):
@@ -84,9 +91,11 @@ def randomised(model, init, seed=0):
   if "frozen" in abstract:
     with jax.disable_jit():
       _, made = model.apply(
-        {"base": variables["base"]}, *init.inputs, mutable=["params", "frozen"],
+        {"base": variables["base"]},
+        *init.inputs,
+        mutable=["params", "frozen"],
         rngs={"params": jax.random.key(0)},
-      )  # fmt: skip
+      )
     variables["frozen"] = nn.meta.unbox(made["frozen"])
   return variables
 

@@ -13,9 +13,7 @@ from qlora_jax.workloads import regression_config as settings
 
 SHAPE = mlp.MLPConfig(inputs=5, width=16, hidden=12, layers=3, layers_per_block=1)
 RNG = np.random.default_rng(0)
-BATCH = step.Batch(
-  *(RNG.normal(size=size).astype("f") for size in ((6, 5), (6,), (6, 3)))
-)  # fmt: skip
+BATCH = step.Batch(*(RNG.normal(size=size).astype("f") for size in ((6, 5), (6,), (6, 3))))
 
 
 def build(name, **fields):
@@ -38,9 +36,9 @@ def whole(model, variables):
 
 
 def removed(model, variables, kept):
-  apply = jax.jit(lambda kept: rerouting.without_atoms(
-    model, variables, kept, BATCH.features, BATCH.instruction
-  ))  # fmt: skip
+  apply = jax.jit(
+    lambda kept: rerouting.without_atoms(model, variables, kept, BATCH.features, BATCH.instruction)
+  )
   return apply(kept)
 
 
@@ -150,9 +148,13 @@ def _mean_atom(path, leaf):
 def test_weights_of_other_rows_make_other_rows():
   """With a routing of the instruction alone, exchanged weights are exchanged instructions."""
   model, variables = build(
-    "queryable_query", query_state=False, query_bias=False, summary="none", memory="map",
+    "queryable_query",
+    query_state=False,
+    query_bias=False,
+    summary="none",
+    memory="map",
     operator="map",
-  )  # fmt: skip
+  )
   weights = whole(model, variables).routing.weights
   other = np.roll(np.arange(len(BATCH.features)), 1)
   found = replaced(model, variables, weights[:, :, other]).values

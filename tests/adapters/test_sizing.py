@@ -12,24 +12,44 @@ NETWORK = sizing.Network(
 )
 DECODER = sizing.Network(
   maps=(("q", 96, 96), ("k", 96, 32), ("v", 96, 32), ("up", 96, 256), ("down", 256, 96)),
-  layers=6, blocks=3, width=96, base_parameters=10**6,
-)  # fmt: skip
-SIZED = [name for name, preset in factory.PRESETS.items()
-         if preset.get("method") not in ("none", "full")]  # fmt: skip
+  layers=6,
+  blocks=3,
+  width=96,
+  base_parameters=10**6,
+)
+SIZED = [
+  name for name, preset in factory.PRESETS.items() if preset.get("method") not in ("none", "full")
+]
 
 
 @pytest.mark.parametrize(
   ("field", "value"),
   [
-    ("method", "lorra"), ("scaling", "log"), ("routing", "hash"), ("weights", "hard"),
+    ("method", "lorra"),
+    ("scaling", "log"),
+    ("routing", "hash"),
+    ("weights", "hard"),
     ("operator", "layer"),
-    ("summary", "mean"), ("history", "all"), ("atom_init", "zeros"), ("contraction", "fast"),
-    ("rank", 0), ("rank", -3), ("atoms", 0), ("query_dim", 0), ("top_k", 17), ("top_k", -1),
-    ("prior_temperature", 0.0), ("prior_temperature", float("inf")), ("alpha", -1.0),
-    ("temperature", 0.0), ("memory", "layer"),
-    ("kl_weight", float("nan")), ("load_balance_weight", -0.1), ("prior_weight", -1.0),
+    ("summary", "mean"),
+    ("history", "all"),
+    ("atom_init", "zeros"),
+    ("contraction", "fast"),
+    ("rank", 0),
+    ("rank", -3),
+    ("atoms", 0),
+    ("query_dim", 0),
+    ("top_k", 17),
+    ("top_k", -1),
+    ("prior_temperature", 0.0),
+    ("prior_temperature", float("inf")),
+    ("alpha", -1.0),
+    ("temperature", 0.0),
+    ("memory", "layer"),
+    ("kl_weight", float("nan")),
+    ("load_balance_weight", -0.1),
+    ("prior_weight", -1.0),
   ],
-)  # fmt: skip
+)
 def test_an_invalid_field_is_one_line_that_names_it(field, value):
   with pytest.raises(errors.UserError) as refused:
     config.AdapterConfig(**{field: value})

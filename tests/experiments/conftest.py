@@ -29,16 +29,31 @@ METHODS = {
   "uniform": (1.35, 6800, 0.4),
 }
 TASKS = (
-  "regimes", "multi_target", "bikeshare", "friedman_2", "piecewise", "periodic",
-  "interactions", "heavy_tails", "energy", "protein",
-)  # fmt: skip
+  "regimes",
+  "multi_target",
+  "bikeshare",
+  "friedman_2",
+  "piecewise",
+  "periodic",
+  "interactions",
+  "heavy_tails",
+  "energy",
+  "protein",
+)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def write_study(
-  workdir, tasks=TASKS[:3], methods=("none", "lora", "queryable", "static"), seeds=3,
-  levels=(0.3,), search_seeds=2, steps=1000, factors=None, failures=(),
-):  # fmt: skip
+  workdir,
+  tasks=TASKS[:3],
+  methods=("none", "lora", "queryable", "static"),
+  seeds=3,
+  levels=(0.3,),
+  search_seeds=2,
+  steps=1000,
+  factors=None,
+  failures=(),
+):
   """Writes a study; returns its results.
 
   `factors` overrides a method's error relative to LoRA; `failures` lists (method, seed) whose
@@ -73,11 +88,15 @@ def write_study(
   if routing:
     pd.DataFrame(routing).to_parquet(workdir / "routing.parquet")
   info = {
-    "title": "Noisy regression <small>", "commit": "0123abc", "date": "2026-01-02",
+    "title": "Noisy regression <small>",
+    "commit": "0123abc",
+    "date": "2026-01-02",
     "command": "python launch.py --config=configs/regression.py --workdir=runs/study",
-    "devices": "NVIDIA H200", "versions": {"jax": "0.10.2", "flax": "0.12.0"},
-    "wall_seconds": 812.4, "config": {"optimizer": {"schedule": "cosine"}, "steps": steps},
-  }  # fmt: skip
+    "devices": "NVIDIA H200",
+    "versions": {"jax": "0.10.2", "flax": "0.12.0"},
+    "wall_seconds": 812.4,
+    "config": {"optimizer": {"schedule": "cosine"}, "steps": steps},
+  }
   (workdir / "study.json").write_text(json.dumps(info))
   return results
 
@@ -93,18 +112,34 @@ def _penalty(method, rate):
 def _result(task, level, method, stage, seed, rate, mse, base_mse, steps):
   routed = method.startswith(("queryable", "static", "uniform"))
   return {
-    "run_id": f"{stage}-{task}-{level:g}-{method}-{rate:g}-{seed}", "stage": stage, "task": task,
-    "noise_kind": "own" if task == "bikeshare" else "student", "noise_level": level,
-    "method": method, "adapter": method.split("_")[0], "seed": seed, "learning_rate": rate,
-    "rank": 8, "atoms": 16, "top_k": 0, "trainable_params": METHODS[method][1], "steps": steps,
-    "train_loss": mse + level**2, "validation_mse": mse * 1.02, "base_mse": base_mse,
-    "test_mse": np.nan if task == "bikeshare" else mse, "test_noisy_mse": mse + level**2,
-    "diverged": bool(np.isnan(mse)), "seconds": 3.2,
+    "run_id": f"{stage}-{task}-{level:g}-{method}-{rate:g}-{seed}",
+    "stage": stage,
+    "task": task,
+    "noise_kind": "own" if task == "bikeshare" else "student",
+    "noise_level": level,
+    "method": method,
+    "adapter": method.split("_")[0],
+    "seed": seed,
+    "learning_rate": rate,
+    "rank": 8,
+    "atoms": 16,
+    "top_k": 0,
+    "trainable_params": METHODS[method][1],
+    "steps": steps,
+    "train_loss": mse + level**2,
+    "validation_mse": mse * 1.02,
+    "base_mse": base_mse,
+    "test_mse": np.nan if task == "bikeshare" else mse,
+    "test_noisy_mse": mse + level**2,
+    "diverged": bool(np.isnan(mse)),
+    "seconds": 3.2,
     "router/effective_support": 6.1 if routed else np.nan,
-    "router/entropy": 1.8 if routed else np.nan, "router/max_share": 0.31 if routed else np.nan,
-    "bound/certified": 2.4 if routed else np.nan, "bound/measured": 0.7 if routed else np.nan,
+    "router/entropy": 1.8 if routed else np.nan,
+    "router/max_share": 0.31 if routed else np.nan,
+    "bound/certified": 2.4 if routed else np.nan,
+    "bound/measured": 0.7 if routed else np.nan,
     **_gains(routed, 0.03 * (seed % 7)),
-  }  # fmt: skip
+  }
 
 
 def _gains(routed, luck):
@@ -143,19 +178,30 @@ def _routing(rng, task, method):
       logits[block, (3 * number + block) % 16] += 3 if given else 0.5
     weights = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     rows += [
-      {"run_id": f"final-{task}", "task": task, "method": method, "target": target,
-       "with_instruction": given, "block": block, "atom": atom, "weight": weights[block, atom]}
+      {
+        "run_id": f"final-{task}",
+        "task": task,
+        "method": method,
+        "target": target,
+        "with_instruction": given,
+        "block": block,
+        "atom": atom,
+        "weight": weights[block, atom],
+      }
       for block, atom in itertools.product(range(8), range(16))
-    ]  # fmt: skip
+    ]
   return rows
 
 
 # A language study: exact match by the way an instruction is used, and its nats at the best rate.
 WAYS = {
-  ("lora", True, False): (0.66, 0.62), ("queryable_prior", True, False): (0.66, 0.61),
-  ("lora", False, False): (0.30, 1.60), ("queryable", False, False): (0.31, 1.55),
-  ("queryable_prior", False, False): (0.43, 1.20), ("queryable_prior", False, True): (0.30, 1.62),
-}  # fmt: skip
+  ("lora", True, False): (0.66, 0.62),
+  ("queryable_prior", True, False): (0.66, 0.61),
+  ("lora", False, False): (0.30, 1.60),
+  ("queryable", False, False): (0.31, 1.55),
+  ("queryable_prior", False, False): (0.43, 1.20),
+  ("queryable_prior", False, True): (0.30, 1.62),
+}
 ANSWERED = ("antonyms", "plural", "translation_en-fr")
 
 
@@ -173,12 +219,23 @@ def write_language_study(workdir, ways=None, seeds=3, by_task=True, rates=(3e-4,
     runs += [("final", 100 + s, rates[len(rates) // 2]) for s in range(seeds if in_prompt else 1)]
     for stage, seed, rate in runs:
       row = {
-        "run_id": f"{stage}-{method}-{in_prompt}-{shuffled}-{rate:g}-{seed}", "stage": stage,
-        "task": "word_tasks", "method": method, "adapter": method.split("_")[0], "seed": seed,
-        "learning_rate": rate, "rank": 8, "atoms": 16, "top_k": 0, "in_prompt": in_prompt,
-        "shuffled": shuffled, "trainable_params": 2_440_000, "steps": 60, "seconds": 3.0,
+        "run_id": f"{stage}-{method}-{in_prompt}-{shuffled}-{rate:g}-{seed}",
+        "stage": stage,
+        "task": "word_tasks",
+        "method": method,
+        "adapter": method.split("_")[0],
+        "seed": seed,
+        "learning_rate": rate,
+        "rank": 8,
+        "atoms": 16,
+        "top_k": 0,
+        "in_prompt": in_prompt,
+        "shuffled": shuffled,
+        "trainable_params": 2_440_000,
+        "steps": 60,
+        "seconds": 3.0,
         "validation_nats": nats * (1 + 0.3 * np.log10(rate / 1e-3) ** 2) + rng.normal(0, 0.01),
-      }  # fmt: skip
+      }
       if method != "lora":
         row |= {"router/effective_support": 9.0, "router/entropy": 2.2, "router/max_share": 0.2}
         row["router/effective_support"] += rng.normal()
@@ -190,27 +247,42 @@ def write_language_study(workdir, ways=None, seeds=3, by_task=True, rates=(3e-4,
           for step in steps
         ]
         samples += [
-          {"run_id": row["run_id"], "task": task, "instruction": f"Do {task}", "prompt": "<b>old",
-           "expected": "new", "before": None if task == "plural" else "no idea", "after": "new"}
+          {
+            "run_id": row["run_id"],
+            "task": task,
+            "instruction": f"Do {task}",
+            "prompt": "<b>old",
+            "expected": "new",
+            "before": None if task == "plural" else "no idea",
+            "after": "new",
+          }
           for task in ANSWERED
-        ]  # fmt: skip
+        ]
       results.append(row)
   workdir.mkdir(parents=True, exist_ok=True)
   results = pd.DataFrame(results)
   for name, table in (
-    ("results", results), ("curves", pd.DataFrame(curves)), ("samples", pd.DataFrame(samples)),
-  ):  # fmt: skip
+    ("results", results),
+    ("curves", pd.DataFrame(curves)),
+    ("samples", pd.DataFrame(samples)),
+  ):
     table.to_parquet(workdir / f"{name}.parquet")
   info = {
-    "title": "Queryable LoRA on tiny, word_tasks", "commit": "0123abc", "date": "2026-01-02",
+    "title": "Queryable LoRA on tiny, word_tasks",
+    "commit": "0123abc",
+    "date": "2026-01-02",
     "command": "python launch.py --config=configs/llm.py:pair --workdir=runs/llm-pair --sweep",
-    "devices": "cpu", "versions": {"jax": "0.10.2"}, "wall_seconds": 812.4,
+    "devices": "cpu",
+    "versions": {"jax": "0.10.2"},
+    "wall_seconds": 812.4,
     "config": {
-      "kind": "language", "model": {"weights": "tiny", "dtype": "float32"},
+      "kind": "language",
+      "model": {"weights": "tiny", "dtype": "float32"},
       "data": {"name": "word_tasks", "tasks": list(ANSWERED), "length": 128, "train_rows": None},
-      "optimizer": {"batch_size": 4}, "eval": {"examples": 30, "max_tokens": 12},
+      "optimizer": {"batch_size": 4},
+      "eval": {"examples": 30, "max_tokens": 12},
     },
-  }  # fmt: skip
+  }
   (workdir / "study.json").write_text(json.dumps(info))
   return results
 

@@ -25,8 +25,10 @@ def test_all_but_named_levels_have_the_budgets_size_and_more_than_one_atom():
 
 
 def test_references_are_levels_of_the_same_rank_or_depth():
-  found = {(task, label): (adapter, budget) for task, label, adapter, _, budget
-           in study_of.settings_of(config)}  # fmt: skip
+  found = {
+    (task, label): (adapter, budget)
+    for task, label, adapter, _, budget in study_of.settings_of(config)
+  }
   for task, label in found:
     against = analysis.reference(task, label)
     assert (task, against) in found
@@ -41,21 +43,38 @@ def made_up(levels):
   for task, method, error in levels:
     for stage, seeds in (("search", (0,)), ("final", range(100, 110))):
       for seed in seeds:
-        found.append({
-          "run_id": f"{len(found)}", "stage": stage, "task": task, "seed": seed, "method": method,
-          "learning_rate": 0.01, "rank": 7, "atoms": 9, "diverged": False,
-          "trainable_params": 16_384 if method.startswith("layers") else 8192,
-          "router/effective_support": 2.0, "test_mse": error * (1 + 0.01 * rng.normal()),
-        })  # fmt: skip
+        found.append(
+          {
+            "run_id": f"{len(found)}",
+            "stage": stage,
+            "task": task,
+            "seed": seed,
+            "method": method,
+            "learning_rate": 0.01,
+            "rank": 7,
+            "atoms": 9,
+            "diverged": False,
+            "trainable_params": 16_384 if method.startswith("layers") else 8192,
+            "router/effective_support": 2.0,
+            "test_mse": error * (1 + 0.01 * rng.normal()),
+          }
+        )
   return pd.DataFrame(found)
 
 
 def test_a_level_is_compared_with_its_reference():
-  levels = analysis.levels(made_up([
-    ("regimes", "default", 0.2), ("regimes", "summary=none", 0.1),
-    ("regimes", "layers a block=1 of 8", 0.4), ("regimes", "layers a block=2 of 8", 0.5),
-    ("multi_target", "default", 0.3), ("multi_target", "summary=none", 0.3),
-  ]))  # fmt: skip
+  levels = analysis.levels(
+    made_up(
+      [
+        ("regimes", "default", 0.2),
+        ("regimes", "summary=none", 0.1),
+        ("regimes", "layers a block=1 of 8", 0.4),
+        ("regimes", "layers a block=2 of 8", 0.5),
+        ("multi_target", "default", 0.3),
+        ("multi_target", "summary=none", 0.3),
+      ]
+    )
+  )
   found = levels.set_index(["task", "factor", "level"])
   assert found.loc[("regimes", "summary", "none"), "percent"] == pytest.approx(-50, abs=2)
   assert found.loc[("regimes", "layers a block", "2 of 8"), "percent"] == pytest.approx(25, abs=2)

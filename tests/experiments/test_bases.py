@@ -70,12 +70,22 @@ def made_up(errors):
     for stage, seeds in (("search", (0,)), ("final", range(100, 110))):
       for place, seed in enumerate(seeds):
         value = error * scale[place] * (1 + 0.001 * rng.normal())
-        found.append({
-          "stage": stage, "task": task, "seed": seed, "method": config.label(method, base),
-          "learning_rate": 0.01 * base, "rank": 7, "atoms": 9, "trainable_params": 8192,
-          "diverged": False, "router/effective_support": 2.0,
-          "test_mse": value if clean else np.nan, "test_noisy_mse": value,
-        })  # fmt: skip
+        found.append(
+          {
+            "stage": stage,
+            "task": task,
+            "seed": seed,
+            "method": config.label(method, base),
+            "learning_rate": 0.01 * base,
+            "rank": 7,
+            "atoms": 9,
+            "trainable_params": 8192,
+            "diverged": False,
+            "router/effective_support": 2.0,
+            "test_mse": value if clean else np.nan,
+            "test_noisy_mse": value,
+          }
+        )
   return pd.DataFrame(found)
 
 

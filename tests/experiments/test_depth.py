@@ -46,8 +46,9 @@ def test_blocks_that_share_atoms_stand_out_from_renamed_atoms_and_others_do_not(
 def test_parts_are_compared_within_a_block():
   weights = simplex(3, 2, 6)
   pairs = [(0, 1), (0, 2), (1, 2)]
-  by_hand = [quantities.js_similarity(weights[a, b], weights[c, b])
-             for a, c in pairs for b in range(2)]  # fmt: skip
+  by_hand = [
+    quantities.js_similarity(weights[a, b], weights[c, b]) for a, c in pairs for b in range(2)
+  ]
   assert quantities.across_parts(weights, quantities.js_similarity) == pytest.approx(
     np.mean(by_hand)
   )

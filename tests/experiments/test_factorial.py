@@ -45,13 +45,23 @@ def rows(error, diverged=()):
       for place, seed in enumerate(seeds):
         unseen = error(instruction, routing, "shuffled" if trained == "shuffled" else "unseen")
         known = unseen if trained != "true" else error(instruction, routing, "true")
-        found.append({
-          "run_id": f"{len(found)}", "stage": stage, "task": "multi_target", "seed": seed,
-          "method": f"{instruction}/{routing}/{trained}", "learning_rate": 0.01, "rank": 6,
-          "atoms": 18, "trainable_params": 8192, "diverged": False,
-          "router/effective_support": 2.0, "test_mse": unseen * noise[place],
-          "test_known_mse": known * noise[place],
-        })  # fmt: skip
+        found.append(
+          {
+            "run_id": f"{len(found)}",
+            "stage": stage,
+            "task": "multi_target",
+            "seed": seed,
+            "method": f"{instruction}/{routing}/{trained}",
+            "learning_rate": 0.01,
+            "rank": 6,
+            "atoms": 18,
+            "trainable_params": 8192,
+            "diverged": False,
+            "router/effective_support": 2.0,
+            "test_mse": unseen * noise[place],
+            "test_known_mse": known * noise[place],
+          }
+        )
   return pd.DataFrame(found)
 
 

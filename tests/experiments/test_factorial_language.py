@@ -45,12 +45,22 @@ def rows(nats):
     for stage, seeds in (("search", (0,)), ("final", SEEDS)):
       for place, seed in enumerate(seeds):
         value = nats(instruction, routing, truth) * noise[place]
-        found.append({
-          "stage": stage, "task": "instruction_induction", "seed": seed, "learning_rate": 0.003,
-          "method": f"{instruction}/{routing}/{truth}", "rank": 8, "atoms": 16,
-          "trainable_params": 2_444_768, "router/effective_support": 2.0, "test_nats": value,
-          "test_seen_nats": value, "test_accuracy": 0.5,
-        })  # fmt: skip
+        found.append(
+          {
+            "stage": stage,
+            "task": "instruction_induction",
+            "seed": seed,
+            "learning_rate": 0.003,
+            "method": f"{instruction}/{routing}/{truth}",
+            "rank": 8,
+            "atoms": 16,
+            "trainable_params": 2_444_768,
+            "router/effective_support": 2.0,
+            "test_nats": value,
+            "test_seen_nats": value,
+            "test_accuracy": 0.5,
+          }
+        )
   return pd.DataFrame(found)
 
 

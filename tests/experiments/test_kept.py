@@ -14,15 +14,19 @@ def part(folder, methods, commit="aaa", steps=40, stage="final"):
   folder.mkdir()
   rows = [
     {"stage": stage, "task": "regimes", "method": method, "seed": seed, "test_mse": 0.5}
-    for method in methods for seed in (100, 101)
-  ]  # fmt: skip
+    for method in methods
+    for seed in (100, 101)
+  ]
   pd.DataFrame(rows).to_parquet(folder / "results.parquet")
   pd.DataFrame({"run_id": methods, "step": 1}).to_parquet(folder / "curves.parquet")
   study = {
-    "command": f"python launch.py --workdir={folder}/work --sweep", "commit": commit,
-    "date": "2026-01-01", "devices": "cpu", "wall_seconds": 5.0,
+    "command": f"python launch.py --workdir={folder}/work --sweep",
+    "commit": commit,
+    "date": "2026-01-01",
+    "devices": "cpu",
+    "wall_seconds": 5.0,
     "config": {"data": {"data_dir": str(folder), "manual_folder": str(folder)}, "steps": steps},
-  }  # fmt: skip
+  }
   (folder / "study.json").write_text(json.dumps(study))
   return folder
 

@@ -33,25 +33,36 @@ def made_up(errors):
   for (task, *setting), error in errors.items():
     for stage, seeds in (("search", (0,)), ("final", range(100, 110))):
       for place, seed in enumerate(seeds):
-        found.append({
-          "stage": stage, "task": task, "seed": seed, "method": config.label(*setting),
-          "learning_rate": 0.01, "rank": 7, "atoms": 9, "trainable_params": 8192,
-          "diverged": False, "router/effective_support": 2.0,
-          "test_mse": error * scale[place] * (1 + 0.001 * rng.normal()),
-        })  # fmt: skip
+        found.append(
+          {
+            "stage": stage,
+            "task": task,
+            "seed": seed,
+            "method": config.label(*setting),
+            "learning_rate": 0.01,
+            "rank": 7,
+            "atoms": 9,
+            "trainable_params": 8192,
+            "diverged": False,
+            "router/effective_support": 2.0,
+            "test_mse": error * scale[place] * (1 + 0.001 * rng.normal()),
+          }
+        )
   return pd.DataFrame(found)
 
 
 def test_a_setting_is_compared_with_lora_in_the_same_noise():
-  rows = made_up({
-    ("friedman1", "lora", "gaussian", 0.5, 256): 1.0,
-    ("friedman1", "queryable", "gaussian", 0.5, 256): 1.1,
-    ("regimes", "lora", "gaussian", 0.5, 256): 0.2,
-    ("regimes", "queryable", "gaussian", 0.5, 256): 0.1,
-    ("regimes", "lora", "outliers", 1.0, 8192): 0.4,
-    ("regimes", "queryable", "outliers", 1.0, 8192): 0.4,
-    ("regimes", "queryable", "student_t", 1.0, 8192): 0.4,  # whose LoRA is not trained yet
-  })  # fmt: skip
+  rows = made_up(
+    {
+      ("friedman1", "lora", "gaussian", 0.5, 256): 1.0,
+      ("friedman1", "queryable", "gaussian", 0.5, 256): 1.1,
+      ("regimes", "lora", "gaussian", 0.5, 256): 0.2,
+      ("regimes", "queryable", "gaussian", 0.5, 256): 0.1,
+      ("regimes", "lora", "outliers", 1.0, 8192): 0.4,
+      ("regimes", "queryable", "outliers", 1.0, 8192): 0.4,
+      ("regimes", "queryable", "student_t", 1.0, 8192): 0.4,  # whose LoRA is not trained yet
+    }
+  )
   found = analysis.differences(rows)
   assert list(found["task"]) == ["regimes", "regimes", "friedman1"]
   assert found["percent"].to_numpy() == pytest.approx([-50, 0, 10], abs=0.2)

@@ -176,8 +176,12 @@ def test_a_page_of_the_language_studies_quotes_the_swap_test():
   run = runs[(runs["method"] == "queryable_prior") & runs["in_prompt"] & (runs["seed"] == 100)]
   assert run["validation_nats"].item() == pytest.approx(rows["nats"], abs=5e-5)
   assert run["router/effective_support"].item() == pytest.approx(rows["support_end"], abs=5e-3)
-  pages = ("README.md", "docs/results.md", "docs/language_results.md",
-           "experiments/factorial/README.md")  # fmt: skip
+  pages = (
+    "README.md",
+    "docs/results.md",
+    "docs/language_results.md",
+    "experiments/factorial/README.md",
+  )
   for page in pages:
     text = (ROOT / page).read_text()
     for name in ("nats", "nats_uniform", "nats_permuted"):

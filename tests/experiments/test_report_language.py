@@ -57,9 +57,13 @@ def test_the_deciding_pair_is_compared_in_points_seed_by_seed(built, summary):
 
 def test_a_method_is_named_by_how_the_instruction_reached_it(summary):
   assert set(summary["label"]) == {
-    "LoRA", "LoRA + prompt", "Queryable", "Queryable + prior", "Queryable + prior + prompt",
+    "LoRA",
+    "LoRA + prompt",
+    "Queryable",
+    "Queryable + prior",
+    "Queryable + prior + prompt",
     "Queryable + prior (shuffled)",
-  }  # fmt: skip
+  }
   looks = [style.method(key) for key in summary["method"].unique()]
   assert all(look.description for look in looks)
   drawn = {(look.color, str(look.line), str(look.marker)) for look in looks}
@@ -68,8 +72,11 @@ def test_a_method_is_named_by_how_the_instruction_reached_it(summary):
 
 def test_what_has_no_prompt_is_also_compared_with_lora_without_it(summary):
   assert set(summary.query("baseline == 'lora'")["method"]) == {
-    "lora", "queryable", "queryable_prior", "queryable_prior+shuffled",
-  }  # fmt: skip
+    "lora",
+    "queryable",
+    "queryable_prior",
+    "queryable_prior+shuffled",
+  }
 
 
 def test_the_rate_and_the_basin_come_from_the_likelihood_of_the_search(built, summary):

@@ -220,9 +220,12 @@ def test_log_axes_get_a_few_round_labels_apart(low, high):
 
 def test_intervals_of_two_seeds_that_reach_below_zero_are_drawn(tmp_path, make_study):
   results = make_study(
-    tmp_path, tasks=("regimes",), methods=("lora", "queryable", "lora_xs"), seeds=2,
+    tmp_path,
+    tasks=("regimes",),
+    methods=("lora", "queryable", "lora_xs"),
+    seeds=2,
     levels=(0.1, 1.0),
-  )  # fmt: skip
+  )
   final = results["stage"] == "final"
   results.loc[final & (results["seed"] % 2 == 0), "test_mse"] *= 2
   results.to_parquet(tmp_path / "results.parquet")

@@ -16,10 +16,16 @@ WHERE = "made friedman1 queryable"
 def rows(**gains):
   """Final runs of ten seeds; `gains` has the mean of each column, without its prefix."""
   noise = np.random.default_rng(0).normal(size=10)
-  table = pd.DataFrame({
-    "stage": "final", "task": "friedman1", "noise_kind": "gaussian", "noise_level": 0.5,
-    "method": "queryable", "seed": range(100, 110),
-  })  # fmt: skip
+  table = pd.DataFrame(
+    {
+      "stage": "final",
+      "task": "friedman1",
+      "noise_kind": "gaussian",
+      "noise_level": 0.5,
+      "method": "queryable",
+      "seed": range(100, 110),
+    }
+  )
   for name, mean in gains.items():
     table[f"routing/{name}"] = mean + 0.01 * noise
   return table

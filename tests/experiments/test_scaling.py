@@ -12,9 +12,17 @@ from qlora_jax.planning import compile as compile_lib
 from qlora_jax.planning import estimate, hlo, search
 
 TINY = decoder.DecoderConfig(
-  vocabulary=256, width=64, hidden=128, layers=8, heads=16, groups=16, head_dim=8,
-  base_dtype="bfloat16", dtype="bfloat16", remat="full",
-)  # fmt: skip
+  vocabulary=256,
+  width=64,
+  hidden=128,
+  layers=8,
+  heads=16,
+  groups=16,
+  head_dim=8,
+  base_dtype="bfloat16",
+  dtype="bfloat16",
+  remat="full",
+)
 
 
 @pytest.fixture
@@ -45,14 +53,20 @@ def test_a_study_goes_on_where_it_stopped_and_draws(tiny, monkeypatch, tmp_path,
   def run(job, topology, hlo=""):
     asked.append(job)
     collective = {
-      "kind": "all-reduce", "bytes": 1000 * len(asked), "group": 4, "times": 8, "across": False,
+      "kind": "all-reduce",
+      "bytes": 1000 * len(asked),
+      "group": 4,
+      "times": 8,
+      "across": False,
       "source": "blocks/layer_0/o/branch/dot",
-    }  # fmt: skip
+    }
     return {
-      "fits": True, "compile_seconds": 1.0, "memory": {"base": 10**9 + len(asked)},
+      "fits": True,
+      "compile_seconds": 1.0,
+      "memory": {"base": 10**9 + len(asked)},
       "peak": 10**9,
       "collectives": [collective],
-    }  # fmt: skip
+    }
 
   monkeypatch.setattr(compile_lib, "run", run)
   small = [dataclasses.replace(points.TARGET, atoms=atoms) for atoms in (16, 64)]
@@ -72,9 +86,11 @@ def test_a_study_goes_on_where_it_stopped_and_draws(tiny, monkeypatch, tmp_path,
 
 def test_a_collective_of_the_router_in_the_loop_is_told():
   own = {"kind": "all-reduce", "bytes": 8, "group": 4, "across": False}
-  found = estimate.of_routing([
-    hlo.Collective(**own, times=8, source="while/body/blocks/router/dot"),
-    hlo.Collective(**own, times=8, source="while/body/blocks/layer_0/q/dot"),
-    hlo.Collective(**own, times=1, source="blocks/router/dot"),
-  ])  # fmt: skip
+  found = estimate.of_routing(
+    [
+      hlo.Collective(**own, times=8, source="while/body/blocks/router/dot"),
+      hlo.Collective(**own, times=8, source="while/body/blocks/layer_0/q/dot"),
+      hlo.Collective(**own, times=1, source="blocks/router/dot"),
+    ]
+  )
   assert [each.source for each in found] == ["while/body/blocks/router/dot"]

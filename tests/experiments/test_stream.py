@@ -41,10 +41,20 @@ def test_a_seed_meets_every_part_once_in_an_order_of_its_own(task):
 
 def test_matrices_come_back_as_they_were_written():
   rows = [
-    {"task": "t", "arm": "LoRA", "seed": seed, "after": i, "place": j, "part": f"p{j}",
-     "mse": ERRORS[i, j] + seed, "base_mse": BASE[j]}
-    for seed in (7, 3) for i in range(3) for j in range(3)
-  ]  # fmt: skip
+    {
+      "task": "t",
+      "arm": "LoRA",
+      "seed": seed,
+      "after": i,
+      "place": j,
+      "part": f"p{j}",
+      "mse": ERRORS[i, j] + seed,
+      "base_mse": BASE[j],
+    }
+    for seed in (7, 3)
+    for i in range(3)
+    for j in range(3)
+  ]
   found, base = tables.matrices(pd.DataFrame(rows), "t", "LoRA")
   np.testing.assert_allclose(found, [ERRORS + 3, ERRORS + 7])
   np.testing.assert_allclose(base, [BASE, BASE])

@@ -23,8 +23,9 @@ def test_a_unit_is_made_once_and_the_limit_leaves_the_rest(tmp_path, capsys):
   assert first.once("c", unit("c")) == {}
   again = units.Bench(config, tmp_path, 3)
   assert [again.once(name, unit(name)) for name in ("a → b", "c")] == [
-    {"value": ["a"]}, {"value": ["c"]},
-  ]  # fmt: skip
+    {"value": ["a"]},
+    {"value": ["c"]},
+  ]
   assert made == ["a", "c"] and "2/3 c:" in capsys.readouterr().err
 
 

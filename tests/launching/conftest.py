@@ -12,9 +12,12 @@ SCRIPT = pathlib.Path(__file__).parent / "slurm.sh"
 
 def script(*arguments):
   done = subprocess.run(
-    ["sh", str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, check=False,
+    ["sh", str(SCRIPT), *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    check=False,
     env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHON": sys.executable},
-  )  # fmt: skip
+  )
   if done.returncode == 3:
     pytest.skip(f"no Slurm on this machine: {done.stderr.strip()}")
   assert done.returncode == 0, done.stderr

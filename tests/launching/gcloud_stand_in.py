@@ -35,18 +35,24 @@ def ssh(node, command):
   port = free_port()
   workers = [
     subprocess.Popen(
-      ["bash", "-c", command], cwd=home,
+      ["bash", "-c", command],
+      cwd=home,
       env={
         # Fonts and the like are looked up once, not by every new worker.
-        "XDG_CACHE_HOME": str(pathlib.Path.home() / ".cache"), "HOME": str(home),
-        "PATH": os.environ["PATH"], "STAND_IN": str(ROOT),
-        "STAND_IN_WORKERS": str(COUNT), "QLORA_JAX_COORDINATOR": f"127.0.0.1:{port}",
-        "QLORA_JAX_PROCESSES": str(COUNT), "QLORA_JAX_PROCESS": str(index),
+        "XDG_CACHE_HOME": str(pathlib.Path.home() / ".cache"),
+        "HOME": str(home),
+        "PATH": os.environ["PATH"],
+        "STAND_IN": str(ROOT),
+        "STAND_IN_WORKERS": str(COUNT),
+        "QLORA_JAX_COORDINATOR": f"127.0.0.1:{port}",
+        "QLORA_JAX_PROCESSES": str(COUNT),
+        "QLORA_JAX_PROCESS": str(index),
       },
-      stdout=(home / "stdout").open("a"), stderr=(home / "stderr").open("a"),
+      stdout=(home / "stdout").open("a"),
+      stderr=(home / "stderr").open("a"),
     )
     for index, home in enumerate(homes(node))
-  ]  # fmt: skip
+  ]
   codes = [worker.wait() for worker in workers]
   for home in homes(node):
     sys.stderr.write((home / "stderr").read_text()[-2000:])

@@ -15,9 +15,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
   ("text", "count"),
-  [("60", 60), ("90:30", 91), ("12:00:00", 720), ("1-0", 1440), ("1-2:30", 1590),
-   ("2-00:00:01", 2881)],
-)  # fmt: skip
+  [
+    ("60", 60),
+    ("90:30", 91),
+    ("12:00:00", 720),
+    ("1-0", 1440),
+    ("1-2:30", 1590),
+    ("2-00:00:01", 2881),
+  ],
+)
 def test_a_time_is_read_as_sbatch_reads_it(text, count):
   assert options.minutes(text) == count
 
@@ -56,18 +62,39 @@ def test_a_run_does_not_see_where_it_runs(module):
 
 def test_a_script_asks_for_what_the_config_says(tmp_path):
   own = options.default().slurm
-  own.update({
-    "time": "2:00:00", "nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "cpus_per_task": 8,
-    "memory_gb": 1.5, "partition": "gpu", "account": "lab", "setup": ("module load cuda",),
-    "sbatch": ("--reservation=night", "--exclusive"), "signal_seconds": 30,
-  })  # fmt: skip
+  own.update(
+    {
+      "time": "2:00:00",
+      "nodes": 2,
+      "tasks_per_node": 4,
+      "gpus_per_node": 4,
+      "cpus_per_task": 8,
+      "memory_gb": 1.5,
+      "partition": "gpu",
+      "account": "lab",
+      "setup": ("module load cuda",),
+      "sbatch": ("--reservation=night", "--exclusive"),
+      "signal_seconds": 30,
+    }
+  )
   text = slurm.script(slurm.make_executor(tmp_path, own, "my run", 3), 5)
   asked = {line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line}
   assert {
-    "--array=0-4%3", "--time=120", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4",
-    "--cpus-per-task=8", "--mem=1536M", "--partition=gpu", "--account=lab", "--requeue",
-    "--reservation=night", "--exclusive", "--signal=USR2@30", "--job-name=my_run",
-  } <= asked  # fmt: skip
+    "--array=0-4%3",
+    "--time=120",
+    "--nodes=2",
+    "--ntasks-per-node=4",
+    "--gpus-per-node=4",
+    "--cpus-per-task=8",
+    "--mem=1536M",
+    "--partition=gpu",
+    "--account=lab",
+    "--requeue",
+    "--reservation=night",
+    "--exclusive",
+    "--signal=USR2@30",
+    "--job-name=my_run",
+  } <= asked
   lines = text.splitlines()
   assert lines.index("module load cuda") < next(i for i, e in enumerate(lines) if "srun" in e)
   assert any(line.startswith("srun ") and "--cpus-per-task=8" in line for line in lines)
@@ -91,10 +118,19 @@ def test_a_regression_of_several_processes_is_refused():
 
 def test_the_command_without_slurm_ends_with_code_2_and_writes_nothing(tmp_path):
   done = subprocess.run(
-    [sys.executable, "launch.py", "--config=configs/regression.py:runlocal", "--cluster=slurm",
-     f"--workdir={tmp_path}/run"],
-    cwd=ROOT, capture_output=True, text=True, check=False, env={"PATH": str(tmp_path)},
-  )  # fmt: skip
+    [
+      sys.executable,
+      "launch.py",
+      "--config=configs/regression.py:runlocal",
+      "--cluster=slurm",
+      f"--workdir={tmp_path}/run",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+    env={"PATH": str(tmp_path)},
+  )
   assert done.returncode == 2
   assert done.stderr.startswith("error: --cluster=slurm: sbatch is not on the path")
   assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())

@@ -32,9 +32,14 @@ def regression_config(data):
 
 
 def launch(config, points, workdir, cluster, **more):
-  return slurm.launch(config, points, workdir, cluster.slurm, "test", **{
-    "max_parallel": None, "report": report.write_report, **more
-  })  # fmt: skip
+  return slurm.launch(
+    config,
+    points,
+    workdir,
+    cluster.slurm,
+    "test",
+    **{"max_parallel": None, "report": report.write_report, **more},
+  )
 
 
 def until(wanted, workdir, seconds=900):
@@ -169,8 +174,11 @@ def test_two_tasks_of_a_job_find_each_other_and_train_one_model(slurm, tmp_path,
   until(lambda _: all("completed successfully" in log.read_text() for log in logs), workdir)
   done = subprocess.run(
     [sys.executable, "launch.py", "--status", f"--workdir={workdir}"],
-    cwd=ROOT, capture_output=True, text=True, check=True,
-  )  # fmt: skip
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   assert "word_tasks/lora" in done.stdout
   assert "1 arms: 0 pending, 0 running, 1 done, 0 failed" in done.stdout
 

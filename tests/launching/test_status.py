@@ -208,7 +208,8 @@ def test_a_full_disk_ends_a_job_with_its_line(tmp_path, monkeypatch, capsys):
 def test_settings_are_named_by_what_differs_between_them():
   points = [
     {"data.task": "sines", "adapter.name": name, "optimizer.learning_rate": rate}
-    for name in ("lora", "none") for rate in (1e-3, 1e-2)
-  ]  # fmt: skip
+    for name in ("lora", "none")
+    for rate in (1e-3, 1e-2)
+  ]
   assert records.names(points) == ["adapter.name=lora", "adapter.name=none"]
   assert records.names([{"optimizer.learning_rate": 1e-3}]) == ["the config's own"]

@@ -21,8 +21,9 @@ def group(**fields):
 
 def printed(capsys, arguments=("--config=configs/llm.py:demo",), **fields):
   tpu.launch(list(arguments), "runs/one", group(**fields), True)
-  return [shlex.split(line) for line in capsys.readouterr().out.splitlines()
-          if line and line[0] != "#"]  # fmt: skip
+  return [
+    shlex.split(line) for line in capsys.readouterr().out.splitlines() if line and line[0] != "#"
+  ]
 
 
 @pytest.fixture
@@ -46,14 +47,25 @@ def test_a_tpu_vm_is_created_sent_to_installed_and_run(capsys):
   base = ["gcloud", "compute", "tpus", "tpu-vm"]
   assert described[:6] == [*base, "describe", "qlora-jax"]
   assert created == [
-    *base, "create", "qlora-jax", "--accelerator-type=v5litepod-8",
-    "--version=v2-alpha-tpuv5-lite", *where, "--spot",
-  ]  # fmt: skip
+    *base,
+    "create",
+    "qlora-jax",
+    "--accelerator-type=v5litepod-8",
+    "--version=v2-alpha-tpuv5-lite",
+    *where,
+    "--spot",
+  ]
   verbs = [line[4] for line in lines[1:] if line[:4] == base]
   assert verbs == ["scp", "ssh", "ssh", "scp"]
   install, run = (line[7].removeprefix("--command=") for line in lines if line[4:5] == ["ssh"])
-  assert lines[2] == [*base, "scp", "/tmp/qlora_jax.tar.gz", "qlora-jax:qlora_jax.tar.gz",
-                      "--worker=all", *where]  # fmt: skip
+  assert lines[2] == [
+    *base,
+    "scp",
+    "/tmp/qlora_jax.tar.gz",
+    "qlora-jax:qlora_jax.tar.gz",
+    "--worker=all",
+    *where,
+  ]
   assert "jax[tpu]==" in install and "--require-hashes -r requirements-data.txt" in install
   assert run == (
     "cd qlora_jax && PYTHONPATH=. .venv/bin/python launch.py"
@@ -78,16 +90,28 @@ def test_slices_are_one_queued_request_and_run_side_by_side(capsys):
 def test_a_gke_workload_carries_the_command(capsys):
   (line,) = printed(capsys, way="xpk", cluster="gke", topology="v5p-128", slices=2, image="i:1")
   assert line[:3] == ["xpk", "workload", "create"]
-  assert {"--cluster=gke", "--tpu-type=v5p-128", "--num-slices=2", "--docker-image=i:1",
-          "--env=QLORA_JAX_DISTRIBUTED=1"} <= set(line)  # fmt: skip
+  assert {
+    "--cluster=gke",
+    "--tpu-type=v5p-128",
+    "--num-slices=2",
+    "--docker-image=i:1",
+    "--env=QLORA_JAX_DISTRIBUTED=1",
+  } <= set(line)
   assert line[-1].endswith("python launch.py --config=configs/llm.py:demo --workdir=runs/one")
 
 
 @pytest.mark.parametrize(
   ("accelerator", "count"),
-  [("v4-8", 1), ("v4-32", 4), ("v5p-128", 16), ("v5litepod-8", 1), ("v5litepod-16", 4),
-   ("v6e-4", 1), ("v6e-256", 64)],
-)  # fmt: skip
+  [
+    ("v4-8", 1),
+    ("v4-32", 4),
+    ("v5p-128", 16),
+    ("v5litepod-8", 1),
+    ("v5litepod-16", 4),
+    ("v6e-4", 1),
+    ("v6e-256", 64),
+  ],
+)
 def test_an_accelerators_name_tells_its_workers(accelerator, count):
   assert tpu.hosts(accelerator) == count
 
@@ -118,25 +142,52 @@ def test_a_missing_program_is_named_before_anything_runs(way, program, tmp_path,
 
 def test_workers_get_what_does_not_say_where_to_run():
   given = [
-    "--config=a.py:b", "--config.adapter.rank=4", "--cluster=tpu", "--workdir", "runs/one",
-    "--config.cluster.tpu.zone=z", "--sweep", "--dry_run", "--config.mesh.fsdp", "8",
-  ]  # fmt: skip
+    "--config=a.py:b",
+    "--config.adapter.rank=4",
+    "--cluster=tpu",
+    "--workdir",
+    "runs/one",
+    "--config.cluster.tpu.zone=z",
+    "--sweep",
+    "--dry_run",
+    "--config.mesh.fsdp",
+    "8",
+  ]
   assert tpu.arguments_of_workers(given) == [
-    "--config=a.py:b", "--config.adapter.rank=4", "--sweep", "--config.mesh.fsdp=8",
-  ]  # fmt: skip
+    "--config=a.py:b",
+    "--config.adapter.rank=4",
+    "--sweep",
+    "--config.mesh.fsdp=8",
+  ]
 
 
 def test_two_workers_train_one_model_into_the_bucket(stand_in, tiny_llama, tmp_path):
   arguments = [
-    "--config=configs/llm.py", f"--config.model.weights={tiny_llama}",
-    "--config.model.layers_per_block=1", "--config.adapter.name=lora", "--config.adapter.rank=4",
-    "--config.optimizer.steps=4", "--config.optimizer.batch_size=4",
-    "--config.data.tasks=('plural',)", "--config.data.train_rows=12", "--config.data.length=64",
-    "--config.eval.every=2", "--config.eval.validation=4", "--config.eval.examples=1",
-    "--config.eval.max_tokens=1", "--config.eval.batch_size=1", "--config.mesh.fsdp=2",
-  ]  # fmt: skip
-  asked = group(accelerator="v5p-16", bucket="results", setup=(), packages=(),
-                python=sys.executable, delete=True)  # fmt: skip
+    "--config=configs/llm.py",
+    f"--config.model.weights={tiny_llama}",
+    "--config.model.layers_per_block=1",
+    "--config.adapter.name=lora",
+    "--config.adapter.rank=4",
+    "--config.optimizer.steps=4",
+    "--config.optimizer.batch_size=4",
+    "--config.data.tasks=('plural',)",
+    "--config.data.train_rows=12",
+    "--config.data.length=64",
+    "--config.eval.every=2",
+    "--config.eval.validation=4",
+    "--config.eval.examples=1",
+    "--config.eval.max_tokens=1",
+    "--config.eval.batch_size=1",
+    "--config.mesh.fsdp=2",
+  ]
+  asked = group(
+    accelerator="v5p-16",
+    bucket="results",
+    setup=(),
+    packages=(),
+    python=sys.executable,
+    delete=True,
+  )
   tpu.launch(arguments, "runs/one", asked, False)
   workdir = stand_in / "buckets/results/runs/one"
   assert (workdir / "adapter").is_dir()

@@ -13,9 +13,17 @@ from qlora_jax.adapters import sizing
 from qlora_jax.models import attention, decoder, generation
 
 CONFIG = decoder.DecoderConfig(
-  vocabulary=61, width=16, hidden=24, layers=4, heads=4, groups=2, head_dim=8, layers_per_block=2,
-  qk_norm=True, layer_windows=(0, 5, 0, 5),
-)  # fmt: skip
+  vocabulary=61,
+  width=16,
+  hidden=24,
+  layers=4,
+  heads=4,
+  groups=2,
+  head_dim=8,
+  layers_per_block=2,
+  qk_norm=True,
+  layer_windows=(0, 5, 0, 5),
+)
 E = 6
 ADAPTERS = {
   "lora": {"method": "lora"},
@@ -28,10 +36,12 @@ ADAPTERS = {
   "queryable, recurrent": {"summary": "recurrent"},
   "queryable, an operator a map": {"operator": "map"},
   "queryable, instruction": {
-    "instruction_dim": E, "instruction_in_query": True, "prior_weight": 1.0,
+    "instruction_dim": E,
+    "instruction_in_query": True,
+    "prior_weight": 1.0,
     "instruction_in_input": True,
   },
-}  # fmt: skip
+}
 TOKENS = np.random.default_rng(0).integers(1, 61, (2, 12)).astype(np.int32)
 
 
@@ -112,9 +122,14 @@ def test_cached_and_uncached_logits_agree(name):
   for first, length in ((0, 5), (5, 1), (6, 1), (7, 5)):
     positions = np.broadcast_to(np.arange(first, first + length, dtype=np.int32), (2, length))
     scores, output = model.apply(
-      variables, TOKENS[:, first : first + length], positions, None, instruction, cache,
+      variables,
+      TOKENS[:, first : first + length],
+      positions,
+      None,
+      instruction,
+      cache,
       method="score",
-    )  # fmt: skip
+    )
     cache = output.cache
     actual.append(scores)
   np.testing.assert_allclose(np.concatenate(actual, 1), expected, rtol=1e-4, atol=1e-4)

@@ -13,13 +13,22 @@ from qlora_jax.models import decoder, families, generation
 from qlora_jax.weights import hf_layout, sources
 
 SIZES = {
-  "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-  "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 256,
-}  # fmt: skip
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 4,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "vocab_size": 96,
+  "max_position_embeddings": 256,
+}
 LLAMA3 = {
-  "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-  "original_max_position_embeddings": 32, "rope_theta": 5e5,
-}  # fmt: skip
+  "rope_type": "llama3",
+  "factor": 8.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 32,
+  "rope_theta": 5e5,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 GEMMA = SIZES | {"head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 16}
 FAMILIES = {
@@ -27,22 +36,25 @@ FAMILIES = {
   "llama with biases": ("Llama", SIZES | {"attention_bias": True, "mlp_bias": True}),
   "llama 3.1": ("Llama", SIZES | {"rope_parameters": LLAMA3}),
   "llama 3.2, tied": (
-    "Llama", SIZES | {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 16},
+    "Llama",
+    SIZES | {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 16},
   ),
   "llama yarn": ("Llama", SIZES | {"rope_parameters": YARN | {"rope_theta": 1e4}}),
   "mistral": ("Mistral", SIZES | {"sliding_window": 12, "head_dim": 8}),
   "mistral without window": ("Mistral", SIZES | {"sliding_window": None}),
   "qwen2": ("Qwen2", SIZES),
   "qwen2 with windows": (
-    "Qwen2", SIZES | {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
+    "Qwen2",
+    SIZES | {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
   ),
   "qwen3": ("Qwen3", SIZES | {"head_dim": 16}),
   "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}),
   "gemma3": ("Gemma3", GEMMA | {"num_hidden_layers": 8}),
   "gpt2": (
-    "GPT2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256, "vocab_size": 96},
+    "GPT2",
+    {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256, "vocab_size": 96},
   ),
-}  # fmt: skip
+}
 PROMPTS = [[5, 17, 3, 60, 44, 8, 9], list(range(20, 60)), [1]]
 
 

@@ -53,15 +53,28 @@ def test_splash_equals_the_reference_in_values_and_gradients(windows, choice, ca
     lambda q, k, v: attention.attention(
       q, k, v, mask, scale=0.3, window=windows[choice], soft_cap=cap
     ),
-    query, key, value, weight,
-  )  # fmt: skip
+    query,
+    key,
+    value,
+    weight,
+  )
   actual = both(
     lambda q, k, v: fast_attention.splash(
-      q, k, v, mask.query_segments, scale=0.3, windows=windows, choice=jnp.int32(choice),
-      soft_cap=cap, interpret=True,
+      q,
+      k,
+      v,
+      mask.query_segments,
+      scale=0.3,
+      windows=windows,
+      choice=jnp.int32(choice),
+      soft_cap=cap,
+      interpret=True,
     ),
-    query, key, value, weight,
-  )  # fmt: skip
+    query,
+    key,
+    value,
+    weight,
+  )
   for a, b in zip(actual, expected, strict=True):
     np.testing.assert_allclose(a, b, **CLOSE)
 
@@ -71,14 +84,20 @@ def test_the_mask_that_cudnn_is_given_means_the_reference(window):
   query, key, value, mask, weight = inputs()
   expected = both(
     lambda q, k, v: attention.attention(q, k, v, mask, scale=0.3, window=window),
-    query, key, value, weight,
-  )  # fmt: skip
+    query,
+    key,
+    value,
+    weight,
+  )
   actual = both(
     lambda q, k, v: fast_attention.cudnn(
       q, k, v, mask, scale=0.3, window=jnp.int32(window), implementation="xla"
     ),
-    query, key, value, weight,
-  )  # fmt: skip
+    query,
+    key,
+    value,
+    weight,
+  )
   for a, b in zip(actual, expected, strict=True):
     np.testing.assert_allclose(a, b, **CLOSE)
 
@@ -101,9 +120,13 @@ def test_the_mask_that_cudnn_is_given_means_the_reference(window):
 )
 def test_the_platform_chooses_the_attention(platform, changed, found):
   asked = {
-    "kind": "auto", "cached": False, "dtype": jnp.bfloat16, "head_dim": 128, "length": 128,
+    "kind": "auto",
+    "cached": False,
+    "dtype": jnp.bfloat16,
+    "head_dim": 128,
+    "length": 128,
     "soft_cap": 0.0,
-  } | changed  # fmt: skip
+  } | changed
   assert fast_attention.choose(asked.pop("kind"), platform, **asked) == found
 
 

@@ -11,14 +11,20 @@ from qlora_jax.models import mlp
 
 SHAPE = mlp.MLPConfig(inputs=5, width=8, hidden=12, layers=4, layers_per_block=2)
 BASE = {
-  "input/kernel": (5, 8), "input/bias": (8,), "norm/scale": (8,),
-  "output/kernel": (8, 1), "output/bias": (1,),
-}  # fmt: skip
+  "input/kernel": (5, 8),
+  "input/bias": (8,),
+  "norm/scale": (8,),
+  "output/kernel": (8, 1),
+  "output/bias": (1,),
+}
 for slot in ("stack/blocks/layer_0", "stack/blocks/layer_1"):
   BASE |= {
-    f"{slot}/norm/scale": (2, 8), f"{slot}/up/kernel": (2, 8, 12), f"{slot}/up/bias": (2, 12),
-    f"{slot}/down/kernel": (2, 12, 8), f"{slot}/down/bias": (2, 8),
-  }  # fmt: skip
+    f"{slot}/norm/scale": (2, 8),
+    f"{slot}/up/kernel": (2, 8, 12),
+    f"{slot}/up/bias": (2, 12),
+    f"{slot}/down/kernel": (2, 12, 8),
+    f"{slot}/down/bias": (2, 8),
+  }
 
 
 def low_rank(rank):
@@ -31,11 +37,14 @@ def low_rank(rank):
 
 
 QUERYABLE = {
-  "stack/memory/atoms": (5, 3, 3), "stack/memory/atom_keys": (5, 6),
+  "stack/memory/atoms": (5, 3, 3),
+  "stack/memory/atom_keys": (5, 6),
   "stack/memory/atom_descriptors": (5, 4),
-  "stack/blocks/router/query_state": (2, 3, 6), "stack/blocks/router/query_summary": (2, 3, 6),
-  "stack/blocks/router/query_bias": (2, 6), "stack/blocks/router/pseudo_query": (2, 3),
-}  # fmt: skip
+  "stack/blocks/router/query_state": (2, 3, 6),
+  "stack/blocks/router/query_summary": (2, 3, 6),
+  "stack/blocks/router/query_bias": (2, 6),
+  "stack/blocks/router/pseudo_query": (2, 3),
+}
 
 
 def initialised(adapter):
@@ -99,10 +108,13 @@ def test_values_and_routing_have_the_documented_shapes(compiled, batch):
 @pytest.mark.parametrize(
   ("field", "value", "said"),
   [
-    ("inputs", 0, "not at least 1"), ("width", -1, "not at least 1"), ("hidden", 0, "at least 1"),
-    ("layers", 0, "at least 1"), ("layers_per_block", 3, "use one of 1, 2, 4"),
+    ("inputs", 0, "not at least 1"),
+    ("width", -1, "not at least 1"),
+    ("hidden", 0, "at least 1"),
+    ("layers", 0, "at least 1"),
+    ("layers_per_block", 3, "use one of 1, 2, 4"),
   ],
-)  # fmt: skip
+)
 def test_a_shape_that_cannot_be_is_refused_by_field(field, value, said):
   with pytest.raises(errors.UserError, match=said) as refused:
     mlp.MLPConfig(**{"layers": 4, "layers_per_block": 2} | {field: value})
@@ -121,5 +133,7 @@ def test_a_base_in_larger_blocks_is_the_same_function(per_block):
   regrouped = {"base": mlp.in_blocks(base, per_block)}
   np.testing.assert_allclose(
     network(per_block).apply(regrouped, x, None).values,
-    network(1).apply({"base": base}, x, None).values, rtol=1e-5, atol=1e-6,
-  )  # fmt: skip
+    network(1).apply({"base": base}, x, None).values,
+    rtol=1e-5,
+    atol=1e-6,
+  )

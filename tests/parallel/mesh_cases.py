@@ -83,9 +83,11 @@ def run(model, variables, boxed, batch, shards, gradients):
   )
   rest = shards.replicated
   state = step_lib.TrainState(
-    jnp.zeros((), jnp.int32), placed["params"],
-    jax.jit(tx.init, out_shardings=of_state)(placed["params"]), jnp.float32(0.05),
-  )  # fmt: skip
+    jnp.zeros((), jnp.int32),
+    placed["params"],
+    jax.jit(tx.init, out_shardings=of_state)(placed["params"]),
+    jnp.float32(0.05),
+  )
   frozen = step_lib.Frozen(placed["base"], {})
 
   def step(state, frozen, batch):
@@ -94,9 +96,11 @@ def run(model, variables, boxed, batch, shards, gradients):
     return state, found
 
   with shards.use():
-    compiled = jax.jit(
-      step, out_shardings=(step_lib.TrainState(rest, trained, of_state, rest), None)
-    ).lower(state, frozen, batch).compile()  # fmt: skip
+    compiled = (
+      jax.jit(step, out_shardings=(step_lib.TrainState(rest, trained, of_state, rest), None))
+      .lower(state, frozen, batch)
+      .compile()
+    )
     state, (loss, grads) = compiled(state, frozen, batch)
     state, _ = compiled(state, frozen, batch)
   local = {
@@ -117,9 +121,9 @@ def tiny_decoder(adapter):
     vocabulary=64, width=16, hidden=32, layers=BLOCKS, heads=4, groups=2, head_dim=8
   )
   model = decoder.Decoder(config, adapter_config.AdapterConfig(**ADAPTERS[adapter]))
-  init = jax.jit(lambda key: nn.meta.unbox(
-    model.init(key, jnp.zeros((1, 2), jnp.int32), method="initialise")
-  ))  # fmt: skip
+  init = jax.jit(
+    lambda key: nn.meta.unbox(model.init(key, jnp.zeros((1, 2), jnp.int32), method="initialise"))
+  )
   variables = jax.tree.map(np.asarray, init(jax.random.key(0)))
   variables["params"] = disturbed(variables["params"])
   return model, decoder.abstract(config, model.adapter), variables
@@ -134,9 +138,13 @@ def decoder_case(adapter, shards):
   # Uneven shares of answers, so that a mean over shards would not be the mean over tokens.
   mask = (rng.random(shape) < np.linspace(0.1, 0.9, ROWS)[:, None]) & (segments > 0)
   text = packing.TextBatch(
-    rng.integers(1, 64, shape).astype(np.int32), rng.integers(1, 64, shape).astype(np.int32),
-    mask.astype(np.float32), segments, positions, np.zeros(shape, np.int32),
-  )  # fmt: skip
+    rng.integers(1, 64, shape).astype(np.int32),
+    rng.integers(1, 64, shape).astype(np.int32),
+    mask.astype(np.float32),
+    segments,
+    positions,
+    np.zeros(shape, np.int32),
+  )
   batch = shards.batch(text, None)
   return run(model, variables, boxed, batch, shards, language_step.gradients)
 
@@ -156,9 +164,10 @@ def mlp_case(adapter, shards):
   model = mlp.MLP(config, adapter_config.AdapterConfig(**ADAPTERS[adapter]))
   rng = np.random.default_rng(3)
   batch = step_lib.Batch(
-    rng.normal(size=(ROWS, 8)).astype("f"), rng.normal(size=ROWS).astype("f"),
+    rng.normal(size=(ROWS, 8)).astype("f"),
+    rng.normal(size=ROWS).astype("f"),
     np.zeros((ROWS, 1), "f"),
-  )  # fmt: skip
+  )
   init = jax.jit(lambda key: model.init(key, batch.features, None))
   boxed = jax.eval_shape(init, jax.random.key(0))
   variables = jax.tree.map(np.asarray, nn.meta.unbox(init(jax.random.key(0))))

@@ -17,12 +17,23 @@ from qlora_jax.workloads import language, workload
 def fields(weights: str, data: str) -> dict:
   """What differs from the config's defaults, by path."""
   return {
-    "model.weights": weights, "model.layers_per_block": 1, "adapter.name": "queryable",
-    "adapter.rank": 4, "adapter.atoms": 4, "optimizer.steps": 3, "optimizer.batch_size": 4,
-    "optimizer.learning_rate": 1e-2, "data.name": data, "data.length": 64, "eval.every": 1,
-    "eval.examples": 2, "eval.max_tokens": 3, "eval.batch_size": 2, "mesh.fsdp": 2,
+    "model.weights": weights,
+    "model.layers_per_block": 1,
+    "adapter.name": "queryable",
+    "adapter.rank": 4,
+    "adapter.atoms": 4,
+    "optimizer.steps": 3,
+    "optimizer.batch_size": 4,
+    "optimizer.learning_rate": 1e-2,
+    "data.name": data,
+    "data.length": 64,
+    "eval.every": 1,
+    "eval.examples": 2,
+    "eval.max_tokens": 3,
+    "eval.batch_size": 2,
+    "mesh.fsdp": 2,
     "mesh.tensor": 2,
-  }  # fmt: skip
+  }
 
 
 def main(weights: str, data: str, directory: pathlib.Path) -> None:

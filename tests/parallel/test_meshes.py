@@ -30,8 +30,11 @@ def cases(tmp_path_factory):
   arrays, facts = folder / "arrays.npz", folder / "facts.json"
   done = subprocess.run(
     [sys.executable, "tests/parallel/mesh_cases.py", str(arrays), str(facts)],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   return dict(np.load(arrays)), json.loads(facts.read_text()), done.stderr
 
@@ -101,8 +104,9 @@ def test_every_device_holds_its_share_of_base_adapter_and_moments(adapter, cases
     kept = 0.0 if adapter == "lora" or kind == "base" else 0.3  # the memory and routers stay whole
     # Norms stay whole too. A factor [embed, rank] is split over fsdp alone, whatever tensor is.
     for mesh, least, most in (
-      ("fsdp", 1 / 8, 1.35 / 8), ("mixed", 1 / 4, 1.35 / 4 if kind == "base" else 0.35)
-    ):  # fmt: skip
+      ("fsdp", 1 / 8, 1.35 / 8),
+      ("mixed", 1 / 4, 1.35 / 4 if kind == "base" else 0.35),
+    ):
       own = facts[f"decoder/{adapter}/{mesh}"]["local"][kind]
       assert least * whole <= own < (most + kept) * whole
 

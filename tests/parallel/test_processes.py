@@ -29,16 +29,29 @@ def start(arguments, count, devices):
     port = probe.getsockname()[1]
   return [
     subprocess.Popen(
-      [sys.executable, *arguments], cwd=ROOT, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      env=os.environ | {
-        "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS.format(devices),
-        **({"QLORA_JAX_COORDINATOR": f"127.0.0.1:{port}", "QLORA_JAX_PROCESSES": str(count),
-            "QLORA_JAX_PROCESS": str(index)} if count > 1 else {}),
+      [sys.executable, *arguments],
+      cwd=ROOT,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      env=os.environ
+      | {
+        "PYTHONPATH": ".",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": FLAGS.format(devices),
+        **(
+          {
+            "QLORA_JAX_COORDINATOR": f"127.0.0.1:{port}",
+            "QLORA_JAX_PROCESSES": str(count),
+            "QLORA_JAX_PROCESS": str(index),
+          }
+          if count > 1
+          else {}
+        ),
       },
     )
     for index in range(count)
-  ]  # fmt: skip
+  ]
 
 
 def finish(started):
@@ -76,10 +89,13 @@ def runs(tiny_llama, tmp_path_factory):
   data, weights = folder / "data", str(tiny_llama)
   written(data)
   for count in (1, 4):
-    finish(start(
-      ["tests/parallel/process_case.py", weights, str(data), str(folder / str(count))], count,
-      4 // count,
-    ))  # fmt: skip
+    finish(
+      start(
+        ["tests/parallel/process_case.py", weights, str(data), str(folder / str(count))],
+        count,
+        4 // count,
+      )
+    )
   told = [f"--config.{path}={value}" for path, value in process_case.fields(weights, data).items()]
   finish(start(["launch.py", "--config=configs/llm.py", f"--workdir={folder}/2", *told], 2, 2))
   return folder
@@ -106,9 +122,10 @@ def test_two_processes_sweep_together_and_leave_one_study(tiny_llama, tmp_path):
   fields = process_case.fields(str(tiny_llama), str(tmp_path / "data"))
   fields |= {"mesh.tensor": 1, "protocol.final_seeds": "(100,)"}
   told = [
-    f"--config.{path}={value}" for path, value in fields.items()
+    f"--config.{path}={value}"
+    for path, value in fields.items()
     if path not in ("adapter.name", "optimizer.learning_rate")
-  ]  # fmt: skip
+  ]
   command = ["launch.py", "--config=configs/llm.py:gsm8k", "--sweep", *told]
   finish(start([*command, f"--workdir={tmp_path}/sweep"], 2, 1))
   assert (tmp_path / "sweep" / "report" / "report.html").is_file()

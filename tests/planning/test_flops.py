@@ -24,10 +24,11 @@ def counted(adapter, **changes):
   variables = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
     jax.tree.map(
-      lambda leaf: leaf.value, decoder.abstract(shape, adapter),
+      lambda leaf: leaf.value,
+      decoder.abstract(shape, adapter),
       is_leaf=lambda leaf: hasattr(leaf, "names"),
     ),
-  )  # fmt: skip
+  )
   tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
   lowered = jax.jit(lambda variables, tokens: model.apply(variables, tokens).hidden).lower(
     variables, tokens

@@ -28,9 +28,17 @@ from qlora_jax.planning import (
 from qlora_jax.training import optimizer
 
 TINY = decoder.DecoderConfig(
-  vocabulary=512, width=256, hidden=512, layers=4, heads=4, groups=4, head_dim=128,
-  base_dtype="bfloat16", dtype="bfloat16", remat="full",
-)  # fmt: skip
+  vocabulary=512,
+  width=256,
+  hidden=512,
+  layers=4,
+  heads=4,
+  groups=4,
+  head_dim=128,
+  base_dtype="bfloat16",
+  dtype="bfloat16",
+  remat="full",
+)
 ADAPTER = adapter_config.AdapterConfig(rank=8, atoms=16, top_k=4)
 CHIPS = hardware.parse("v5e:2x2")
 
@@ -56,10 +64,15 @@ def answer(job, topology=CHIPS, fits=True, **more):
 
 def test_published_sizes_are_the_published_numbers_of_parameters():
   published = {
-    "llama3.2-3b": 3.213, "llama3-8b": 8.03, "llama3-70b": 70.6, "llama3-405b": 405.9,
+    "llama3.2-3b": 3.213,
+    "llama3-8b": 8.03,
+    "llama3-70b": 70.6,
+    "llama3-405b": 405.9,
     "qwen3-8b": 8.19,
-    "qwen3-32b": 32.8, "gemma2-27b": 27.2, "gemma3-27b": 27.0,
-  }  # fmt: skip
+    "qwen3-32b": 32.8,
+    "gemma2-27b": 27.2,
+    "gemma3-27b": 27.0,
+  }
   assert set(published) == set(architectures.PUBLISHED)
   for name, billions in published.items():
     shape = families.config_from_hf(architectures.config(name))

@@ -20,14 +20,20 @@ def study(methods=("lora", "queryable"), rates=RATES, seeds=range(100, 110), **c
     own = {"trainable_params": 8192, "steps": 1000, "task": "regimes", **changes.get(method, {})}
     for seed in (0, 1):
       rows += [
-        {**own, "method": method, "stage": "search", "seed": seed, "learning_rate": rate,
-         "validation_mse": 1 + abs(np.log10(rate / rates[3]))}
+        {
+          **own,
+          "method": method,
+          "stage": "search",
+          "seed": seed,
+          "learning_rate": rate,
+          "validation_mse": 1 + abs(np.log10(rate / rates[3])),
+        }
         for rate in rates
-      ]  # fmt: skip
+      ]
     rows += [
       {**own, "method": method, "stage": "final", "seed": seed, "learning_rate": rates[3]}
       for seed in seeds
-    ]  # fmt: skip
+    ]
   return pd.DataFrame(rows)
 
 
@@ -89,10 +95,12 @@ def test_long_lists_are_cut():
 
 
 def test_variants_of_a_name_are_methods_of_their_own():
-  runs = pd.concat([
-    study(("lora",), seeds=range(100, 102)).assign(in_prompt=True),
-    study(("lora",)).assign(in_prompt=False),
-  ])  # fmt: skip
+  runs = pd.concat(
+    [
+      study(("lora",), seeds=range(100, 102)).assign(in_prompt=True),
+      study(("lora",)).assign(in_prompt=False),
+    ]
+  )
   (line,) = protocol.check(runs, RULES)
   assert line == "too few seeds: 2, at least 10 asked (lora+prompt)"
 

@@ -105,10 +105,14 @@ def test_intervals_of_few_seeds_hold_the_truth_as_often_as_they_say(n):
   for _ in range(400):
     b = 1.0 + rng.normal(0.0, 0.1, size=n)
     a = 0.9 * b + rng.normal(0.0, 0.05, size=n)
-    for place, (interval, truth) in enumerate((
-      (statistics.mean_interval(b), 1.0), (statistics.paired_interval(a, b), -0.1),
-      (statistics.paired_relative_interval(a, b), -10.0), (statistics.bootstrap_mean(b), 1.0),
-    )):  # fmt: skip
+    for place, (interval, truth) in enumerate(
+      (
+        (statistics.mean_interval(b), 1.0),
+        (statistics.paired_interval(a, b), -0.1),
+        (statistics.paired_relative_interval(a, b), -10.0),
+        (statistics.bootstrap_mean(b), 1.0),
+      )
+    ):
       hits[place] += interval.low <= truth <= interval.high
   shares = hits / 400  # nominal .95, binomial error .011
   assert (shares[:3] > 0.91).all() and (shares[:3] < 0.985).all()
@@ -135,9 +139,7 @@ def test_a_relative_interval_of_few_seeds_is_about_fiellers():
   # Fieller: the ratios r for which mean(a - r b) is not told apart from zero.
   quantile = stats.t.ppf(0.975, 3) ** 2 / 4
   (aa, ab), (_, bb) = quantile * np.cov(a, b)
-  roots = np.roots([
-    b.mean() ** 2 - bb, -2 * (a.mean() * b.mean() - ab), a.mean() ** 2 - aa
-  ])  # fmt: skip
+  roots = np.roots([b.mean() ** 2 - bb, -2 * (a.mean() * b.mean() - ab), a.mean() ** 2 - aa])
   low, high = 100 * (np.sort(roots) - 1)
   relative = statistics.paired_relative_interval(a, b)
   assert relative.mean == pytest.approx(100 * (a.mean() / b.mean() - 1))

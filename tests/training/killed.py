@@ -31,15 +31,37 @@ STEPS = 20
 # the run holds still at that very place, signal; FULL lets it write no more than 1 KiB to a file).
 KILL, TERM, FULL = signal.SIGKILL, signal.SIGTERM, None
 CHAINS = {
-  "compile": [("update", 1, 0.5, KILL), ("step", 2, 0.02, KILL), ("seal", 1, None, KILL),
-              ("step", 3, None, TERM), ("fitted", 1, None, KILL)],
-  "start": [("start", 1, 0.5, KILL), ("built", 1, 0.3, KILL), ("step", 5, 0.02, KILL),
-            ("step", 1, None, FULL), ("save", 2, 0.05, KILL), ("adapter", 1, None, KILL)],
-  "save": [("save", 1, 0.02, KILL), ("save", 2, 0.05, KILL), ("save", 1, 0.05, KILL),
-           ("seal", 2, None, KILL), ("result", 1, None, KILL)],
-  "step": [("step", 1, None, KILL), ("step", 2, 0.05, KILL), ("step", 4, 0.05, KILL),
-           ("save", 3, 0.05, KILL), ("seal", 2, None, KILL), ("done", 1, None, KILL)],
-}  # fmt: skip
+  "compile": [
+    ("update", 1, 0.5, KILL),
+    ("step", 2, 0.02, KILL),
+    ("seal", 1, None, KILL),
+    ("step", 3, None, TERM),
+    ("fitted", 1, None, KILL),
+  ],
+  "start": [
+    ("start", 1, 0.5, KILL),
+    ("built", 1, 0.3, KILL),
+    ("step", 5, 0.02, KILL),
+    ("step", 1, None, FULL),
+    ("save", 2, 0.05, KILL),
+    ("adapter", 1, None, KILL),
+  ],
+  "save": [
+    ("save", 1, 0.02, KILL),
+    ("save", 2, 0.05, KILL),
+    ("save", 1, 0.05, KILL),
+    ("seal", 2, None, KILL),
+    ("result", 1, None, KILL),
+  ],
+  "step": [
+    ("step", 1, None, KILL),
+    ("step", 2, 0.05, KILL),
+    ("step", 4, 0.05, KILL),
+    ("save", 3, 0.05, KILL),
+    ("seal", 2, None, KILL),
+    ("done", 1, None, KILL),
+  ],
+}
 
 
 # (processes, devices of each, size of the tensor axis): a run that moves from one to the next.
@@ -155,15 +177,22 @@ def elsewhere(folder: pathlib.Path, weights: str, data: str) -> list[dict]:
       address = f"localhost:{free.getsockname()[1]}"
     ends = [
       fork(
-        folder, weights, data, asked if each == count - 1 else None,  # the last one alone hears it
+        folder,
+        weights,
+        data,
+        asked if each == count - 1 else None,  # the last one alone hears it
         environment={
-          "QLORA_JAX_COORDINATOR": address, "QLORA_JAX_PROCESSES": str(count),
+          "QLORA_JAX_COORDINATOR": address,
+          "QLORA_JAX_PROCESSES": str(count),
           "QLORA_JAX_PROCESS": str(each),
-        } if count > 1 else {},
-        devices=devices, tensor=tensor,
+        }
+        if count > 1
+        else {},
+        devices=devices,
+        tensor=tensor,
       )
       for each in range(count)
-    ]  # fmt: skip
+    ]
     codes = [end() for end in reversed(ends)]
     steps = sorted(int(path.name) for path in folder.glob("checkpoints/[0-9]*"))
     told.append({"place": [count, devices], "codes": codes, "steps": steps})

@@ -164,11 +164,15 @@ def a_file(folder):
 @pytest.mark.parametrize(
   ("harm", "says"),
   [
-    (missing, "is missing"), (truncated, " bytes of "), (changed, "was changed"),
-    (empty, "the folder is empty"), (unlisted, "never finished"), (garbled, "cannot be read"),
+    (missing, "is missing"),
+    (truncated, " bytes of "),
+    (changed, "was changed"),
+    (empty, "the folder is empty"),
+    (unlisted, "never finished"),
+    (garbled, "cannot be read"),
     (a_file, "not a folder"),
   ],
-)  # fmt: skip
+)
 def test_damage_is_named_and_the_checkpoint_before_is_used(harm, says, tmp_path):
   folder = saved(tmp_path / "run")
   harm(folder / "3")
@@ -233,11 +237,20 @@ def test_what_a_killed_save_left_is_named_and_removed(tmp_path):
 
 
 def test_another_config_is_refused_with_both_values(tmp_path):
-  config = {"optimizer": {"steps": 30, "clip": 1.0}, "mesh": {"data": 1}, "seed": 0,
-            "eval": {"every": 5}}  # fmt: skip
+  config = {
+    "optimizer": {"steps": 30, "clip": 1.0},
+    "mesh": {"data": 1},
+    "seed": 0,
+    "eval": {"every": 5},
+  }
   folder = saved(tmp_path / "run", config=config)
-  other = {"optimizer": {"steps": 40, "clip": 1.0}, "mesh": {"data": 4}, "seed": 1,
-           "eval": {"every": 2}, "checkpoint": {"keep": 9}}  # fmt: skip
+  other = {
+    "optimizer": {"steps": 40, "clip": 1.0},
+    "mesh": {"data": 4},
+    "seed": 1,
+    "eval": {"every": 2},
+    "checkpoint": {"keep": 9},
+  }
   with pytest.raises(errors.UserError) as caught:
     opened(folder, config=other)
   assert "optimizer.steps was 30, is 40; seed was 0, is 1;" in str(caught.value)
@@ -312,14 +325,19 @@ for step, sizes in ((1, (2, 2)), (2, (4, 1)), (3, (1, 4))):
 def test_one_device_four_devices_on_any_mesh_and_back(tmp_path):
   rng = np.random.default_rng(0)
   first = {
-    "a": rng.normal(size=(8, 16)), "b": rng.normal(size=6), "c": rng.normal(size=(4, 8)),
-  }  # fmt: skip
+    "a": rng.normal(size=(8, 16)),
+    "b": rng.normal(size=6),
+    "c": rng.normal(size=(4, 8)),
+  }
   first = {name: jnp.asarray(value, jnp.float32) for name, value in first.items()}
   checkpoint.save(tmp_path / "run", 1, first)
   done = subprocess.run(
     [sys.executable, "-c", ELSEWHERE, tmp_path / "run"],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   step, last = checkpoint.restore(tmp_path / "run", first)
   assert step == 4
@@ -331,11 +349,13 @@ def test_one_device_four_devices_on_any_mesh_and_back(tmp_path):
 @pytest.mark.parametrize(
   ("field", "value", "says"),
   [
-    ("seconds", -1.0, "checkpoint.seconds: -1.0"), ("seconds", float("nan"), "checkpoint.seconds"),
-    ("keep", 0, "checkpoint.keep: 0 is not at least 1"), ("keep_best", -1, "checkpoint.keep_best"),
+    ("seconds", -1.0, "checkpoint.seconds: -1.0"),
+    ("seconds", float("nan"), "checkpoint.seconds"),
+    ("keep", 0, "checkpoint.keep: 0 is not at least 1"),
+    ("keep_best", -1, "checkpoint.keep_best"),
     ("validate_every", 7, "checkpoint.validate_every: 7 is not a multiple of eval.every = 5"),
   ],
-)  # fmt: skip
+)
 def test_a_mistake_in_the_config_is_named(field, value, says):
   fields = {"seconds": 1.0, "keep": 1, "keep_best": 0, "validate_every": 0}
   good = {"checkpoint": fields, "eval": {"every": 5}}

@@ -32,13 +32,16 @@ def make(frozen, **fields):
 def data():
   rng = np.random.default_rng(0)
   rows = pipeline.Arrays(
-    rng.normal(size=(40, 5)).astype("f"), *rng.normal(size=(2, 40)).astype("f"),
+    rng.normal(size=(40, 5)).astype("f"),
+    *rng.normal(size=(2, 40)).astype("f"),
     *np.zeros((2, 40), np.int32),
-  )  # fmt: skip
+  )
   return feed.Feed(
     {seed: {"train": rows.take(np.arange(40) % 2 == seed)} for seed in SEEDS},
-    np.zeros((1, 1), np.float32), 8, 7,
-  )  # fmt: skip
+    np.zeros((1, 1), np.float32),
+    8,
+    7,
+  )
 
 
 def moved(program, data):

@@ -19,14 +19,19 @@ ROOT = pathlib.Path(__file__).parents[2]
 def killed(tiny_llama, tmp_path_factory):
   """The folder of all runs, what happened to each start, and what was printed."""
   folder = tmp_path_factory.mktemp("killed")
-  (folder / "data.jsonl").write_text("".join(
-    json.dumps({"prompt": f"say {word}", "completion": str(word)}) + "\n" for word in range(40)
-  ))  # fmt: skip
+  (folder / "data.jsonl").write_text(
+    "".join(
+      json.dumps({"prompt": f"say {word}", "completion": str(word)}) + "\n" for word in range(40)
+    )
+  )
   done = subprocess.run(
     [sys.executable, "tests/training/killed.py", folder, tiny_llama, folder / "data.jsonl"],
-    cwd=ROOT, capture_output=True, text=True, check=False,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
     env={**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"},
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr
   return folder, json.loads((folder / "told.json").read_text()), done
 
@@ -42,9 +47,10 @@ def recorded(folder):
 def test_the_best_step_is_the_one_with_the_least_validation_loss(killed):
   folder, _, _ = killed
   nats = {
-    line["step"]: line["validation/nats"] for line in recorded(folder / "whole")
+    line["step"]: line["validation/nats"]
+    for line in recorded(folder / "whole")
     if "validation/nats" in line
-  }  # fmt: skip
+  }
   assert list(nats) == [4, 8, 12, 16, 20]
   best = json.loads((folder / "whole/result.json").read_text())["training"]["best"]
   assert best["validation/nats"] == nats[best["step"]] == min(nats.values())

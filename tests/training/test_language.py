@@ -270,11 +270,17 @@ def test_launch_fine_tunes_a_users_own_file(tiny_llama, tmp_path):
   rows = ({"prompt": f"say {word}", "completion": word} for word in map(str, range(40)))
   data.write_text("".join(json.dumps(row) + "\n" for row in rows))
   command = [
-    sys.executable, "launch.py", "--config=configs/llm.py", f"--workdir={tmp_path}/run",
-    f"--config.model.weights={tiny_llama}", "--config.model.layers_per_block=1",
-    "--config.adapter.rank=4", "--config.adapter.name=lora", "--config.optimizer.steps=2",
+    sys.executable,
+    "launch.py",
+    "--config=configs/llm.py",
+    f"--workdir={tmp_path}/run",
+    f"--config.model.weights={tiny_llama}",
+    "--config.model.layers_per_block=1",
+    "--config.adapter.rank=4",
+    "--config.adapter.name=lora",
+    "--config.optimizer.steps=2",
     f"--config.data.name={data}",
-  ]  # fmt: skip
+  ]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
   assert f"adapter: {tmp_path}/run/adapter" in done.stdout

@@ -12,18 +12,29 @@ from qlora_jax.training import optimizer
 
 SHAPE = mlp.MLPConfig(inputs=5, width=8, hidden=6, layers=2, layers_per_block=1)
 ALL = {
-  "instruction_dim": 4, "rank": 3, "atoms": 5, "instruction_in_input": True, "prior_weight": 1.0,
-  "prior_dim": 2, "instruction_in_query": True,
-}  # fmt: skip
+  "instruction_dim": 4,
+  "rank": 3,
+  "atoms": 5,
+  "instruction_in_input": True,
+  "prior_weight": 1.0,
+  "prior_dim": 2,
+  "instruction_in_query": True,
+}
 ADAPTERS = {
-  "queryable": {}, "recurrent": {"summary": "recurrent"},
+  "queryable": {},
+  "recurrent": {"summary": "recurrent"},
   "static": {"routing": "static", "summary": "none"},
   "memory per map": {"operator": "map", "memory": "map"},
   **{name: {"method": name} for name in ("lora", "dora", "lora_xs", "comol", "lily")},
-}  # fmt: skip
+}
 FACTORS = {
-  "instruction_input", "lora_a", "lora_b", "core", "lily_b_up", "lily_b_down",
-}  # fmt: skip
+  "instruction_input",
+  "lora_a",
+  "lora_b",
+  "core",
+  "lily_b_up",
+  "lily_b_down",
+}
 
 
 def tree_of(fields):
@@ -69,16 +80,29 @@ def test_decay_leaves_atoms_and_magnitude_and_pulls_on_lora_b(frozen):
 
 def test_full_fine_tuning_decays_matrices_and_no_scales_or_biases():
   model = decoder.DecoderConfig(
-    vocabulary=17, width=8, hidden=10, layers=2, heads=2, groups=2, head_dim=4, qk_norm=True,
-    norm="layer", qkv_bias=True, learned_positions=9,
-  )  # fmt: skip
+    vocabulary=17,
+    width=8,
+    hidden=10,
+    layers=2,
+    heads=2,
+    groups=2,
+    head_dim=4,
+    qk_norm=True,
+    norm="layer",
+    qkv_bias=True,
+    learned_positions=9,
+  )
   base = decoder.abstract(model, config.AdapterConfig(method="full"))["base"]
   marks = optimizer.decayed({"base": nn.meta.unbox(base)})
   names = {(path[-1].key, mark) for path, mark in jax.tree_util.tree_flatten_with_path(marks)[0]}
   assert names == {
-    ("kernel", True), ("embedding", True), ("positions", True), ("head", True),
-    ("scale", False), ("bias", False),
-  }  # fmt: skip
+    ("kernel", True),
+    ("embedding", True),
+    ("positions", True),
+    ("head", True),
+    ("scale", False),
+    ("bias", False),
+  }
 
 
 def test_without_decay_state_and_updates_are_those_of_adam():
@@ -87,9 +111,10 @@ def test_without_decay_state_and_updates_are_those_of_adam():
   own = optimizer.OptimizerConfig(steps=5, clip=1.0)
   tx = optimizer.make(own)
   plain = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.scale_by_adam(own.b1, own.b2, own.eps),
+    optax.clip_by_global_norm(1.0),
+    optax.scale_by_adam(own.b1, own.b2, own.eps),
     optax.scale_by_schedule(lambda count: -optimizer.schedule(own)(count)),
-  )  # fmt: skip
+  )
   state, other = tx.init(params), plain.init(params)
   assert jax.tree.structure(state) == jax.tree.structure(other)
   for _ in range(3):

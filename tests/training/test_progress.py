@@ -123,9 +123,7 @@ def test_a_display_without_points_or_steps_does_not_divide_by_zero():
 
 def test_the_time_left_leaves_out_what_was_finished_earlier():
   clock, stream = _Clock(), io.StringIO()
-  with progress.Display(
-    10, stream=stream, plain=True, clock=clock, earlier_points=6
-  ) as display:  # fmt: skip
+  with progress.Display(10, stream=stream, plain=True, clock=clock, earlier_points=6) as display:
     display.skip("a", 2)
     with display.group("b", 2, 10) as group:
       clock.now += 20.0

@@ -283,14 +283,22 @@ def test_each_run_of_a_group_has_what_its_own_routing_gains(tiny, tmp_path, monk
     )
     weights, uniform = trained_.routing.weights, np.full((4, 1, resolved.adapter.atoms), 1.0, "f")
     replaced = rerouting.with_weights(
-      program.model, step.variables(program.model, second[0], frozen),
-      uniform / resolved.adapter.atoms, batch.features, batch.instruction,
-    )  # fmt: skip
+      program.model,
+      step.variables(program.model, second[0], frozen),
+      uniform / resolved.adapter.atoms,
+      batch.features,
+      batch.instruction,
+    )
     gain = np.mean((replaced.values - batch.targets) ** 2 - (trained_.values - batch.targets) ** 2)
-    found = trained["rows"][1] if rows == "row" else next(
-      line for line in trained["curves"]
-      if line["run_id"] == trained["rows"][1]["run_id"] and line["step"] == int(rows[-2:])
-    )  # fmt: skip
+    found = (
+      trained["rows"][1]
+      if rows == "row"
+      else next(
+        line
+        for line in trained["curves"]
+        if line["run_id"] == trained["rows"][1]["run_id"] and line["step"] == int(rows[-2:])
+      )
+    )
     np.testing.assert_allclose(found["routing/gain_uniform"], gain, rtol=1e-3, atol=1e-6)
     moved = 0.5 * np.abs(weights - drawn.routing.weights).sum(-1).mean()
     np.testing.assert_allclose(found["routing/moved_weights"], moved, rtol=1e-3)

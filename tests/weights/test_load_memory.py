@@ -12,10 +12,18 @@ from qlora_jax.models import families
 from qlora_jax.weights import hf_layout, safetensors_source, source
 
 CONFIG = {
-  "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
-  "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "rms_norm_eps": 1e-5,
-  "max_position_embeddings": 64, "tie_word_embeddings": True, "hidden_act": "silu",
-}  # fmt: skip
+  "model_type": "llama",
+  "hidden_size": 64,
+  "intermediate_size": 128,
+  "num_hidden_layers": 8,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "vocab_size": 128,
+  "rms_norm_eps": 1e-5,
+  "max_position_embeddings": 64,
+  "tie_word_embeddings": True,
+  "hidden_act": "silu",
+}
 
 
 class Meter:
@@ -44,8 +52,9 @@ class Quantised(source.Source):
     flat = hf_layout.traverse_util.flatten_dict(hf_layout.nn.unbox(abstract), sep="/")
     self.shapes = {
       tensor.name: tensor.stored_shape(leaf.shape[1:] if path.startswith("stack/") else leaf.shape)
-      for path, leaf in flat.items() for tensor in hf_layout.layout(config)[path]
-    }  # fmt: skip
+      for path, leaf in flat.items()
+      for tensor in hf_layout.layout(config)[path]
+    }
 
   def names(self):
     return sorted(self.shapes)

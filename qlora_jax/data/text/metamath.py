@@ -81,9 +81,12 @@ def _read(path: pathlib.Path) -> list[dict[str, str]]:
   except ValueError as error:
     raise errors.UserError(f"--metamath: {path} is not JSON; download it again") from error
   if not isinstance(rows, list) or not all(
-    isinstance(row, dict) and isinstance(row.get("query"), str)
-    and isinstance(row.get("response"), str) and row["response"].strip() for row in rows
-  ):  # fmt: skip
+    isinstance(row, dict)
+    and isinstance(row.get("query"), str)
+    and isinstance(row.get("response"), str)
+    and row["response"].strip()
+    for row in rows
+  ):
     raise errors.UserError(f"--metamath: {path} must be a list of objects with query and response")
   return rows
 

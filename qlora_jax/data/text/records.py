@@ -222,9 +222,10 @@ def exchanged(data: TextData, *, seed: int) -> TextData:
     rng = stream("exchanged", split, seed=0 if split.startswith("test") else seed)
     splits[split] = tuple(
       dataclasses.replace(
-        example, instruction=examples[other].instruction,
+        example,
+        instruction=examples[other].instruction,
         paraphrase_id=examples[other].paraphrase_id,
       )
       for example, other in zip(examples, rng.permutation(len(examples)), strict=True)
-    )  # fmt: skip
+    )
   return dataclasses.replace(data, splits=splits)

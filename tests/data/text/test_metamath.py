@@ -22,10 +22,14 @@ def published(tmp_path):
 
 
 def run(published, *more):
-  return metamath.main([
-    f"--out={published}/out", f"--metamath={published}/MetaMathQA-395K.json",
-    f"--gsm8k={published}", *more,
-  ])  # fmt: skip
+  return metamath.main(
+    [
+      f"--out={published}/out",
+      f"--metamath={published}/MetaMathQA-395K.json",
+      f"--gsm8k={published}",
+      *more,
+    ]
+  )
 
 
 def test_the_folder_is_read_by_the_loader_and_scored_by_the_number(published, capsys):
@@ -33,8 +37,10 @@ def test_the_folder_is_read_by_the_loader_and_scored_by_the_number(published, ca
   assert "5 train, 50 validation, 3 test" in capsys.readouterr().out  # the long one left out
   data = jsonl.load(published / "out")
   assert {name: len(rows) for name, rows in data.splits.items()} == {
-    "train": 5, "validation": 50, "test": 3,
-  }  # fmt: skip
+    "train": 5,
+    "validation": 50,
+    "test": 3,
+  }
   order = np.arange(60)
   np.random.RandomState(0).shuffle(order)
   assert [row.prompt for row in data.splits["validation"]][:3] == [
