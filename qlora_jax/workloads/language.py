@@ -20,31 +20,25 @@ from jax import numpy as jnp
 
 from qlora_jax import files
 from qlora_jax.adapters import config as adapter_config
-from qlora_jax.adapters import statistics
-from qlora_jax.data.text import formatting, pipeline, records, scoring
+from qlora_jax.data.text import pipeline, records
 from qlora_jax.instructions import cache, projection
-from qlora_jax.models import decoder, fast_attention, generation
+from qlora_jax.models import decoder, fast_attention
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.parallel import processes, sharding
-from qlora_jax.training import loop, progress, resume, stop
+from qlora_jax.training import loop, progress, resume
 from qlora_jax.training import step as step_lib
-from qlora_jax.weights import adapter_file, chat, hf_layout
+from qlora_jax.weights import adapter_file, hf_layout
 from qlora_jax.workloads import (
   language_config,
-  language_routing,
+  language_evaluation,
   language_shards,
-  language_step,
   routing_gain,
 )
 from qlora_jax.workloads import workload as workload_lib
 
-_ANSWERS = "answers"
 ADAPTER = "adapter"  # folder of the result in a run's directory
 BEST = "adapter_best"  # the step with the best validation likelihood, where it was measured
-_SPLITS = {"test": "new wordings", "test_seen": "known wordings"}
-_STATISTICS = ("effective_support", "entropy", "max_share")
 _NO_ADAPTER = adapter_config.AdapterConfig(method="none")
-_SAMPLES = 3  # answers of each task that a result keeps, for people to read
 
 
 @functools.lru_cache(maxsize=1)  # the trials of a study share one base
@@ -145,6 +139,9 @@ class Language:
       if config.instruction.get("exchanged"):
         self.data = records.exchanged(self.data, seed=config.seed)
       self.table, self.projection = self._instructions()
+    self.evaluation = language_evaluation.Evaluation(
+      config, self.tokenizer, self.data, self.table, self.shards, self.display
+    )
     self.base = _base(config.model.weights, self.model.config, self.shards)
 
   @property
@@ -165,31 +162,10 @@ class Language:
       table = table[np.random.default_rng(self.config.seed).permutation(len(table))]
     return table, {name: np.asarray(value) for name, value in fitted._asdict().items()}
 
-  def encode(self, split: str) -> pipeline.EncodedSplit:
-    """A split as tokens, fitted to the config's length; of the validation split only a part."""
-    examples = self.data.splits[split]
-    if split == "validation":
-      examples = some(examples, self.config.eval.validation)
-    return self._tokens(examples)
-
-  def _tokens(self, examples) -> pipeline.EncodedSplit:
-    return pipeline.encode(
-      examples,
-      self.tokenizer,
-      self._render(),
-      length=self.config.data.length,
-      on_long=self.config.data.on_long,
-      instruction_in_prompt=self.config.instruction.in_prompt,
-    )
-
-  def _render(self) -> formatting.Render:
-    data = self.config.data
-    return formatting.renderer(self.tokenizer, data.system, data.get("template"))
-
   def init(self) -> step_lib.TrainState:
     """Reads the data, scores the base, and draws the adapter."""
     config, optimizer = self.config, self.settings.optimizer
-    split = self.encode("train")
+    split = self.evaluation.tokens(self.data.splits["train"])
     pack = config.data.pack
     self.packing_efficiency = pipeline.packing_efficiency(split, seed=config.seed, pack=pack)
     self.display.log(f"train: {split.report}; rows {100 * self.packing_efficiency:.0f} % full")
@@ -233,25 +209,30 @@ class Language:
   def validate(self, state, step: int) -> list[dict[str, float]]:
     scores, every = {}, self.config.checkpoint.validate_every
     if every and (step == self.steps or step % every == 0):
-      scores |= self._likelihood(self._variables(state), self.model, during=True)
+      scores |= self.evaluation.likelihood(self.model, self._variables(state), during=True)
     every = self.config.eval.routing_every if self.generates and self.initial is not None else 0
     if every and step < self.steps and step % every == 0:
-      scores |= self.routing_gain(state.params, during=True)
+      scores |= self._routing_gain(state, during=True)
     return [scores]
 
   def _variables(self, state):
     return step_lib.variables(self.model, state.params, self.frozen)
 
+  def _routing_gain(self, state, during: bool = False) -> dict[str, float]:
+    return self.evaluation.routing_gain(self.model, state.params, self.initial, self.frozen, during)
+
   def evaluate(self, state, best: workload_lib.Best | None) -> dict[str, Any]:
     """Scores the trained model and writes its adapter."""
     config, variables = self.config, self._variables(state)
-    after = self._likelihood(variables, self.model)
+    after = self.evaluation.likelihood(self.model, variables)
     if self.initial is not None:
-      after |= self.routing_gain(state.params)
+      after |= self._routing_gain(state)
     samples, before = [], dict(self.before)
     if self.generates:
-      after |= self.scores(variables, self.model)
-      samples = _compare(before.pop(_ANSWERS, []), after.pop(_ANSWERS, []))
+      after |= self.evaluation.scores(self.model, variables)
+      samples = language_evaluation.compare(
+        before.pop(language_evaluation.ANSWERS, []), after.pop(language_evaluation.ANSWERS, [])
+      )
     training = {
       "adapter": config.adapter.name,
       "trainable_params": self.settings.trainable_params,
@@ -292,7 +273,7 @@ class Language:
       "steps": self.steps,
       "validation_nats": after.get("validation/nats", float("nan")),
     }
-    for split in _SPLITS:
+    for split in language_evaluation.SPLITS:
       for scores, prefix in ((before, "base_"), (after, "")):
         for score in ("accuracy", "nats"):
           if f"{split}/{score}" in scores:
@@ -322,121 +303,11 @@ class Language:
     self.display.log("the base, before training:")
     frozen = decoder.Decoder(self.model.config, _NO_ADAPTER)
     variables = {"base": self.base}
-    scores = self._likelihood(variables, frozen) | self.scores(variables, frozen)
+    scores = self.evaluation.likelihood(frozen, variables) | self.evaluation.scores(
+      frozen, variables
+    )
     files.write_json(path, scores)
     return scores
-
-  def scores(self, variables, model: decoder.Decoder) -> dict[str, Any]:
-    """Exact match by greedy generation on inputs that training did not see, by split and task.
-
-    `answers` has what was said to the first few new wordings of each task.
-    """
-    found: dict[str, Any] = {}
-    for split, meaning in _SPLITS.items():
-      examples = some(self.data.splits.get(split, ()), self.config.eval.examples)
-      if not examples:
-        continue
-      said = self.answers(variables, model, examples)
-      scores = scoring.accuracy(said, examples)
-      if split == "test":
-        kept = some(zip(examples, said, strict=True), _SAMPLES, task=lambda pair: pair[0].task)
-        found[_ANSWERS] = [_sample(example, text) for example, text in kept]
-      nats, _ = self._nats(variables, model, self._tokens(examples))
-      self.display.log(
-        f"{meaning}: exact match {100 * scores['accuracy']:.1f} %, {nats:.3f} nats an answer token"
-      )
-      found |= {f"{split}/{name}": value for name, value in scores.items()}
-      found[f"{split}/nats"] = nats
-    return found
-
-  def answers(self, variables, model: decoder.Decoder, examples) -> list[str]:
-    """What the model says to each example."""
-    render = self._render()
-    encoded = [
-      formatting.encode_example(
-        example, self.tokenizer, render, instruction_in_prompt=self.config.instruction.in_prompt
-      )
-      for example in examples
-    ]
-    # Prompts of one length share a batch, so that little of it is padding.
-    order = sorted(range(len(encoded)), key=lambda index: encoded[index].prompt_length)
-    sampling = generation.SamplingConfig(max_tokens=self.config.eval.max_tokens)
-    size, said = self.config.eval.batch_size, []
-    for start in range(0, len(encoded), size):
-      stop.check()
-      part = [encoded[index] for index in order[start : start + size]]
-      part = part + [part[0]] * (size - len(part))  # one compiled batch size
-      instruction = None
-      if model.adapter.instruction_dim:
-        instruction = self.table[[each.instruction_id for each in part]]
-      with self.shards.use():
-        texts = generation.generate(
-          model,
-          variables,
-          [each.prompt for each in part],
-          chat.stop_ids(self.tokenizer),
-          sampling,
-          instruction,
-        )
-      said += [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in texts]
-    return [text for _, text in sorted(zip(order, said, strict=False))]
-
-  def _likelihood(
-    self, variables, model: decoder.Decoder, during: bool = False
-  ) -> dict[str, float]:
-    """Nats an answer token of the validation split, and how its tokens were routed.
-
-    Args:
-      during: of training: nothing is shown, and a request to stop waits for the checkpoint.
-    """
-    if "validation" not in self.data.splits:
-      return {}
-    nats, routing = self._nats(variables, model, self.encode("validation"), during)
-    if not during:
-      self.display.log(f"validation: {nats:.3f} nats an answer token")
-    return {"validation/nats": nats, **{f"router/{k}": value for k, value in routing.items()}}
-
-  def _nats(
-    self, variables, model, split: pipeline.EncodedSplit, during: bool = False
-  ) -> tuple[float, dict[str, float]]:
-    """Nats an answer token, and the mean routing statistics of the batches."""
-    total, count, routing = 0.0, 0.0, []
-    for text in pipeline.packed_evaluation_batches(
-      split, batch_size=self.config.optimizer.batch_size
-    ):
-      if not during:
-        stop.check()
-      table = self.table if model.adapter.instruction_dim else None
-      batch = self.shards.batch(self.shards.share(text), table)
-      with self.shards.use():
-        nats, number, stats = _score_batch(model, variables, batch)
-      total, count = total + float(nats), count + float(number)
-      routing.append(jax.device_get(stats))
-    means = {name: float(np.mean([each[name] for each in routing])) for name in routing[0]}
-    return total / max(count, 1.0), means
-
-  def routing_gain(self, params, during: bool = False) -> dict[str, float]:
-    """`routing_gain.COLUMNS` in nats per answer token, on part of the validation split.
-
-    Args:
-      params: the trained tree.
-      during: of training: nothing is shown, and a request to stop waits for the checkpoint.
-    """
-    examples = some(self.data.splits.get("validation", ()), self.config.eval.routing)
-    if len(examples) < 2:
-      return {}
-    # Shuffled, so that the examples of a batch, which exchange their weights, are of many tasks.
-    order = np.random.default_rng(0).permutation(len(examples))
-    split = self._tokens([examples[index] for index in order])
-    texts = pipeline.packed_evaluation_batches(split, batch_size=self.config.optimizer.batch_size)
-    check = (lambda: None) if during else stop.check
-    gains = language_routing.gain(
-      self.model, self.shards, self.table, texts, params, self.initial, self.frozen, check
-    )
-    if not during:
-      shown = ", ".join(f"{gains[name]:+.4f} {name.split('_')[1]}" for name in routing_gain.GAINS)
-      self.display.log(f"routing gain in nats per answer token against other weights: {shown}")
-    return gains
 
   def _save(self, params, training: dict[str, Any], folder: str = ADAPTER) -> None:
     tree = {"params": serialization.to_state_dict(sharding.gathered(params))}
@@ -476,50 +347,3 @@ def publish(workdir: pathlib.Path, row: dict) -> pathlib.Path | None:
     if (trial / name).is_dir():
       shutil.copytree(trial / name, workdir / name, dirs_exist_ok=True)
   return target
-
-
-def some(examples, count: int, task=lambda example: example.task) -> list:
-  """The first `count` examples of every task, in their order."""
-  taken: dict[str, int] = {}
-  kept = []
-  for example in examples:
-    name = task(example)
-    taken[name] = taken.get(name, 0) + 1
-    if taken[name] <= count:
-      kept.append(example)
-  return kept
-
-
-def _sample(example, said: str) -> dict[str, str]:
-  return {
-    "task": example.task,
-    "instruction": example.instruction,
-    "prompt": example.prompt,
-    "expected": example.answers[0],
-    "said": said,
-  }
-
-
-def _compare(before: list[dict], after: list[dict]) -> list[dict]:
-  """The same questions as the base and then the adapted model answered them."""
-  said = {(each["instruction"], each["prompt"]): each["said"] for each in before}
-  return [
-    {
-      **{name: text for name, text in each.items() if name != "said"},
-      "before": said.get((each["instruction"], each["prompt"])),
-      "after": each["said"],
-    }
-    for each in after
-  ]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _score_batch(model, variables, batches: language_step.LanguageBatch):
-  batch = jax.tree.map(lambda leaf: leaf[0], batches)
-  output = model.apply(variables, batch.tokens, batch.positions, batch.segments, batch.instruction)
-  each = language_step.answer_losses(model, variables, output.hidden, batch)
-  found = {}
-  if output.routing.weights is not None:
-    every = statistics.routing_statistics(output.routing.weights, batch.loss_mask)
-    found = {name: every[name] for name in _STATISTICS}
-  return jnp.sum(each * batch.weights), jnp.sum(batch.weights), found

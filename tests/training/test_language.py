@@ -19,9 +19,10 @@ from qlora_jax import errors, finetuned
 from qlora_jax import generate as talk
 from qlora_jax.adapters import rerouting
 from qlora_jax.data.text import pipeline
+from qlora_jax.models import generation
 from qlora_jax.training import loop, progress, stop
 from qlora_jax.training import step as step_lib
-from qlora_jax.workloads import language, language_step, workload
+from qlora_jax.workloads import language, language_evaluation, language_step, workload
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -62,7 +63,9 @@ def drawn(folder, tmp_path, adapter="lora", parts=1):
   params, frozen = language_step.init_params(run.model, run.base, jax.random.key(0))
   keys = iter(jax.random.split(jax.random.key(1), 1000))
   params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), params)
-  text = next(iter(pipeline.batches(run.encode("train"), batch_size=8, seed=0)))
+  text = next(
+    iter(pipeline.batches(run.evaluation.tokens(run.data.splits["train"]), batch_size=8, seed=0))
+  )
   return run, params, frozen, text, language_step.from_text(text, run.table, parts)
 
 
@@ -72,7 +75,7 @@ def test_training_fits_answers_and_reports_before_and_after(whole):
   for split in ("test", "test_seen"):
     assert 0 < result["after"][f"{split}/nats"] < result["before"][f"{split}/nats"]
   assert 1 <= result["after"]["router/effective_support"] <= 4
-  kept = language.some(run.data.splits["test"], min(3, run.config.eval.examples))
+  kept = language_evaluation.some(run.data.splits["test"], min(3, run.config.eval.examples))
   assert [(each["prompt"], each["expected"]) for each in result["samples"]] == [
     (example.prompt, example.answers[0]) for example in kept
   ]
@@ -86,7 +89,9 @@ def test_training_fits_answers_and_reports_before_and_after(whole):
 def test_the_routing_gain_is_the_nats_with_other_weights_on_every_token(whole):
   run, result = whole
   variables = finetuned.FineTuned(run.directory / "adapter").variables
-  split = run._tokens(language.some(run.data.splits["validation"], run.config.eval.routing))
+  split = run.evaluation.tokens(
+    language_evaluation.some(run.data.splits["validation"], run.config.eval.routing)
+  )
 
   @jax.jit
   def nats(tokens, positions, segments, targets, mask, instruction):
@@ -164,13 +169,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, tiny_llama, tmp_path, mon
 
 def test_a_saved_adapter_says_what_the_run_said(whole):
   run, _ = whole
-  examples = language.some(run.data.splits["test"], 2)
+  examples = language_evaluation.some(run.data.splits["test"], 2)
   params, frozen = language_step.init_params(run.model, run.base, jax.random.key(0))
   loaded = finetuned.FineTuned(run.directory / "adapter")
   kept = jax.tree.map(np.asarray, loaded.variables["params"])
   assert jax.tree.structure(kept) == jax.tree.structure(jax.tree.map(np.asarray, params))
-  said = run.answers(step_lib.variables(run.model, kept, frozen), run.model, examples)
-  sampling = language.generation.SamplingConfig(max_tokens=4)
+  said = run.evaluation.answers(run.model, step_lib.variables(run.model, kept, frozen), examples)
+  sampling = generation.SamplingConfig(max_tokens=4)
   for example, expected in zip(examples, said, strict=True):
     pieces = loaded.stream(example.prompt, example.instruction, sampling)
     assert "".join(pieces) == expected
