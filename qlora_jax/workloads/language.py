@@ -303,9 +303,8 @@ class Language:
     self.display.log("the base, before training:")
     frozen = decoder.Decoder(self.model.config, _NO_ADAPTER)
     variables = {"base": self.base}
-    scores = self.evaluation.likelihood(frozen, variables) | self.evaluation.scores(
-      frozen, variables
-    )
+    scores = self.evaluation.likelihood(frozen, variables)
+    scores |= self.evaluation.scores(frozen, variables)
     files.write_json(path, scores)
     return scores
 
