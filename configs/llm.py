@@ -149,7 +149,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # measurements of the final runs (0 for the end alone).
   config.eval.update(routing=20, routing_every=0)
   config.checkpoint = dict(  # seconds: least time between two; validate_every: steps, 0 for never
-    seconds=60.0, keep=2, keep_best=1, validate_every=0
+    seconds=60.0, keep=2, keep_best=1, validate_every=0, on_nonfinite="end"
   )
   if arg in ("demo", "pair"):
     config.data.tasks = DEMO_TASKS

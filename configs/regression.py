@@ -65,7 +65,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.protocol.least_runs = 1
   # routing_every: steps between two measurements of what the routing gains, 0 for the end alone.
   config.eval = dict(every=200, routing_every=200)
-  config.checkpoint = dict(seconds=15.0, keep=2)  # least time between two; newest ones kept
+  # seconds: least time between two; keep: newest ones kept; on_nonfinite: what a loss that is not
+  # finite does, 'end' the training or 'stop' the command with the batch saved.
+  config.checkpoint = dict(seconds=15.0, keep=2, on_nonfinite="end")
   config.mesh = dict(runs=1)
   config.cluster = options.default()
   if arg == "runlocal":

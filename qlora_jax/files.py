@@ -12,8 +12,6 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_jax.parallel import processes
-
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -26,16 +24,23 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary.unlink(missing_ok=True)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes text and waits until it is on the disk."""
-  with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-    file.write(text)
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+  """Writes bytes and waits until they are on the disk."""
+  with replacing(path) as temporary, temporary.open("wb") as file:
+    file.write(content)
     file.flush()
     os.fsync(file.fileno())
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes text as UTF-8 and waits until it is on the disk."""
+  write_bytes(path, text.encode("utf-8"))
+
+
 def write_json(path: pathlib.Path, value: Any, every_process: bool = False) -> None:
   """Writes JSON; only the first of several processes does, or `every_process`."""
+  from qlora_jax.parallel import processes  # JAX, which most writers of files do without
+
   if every_process or processes.is_first():
     write_text(path, json.dumps(value, default=list, indent=1))
 

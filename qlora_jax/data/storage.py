@@ -6,7 +6,6 @@ the rows of a split keep their order.
 """
 
 import contextlib
-import fcntl
 import io
 import pathlib
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+
+from qlora_jax import files
 
 Columns = dict[str, np.ndarray]
 
@@ -85,7 +86,8 @@ def read(
   Returns:
     For every split its columns in stored order.
   """
-  with _lock(pathlib.Path(data_dir), f"{builder_class.name}-{config.name}"), _quiet():
+  place = pathlib.Path(data_dir) / f"{builder_class.name}-{config.name}"
+  with files.lock(place), _quiet():
     # Built inside the lock: a builder looks for prepared data once, when it is made.
     builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare(file_format="array_record")  # returns at once if prepared
@@ -109,12 +111,3 @@ def _quiet() -> Iterator[None]:
       yield
   finally:
     logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def _lock(data_dir: pathlib.Path, name: str) -> Iterator[None]:
-  directory = data_dir / ".locks"
-  directory.mkdir(parents=True, exist_ok=True)
-  with open(directory / f"{name}.lock", "w") as handle:
-    fcntl.flock(handle, fcntl.LOCK_EX)  # released when the file closes, even if we are killed
-    yield

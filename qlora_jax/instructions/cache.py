@@ -9,12 +9,11 @@ processes may share a folder: at worst both encode the same text and the last wr
 import hashlib
 import os
 import pathlib
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
 
-from qlora_jax import errors
+from qlora_jax import errors, files
 from qlora_jax.instructions import encoders
 
 _CHECKSUM_BYTES = 32
@@ -85,14 +84,7 @@ def _write(path: pathlib.Path, embedding: np.ndarray) -> None:
   payload = embedding.astype("<f4").tobytes()
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-      temporary = pathlib.Path(file.name)
-      try:
-        file.write(_checksum(path, payload) + payload)
-        file.close()
-        os.replace(temporary, path)
-      finally:
-        temporary.unlink(missing_ok=True)  # gone already unless something failed
+    files.write_bytes(path, _checksum(path, payload) + payload)
   except OSError as error:
     raise errors.UserError(
       f"cache_dir: cannot write {path.parent} ({error.strerror}); name a writable folder"

@@ -6,7 +6,7 @@ import pathlib
 import ml_collections
 from rich import console
 
-from qlora_jax import errors
+from qlora_jax import errors, files
 from qlora_jax.planning import compile as compile_lib
 from qlora_jax.planning import hardware, plan, report
 
@@ -58,9 +58,7 @@ def run(
   found["command"] = command
   report.show(found, screen)
   if target is not None:
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps(found, indent=1))
-    partial.replace(target)
+    files.write_text(target, json.dumps(found, indent=1))
     screen.print(f"plan: {target}", highlight=False, soft_wrap=True)
   if not found["fits"]:
     raise errors.UserError(f"--plan: {plan.verdict(found)}")

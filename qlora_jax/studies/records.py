@@ -213,7 +213,7 @@ class Keeper:
     """Notes how the training ended."""
     if state == "done" and not self.record.cohort and self._path.exists():
       earlier = Record(**json.loads(self._path.read_text()))
-      if earlier.state == "done" and earlier.groups == self.record.cohorts:
+      if earlier.state == "done" and earlier.cohorts == self.record.cohorts:
         return
     self.record.state, self.record.reason, self.record.ended = state, reason, _now()
     if self._first or state == "failed":

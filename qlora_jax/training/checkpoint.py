@@ -12,7 +12,6 @@ a file system that they share.
 
 import contextlib
 import errno
-import fcntl
 import logging
 import math
 import os
@@ -34,6 +33,7 @@ from qlora_jax import errors
 from qlora_jax.training import checksums, resume
 from qlora_jax.typing import PyTree
 
+ON_NONFINITE = ("end", "stop")
 _METRIC = "validation/nats"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _TRASH = "trash"  # dropped steps are renamed into it first: a half-deleted one looks damaged
@@ -303,6 +303,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(f"checkpoint.keep: {fields.keep} is not at least 1")
   if fields.get("keep_best", 0) < 0:
     raise errors.UserError(f"checkpoint.keep_best: {fields.keep_best} is not at least 0")
+  if fields.on_nonfinite not in ON_NONFINITE:
+    raise errors.UserError(
+      f"checkpoint.on_nonfinite: {fields.on_nonfinite!r} is not one of {', '.join(ON_NONFINITE)}"
+    )
   every = fields.get("validate_every", 0)
   if every < 0 or every % config.eval.every:
     raise errors.UserError(
@@ -344,15 +348,6 @@ def write_failure(error: BaseException) -> str | None:
   return os.strerror(number) if number in _WRITE_FAILURES else None
 
 
-@contextlib.contextmanager
-def lock(directory: pathlib.Path) -> Iterator[None]:
-  """Holds `directory` for this process: others that ask wait, even if the holder is killed."""
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  with open(directory.with_name(f".{directory.name}.lock"), "w") as handle:
-    fcntl.flock(handle, fcntl.LOCK_EX)  # released when the file closes
-    yield
-
-
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   """Shape, type and place of a leaf; one that says no place goes to the first device."""
   sharding = getattr(leaf, "sharding", None)
@@ -370,7 +365,8 @@ def _quieten() -> None:
   """Keeps what a failed write goes on to print in other threads from the terminal.
 
   Orbax raises the first failure and closes its event loop, which TensorStore then still tells of
-  the others: a traceback each, through `sys.unraisablehook`.
+  the others: a traceback each, through `sys.unraisablehook`. Once per process, from the first
+  `Checkpointer` on: the threads outlive it.
   """
   if getattr(sys.unraisablehook, "quiet", False):
     return
@@ -382,6 +378,8 @@ def _quieten() -> None:
 
   hook.quiet = True
   sys.unraisablehook = hook
+  logging.getLogger("absl").addFilter(_NotFromOrbax())
+  logging.getLogger("asyncio").addFilter(_NotOrphaned())
 
 
 class _NotFromOrbax(logging.Filter):
@@ -397,7 +395,3 @@ class _NotOrphaned(logging.Filter):
   def filter(self, record: logging.LogRecord) -> bool:
     error = record.exc_info and record.exc_info[1]
     return not (isinstance(error, Exception) and write_failure(error))
-
-
-logging.getLogger("absl").addFilter(_NotFromOrbax())
-logging.getLogger("asyncio").addFilter(_NotOrphaned())

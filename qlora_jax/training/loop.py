@@ -17,13 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlora_jax import files
-from qlora_jax.parallel import processes
+from qlora_jax import errors, files
+from qlora_jax.parallel import processes, sharding
 from qlora_jax.training import checkpoint, metrics, progress, stop
 from qlora_jax.workloads import workload as workload_lib
 
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
+NONFINITE = "nonfinite_batch.npz"  # the input of the update whose loss was not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Saving:
     keep_best: checkpoints of the least `objective` that are kept beside them.
     objective: the score of `validate` that says which step is best.
     config: plain; a checkpoint of another config is refused.
+    on_nonfinite: 'end' ends the training once the losses of all its trials are not finite; 'stop'
+      looks after every update, keeps the batch of the first such loss of any trial, and raises.
   """
 
   directory: pathlib.Path
@@ -45,6 +48,7 @@ class Saving:
   keep_best: int = 0
   objective: str = ""
   config: dict[str, Any] | None = None
+  on_nonfinite: str = "end"
 
 
 def train(
@@ -54,6 +58,10 @@ def train(
 
   Returns:
     `Workload.evaluate`'s tables, 'rows' with their 'seconds', and 'curves'.
+
+  Raises:
+    stop.Stopped: a stop was requested; what is done is saved.
+    errors.UserError: a loss is not finite, and `Saving.on_nonfinite` is 'stop'.
   """
   saving.directory.mkdir(parents=True, exist_ok=True)
   began = time.monotonic()
@@ -62,6 +70,9 @@ def train(
   for row in result["rows"]:
     row["seconds"] = (time.monotonic() - began) / len(result["rows"])
   result["curves"] = _curves(workload, result["rows"], saving.directory)
+  for row, columns in zip(result["rows"], result.pop("last", ()), strict=False):
+    for line in [line for line in result["curves"] if line["run_id"] == row["run_id"]][-1:]:
+      line |= columns
   files.write_json(saving.directory / RESULT, result)
   clear(saving.directory)
   return result
@@ -114,6 +125,8 @@ def fit(
       count = min(workload.chunk, workload.steps - step)
       batches = workload.batches(step, count)
       state, values = workload.update(state, batches.arrays)
+      if record and saving.on_nonfinite == "stop":
+        record.refuse_nonfinite(workload, step, count, values, batches.arrays)
       step, amount = step + count, amount + batches.amount
       pending.append(values)
       logged = step == workload.steps or step % workload.log_every == 0
@@ -124,9 +137,17 @@ def fit(
       if logged:
         means, scores = _means(pending), workload.validate(state, step)
         rate, pending = amount / (time.monotonic() - marked), []
-        shown.update(step, loss=float(np.nanmedian(means["train/loss"])), rate=rate)
+        losses = np.ravel(means["train/loss"])
+        finite = losses[np.isfinite(losses)]
+        shown.update(step, loss=float(np.median(finite if len(finite) else losses)), rate=rate)
         if record:
           objective = record.write(workload, step, means, scores, rate)
+        if step < workload.steps and not len(finite):
+          display.log(
+            f"{workload.name}: the loss is not finite at step {step} of {workload.steps}; training"
+            " ends here. Try a smaller optimizer.learning_rate"
+          )
+          break
       if record:
         record.save_if_due(workload, step, state, pending, objective)
       elif stop.requested():
@@ -177,6 +198,20 @@ class _Record:
       scalars[f"train/{workload.unit}_per_second"] = rate
       self.writer.write(step, {**scalars, **(scores[place] if scores else {})}, label)
     return scores[0].get(self.saving.objective) if scores else None
+
+  def refuse_nonfinite(self, workload, step, count, values, arrays) -> None:
+    """Keeps the arrays of the update and raises where a loss of it is not finite."""
+    if np.isfinite(jax.device_get(values["train/loss"])).all():
+      return
+    path = self.saving.directory / NONFINITE
+    leaves = jax.tree_util.tree_leaves_with_path(sharding.gathered(arrays))
+    if processes.is_first():
+      with files.replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **{jax.tree_util.keystr(name): leaf for name, leaf in leaves})
+    raise errors.UserError(
+      f"checkpoint.on_nonfinite: the loss of {workload.name} is not finite in steps {step + 1} to"
+      f" {step + count}; their input is in {path}. Try a smaller optimizer.learning_rate, or 'end'"
+    )
 
   def save_if_due(self, workload, step, state, pending, objective) -> None:
     """Saves when the time has come, for a better step, and before stopping."""

@@ -5,6 +5,7 @@ looking at. A run that resumes from a checkpoint first calls `truncate`, so that
 twice.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -12,24 +13,15 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
-from unittest import mock
 
-from qlora_jax import errors
-
-# tensorboardX loads torch where it is installed, to accept tensors that are never given here:
-# seconds at every start.
-with mock.patch.dict(sys.modules, {} if "torch" in sys.modules else {"torch": None}):
-  import tensorboardX
+from qlora_jax import errors, files
 
 FILE_NAME = "metrics.jsonl"
 
 _RESERVED = ("step", "run")
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-# tensorboardX warns on each NaN it writes; a run that diverges is recorded, and needs no more.
-logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
 
 class MetricWriter:
@@ -76,7 +68,8 @@ class MetricWriter:
       value = float(value)
       record[name] = value if math.isfinite(value) else str(value)
       tag = name if run is None else f"{name}/{run}"
-      self._events.add_scalar(tag, value, int(step))
+      with _silenced(not math.isfinite(value)):
+        self._events.add_scalar(tag, value, int(step))
     self._file.write(json.dumps(record, allow_nan=False) + "\n")
 
   def truncate(self, step: int) -> None:
@@ -102,13 +95,37 @@ class MetricWriter:
       self._file.close()
       self._events.close()
 
-  def _open_events(self, purge_step: int | None = None) -> tensorboardX.SummaryWriter:
+  def _open_events(self, purge_step: int | None = None):
     # The library names a file by the second and overwrites an equal name, hence the suffix.
-    return tensorboardX.SummaryWriter(
+    return _tensorboardx().SummaryWriter(
       logdir=str(self._directory),
       purge_step=purge_step,
       filename_suffix=f".{os.getpid()}.{time.monotonic_ns()}",
     )
+
+
+def _tensorboardx():
+  """The module, loaded without torch: it would import it, for tensors that are never given here."""
+  hidden = "torch" not in sys.modules
+  if hidden:
+    sys.modules["torch"] = None
+  try:
+    import tensorboardX
+  finally:
+    if hidden:
+      del sys.modules["torch"]
+  return tensorboardX
+
+
+@contextlib.contextmanager
+def _silenced(silent: bool) -> Iterator[None]:
+  """Holds back tensorboardX's warning of each NaN: a trial that diverges is recorded as such."""
+  logger = logging.getLogger("tensorboardX.x2num")
+  before, logger.disabled = logger.disabled, silent or logger.disabled
+  try:
+    yield
+  finally:
+    logger.disabled = before
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -153,12 +170,7 @@ def _whole_lines(path: pathlib.Path) -> list[str]:
 
 
 def _rewrite(path: pathlib.Path, lines: list[str]) -> None:
-  partial = path.with_name(path.name + ".partial")
-  with partial.open("w", encoding="utf-8") as file:
-    file.writelines(line + "\n" for line in lines)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  files.write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _ends_with_newline(path: pathlib.Path) -> bool:

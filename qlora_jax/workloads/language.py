@@ -75,6 +75,7 @@ class Resources:
       keep_best=fields.keep_best,
       objective="validation/nats",
       config=resume.plain(config),
+      on_nonfinite=fields.on_nonfinite,
     )
 
   def summary(self, rows: list[dict]) -> str:
@@ -246,9 +247,15 @@ class Language:
     if best is not None:
       training["best"] = {"step": best.step, "validation/nats": best.objective}
       self._save(best.state.params, {**training, "steps": best.step}, BEST)
-    self._save(state.params, training)
-    row = self._row(before, after)
+    diverged = not _finite(state.params)
+    if diverged:
+      self.display.log(f"{self.name}: the adapter is not finite; it is not written")
+    else:
+      self._save(state.params, training)
+    row = {**self._row(before, after), "diverged": diverged}
+    measured_last = {name: after[name] for name in routing_gain.COLUMNS if name in after}
     return {
+      "last": [measured_last],
       "rows": [row],
       "samples": [{"run_id": row["run_id"], **sample} for sample in samples],
       "training": training,
@@ -335,6 +342,10 @@ class Language:
         "training": training,
       },
     )
+
+
+def _finite(tree) -> bool:
+  return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
 
 
 def publish(workdir: pathlib.Path, row: dict) -> pathlib.Path | None:

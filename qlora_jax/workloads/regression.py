@@ -125,7 +125,12 @@ class Resources:
 
   def saving(self, cohort: workload_lib.Cohort, directory: pathlib.Path) -> loop.Saving:
     fields = cohort.config.checkpoint
-    return loop.Saving(directory, seconds=fields.seconds, keep=fields.keep)
+    return loop.Saving(
+      directory,
+      seconds=fields.seconds,
+      keep=fields.keep,
+      on_nonfinite=fields.on_nonfinite,
+    )
 
   def summary(self, rows: list[dict]) -> str:
     """One line about the final trials of an arm."""

@@ -141,6 +141,9 @@ class Workload(Protocol):
   def evaluate(self, state: State, best: Best | None) -> dict[str, Any]:
     """The result: 'rows', one per trial with its 'run_id', and other tables by name.
 
+    'last', where it is there, has for each trial the columns that its last point of the curves
+    gets besides: what is measured once, at the end.
+
     Args:
       state: after the last step; best: of the best step, where it was looked for.
     """

@@ -22,7 +22,7 @@ from qlora_jax.data.text import pipeline
 from qlora_jax.models import generation
 from qlora_jax.training import loop, progress, stop
 from qlora_jax.training import step as step_lib
-from qlora_jax.workloads import language, language_evaluation, language_step, workload
+from qlora_jax.workloads import language, language_evaluation, language_step, routing_gain, workload
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -113,7 +113,7 @@ def test_the_routing_gain_is_the_nats_with_other_weights_on_every_token(whole):
     found["routing/gain_uniform"], (sums[1] - sums[0]) / answers, rtol=1e-3, atol=1e-5
   )
   assert abs(found["routing/gain_uniform"]) > 1e-4
-  assert set(routing.COLUMNS) <= set(found) and found["routing/moved_weights"] > 0.01
+  assert set(routing_gain.COLUMNS) <= set(found) and found["routing/moved_weights"] > 0.01
 
 
 def test_the_loss_is_the_mean_over_answer_tokens_alone(tiny_llama, tmp_path):

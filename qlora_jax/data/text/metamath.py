@@ -10,7 +10,6 @@ all of its test split.
 
 import argparse
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from qlora_jax import errors
+from qlora_jax import errors, files
 from qlora_jax.data.text import gsm8k, published
 
 REVISION = "aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18"  # the one of PEFT's published runs
@@ -92,20 +91,18 @@ def _read(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def _write(path: pathlib.Path, rows: Iterable[dict]) -> None:
-  temporary = path.with_suffix(".tmp")
-  with temporary.open("w", encoding="utf-8") as file:
+  with files.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-  os.replace(temporary, path)
 
 
 def _download(folder: pathlib.Path) -> pathlib.Path:
   """The published file (396 MB); again only if it is not there."""
   path = folder / URL.rpartition("/")[2]
   if not path.is_file():
-    temporary = path.with_suffix(".part")
     try:
       with (
         urllib.request.urlopen(URL, timeout=published.TIMEOUT) as response,
+        files.replacing(path) as temporary,
         temporary.open("wb") as file,
       ):
         shutil.copyfileobj(response, file)
@@ -114,7 +111,6 @@ def _download(folder: pathlib.Path) -> pathlib.Path:
       raise errors.UserError(
         f"cannot download {URL} ({reason}); check the network, or give the file with --metamath"
       ) from error
-    os.replace(temporary, path)
   found = len(_read(path))
   if found != ROWS:
     raise errors.UserError(f"{path} has {found} rows, the published file {ROWS}: remove it")

@@ -7,7 +7,6 @@ short record as on a long one. Text is stored as UTF-8.
 import dataclasses
 import hashlib
 import http.client
-import os
 import pathlib
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import tensorflow_datasets as tfds
 
-from qlora_jax import errors
+from qlora_jax import errors, files
 from qlora_jax.data import storage
 from qlora_jax.data.text import records
 
@@ -99,9 +98,7 @@ def download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
       f"{url} has SHA-256 {found[:16]}..., the published file has {sha256[:16]}...; nothing of it "
       "is used"
     )
-  temporary = place.with_suffix(f".{os.getpid()}.tmp")
-  temporary.write_bytes(content)
-  os.replace(temporary, place)
+  files.write_bytes(place, content)
   return place
 
 
