@@ -34,6 +34,7 @@ from qlora_jax.workloads import (
 
 COHORTS = records.COHORTS
 RATE = "optimizer.learning_rate"
+_OLD_LAYOUT = ("groups", "settings.json")
 _PACKAGES = ("jax", "flax", "optax", "numpy")
 
 
@@ -114,6 +115,12 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: s
     raise errors.UserError(
       f"--workdir: {workdir} cannot be written ({error.strerror}); use another directory"
     ) from error
+  old = next((name for name in _OLD_LAYOUT if (workdir / name).exists()), None)
+  if old is not None:
+    raise errors.UserError(
+      f"--workdir: {workdir} holds {old}, which an earlier version of qlora_jax wrote; finish it with"
+      " that version or use another directory. Its results.parquet can still be read"
+    )
   path = workdir / "study.json"
   plain = resume.plain(config)
   if path.exists():

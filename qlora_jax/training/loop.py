@@ -38,6 +38,7 @@ class Saving:
     keep_best: checkpoints of the least `objective` that are kept beside them.
     objective: the score of `validate` that says which step is best.
     config: plain; a checkpoint of another config is refused.
+    at_end: whether the last step is saved, too: where evaluating takes long.
     on_nonfinite: 'end' ends the training once the losses of all its trials are not finite; 'stop'
       looks after every update, keeps the batch of the first such loss of any trial, and raises.
   """
@@ -48,6 +49,7 @@ class Saving:
   keep_best: int = 0
   objective: str = ""
   config: dict[str, Any] | None = None
+  at_end: bool = False
   on_nonfinite: str = "end"
 
 
@@ -219,7 +221,8 @@ class _Record:
     asked, due = checkpoint.agree(
       int(stop.requested() or 0), time.monotonic() - self._saved_at > self.saving.seconds
     )
-    if asked or due or better:
+    last = self.saving.at_end and step == workload.steps
+    if asked or due or better or last:
       self.writer.flush()
       extra = {"position": workload.position(), "pending": [_as_floats(v) for v in pending]}
       self.saver.save(step, state, extra, metric=objective)

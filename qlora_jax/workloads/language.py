@@ -75,6 +75,7 @@ class Resources:
       keep_best=fields.keep_best,
       objective="validation/nats",
       config=resume.plain(config),
+      at_end=True,
       on_nonfinite=fields.on_nonfinite,
     )
 
