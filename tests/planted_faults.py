@@ -16,8 +16,8 @@ OPTIMIZER = "tests/training/test_optimizer.py"
 PACKING = "tests/data/text/test_packing.py"
 TRUNCATION = "tests/data/text/test_packing_truncation.py"
 PIPELINE = "tests/data/text/test_text_pipeline.py"
-STATISTICS = "tests/evaluation/test_statistics.py"
-GAIN = "tests/evaluation/test_routing.py"
+STATISTICS = "tests/studies/test_statistics.py"
+GAIN = "tests/workloads/test_routing_gain.py"
 CHECKPOINT = "tests/training/test_checkpoint.py"
 METRICS = "tests/training/test_metrics.py"
 GGUF = "tests/weights/test_gguf.py"
@@ -44,7 +44,7 @@ class Fault:
 
 
 _A, _D, _T = "qlora_jax/adapters/", "qlora_jax/data/text/", "qlora_jax/training/"
-_S, _W, _E = "qlora_jax/evaluation/statistics.py", "qlora_jax/weights/", "qlora_jax/evaluation/"
+_S, _W, _E = "qlora_jax/studies/statistics.py", "qlora_jax/weights/", "qlora_jax/evaluation/"
 
 FAULTS = (
   # The baselines and the method.
@@ -354,8 +354,8 @@ FAULTS = (
   Fault(
     "the best checkpoint is the worst",
     _T + "checkpoint.py",
-    "reverse=True, n=keep_best",
-    "reverse=False, n=keep_best",
+    "reverse=True,\n            n=keep_best",
+    "reverse=False,\n            n=keep_best",
     (CHECKPOINT,),
   ),
   Fault(

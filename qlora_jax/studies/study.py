@@ -118,8 +118,8 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: s
   old = next((name for name in _OLD_LAYOUT if (workdir / name).exists()), None)
   if old is not None:
     raise errors.UserError(
-      f"--workdir: {workdir} holds {old}, which an earlier version of qlora_jax wrote; finish it with"
-      " that version or use another directory. Its results.parquet can still be read"
+      f"--workdir: {workdir} holds {old}, which an earlier version of qlora_jax wrote; finish it"
+      " with that version or use another directory. Its results.parquet can still be read"
     )
   path = workdir / "study.json"
   plain = resume.plain(config)
