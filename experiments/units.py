@@ -68,7 +68,7 @@ class Bench:
     self.config, self.workdir, self.left = config, workdir, limit
     self._total, self._done = total, 0
     self._unadapted: dict[tuple, np.ndarray] = {}
-    self._display = progress.Display(total_points=total, plain=True)
+    self._display = progress.Display(total_trials=total, plain=True)
     self._resources = regression.Resources(workdir, self._display)
     self._unit, self._trainings = "", 0  # names the checkpoints of a training
 

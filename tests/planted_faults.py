@@ -44,7 +44,7 @@ class Fault:
 
 
 _A, _D, _T = "qlora_jax/adapters/", "qlora_jax/data/text/", "qlora_jax/training/"
-_S, _W, _E = "qlora_jax/studies/statistics.py", "qlora_jax/weights/", "qlora_jax/evaluation/"
+_S, _W, _E = "qlora_jax/studies/statistics.py", "qlora_jax/weights/", "qlora_jax/workloads/"
 
 FAULTS = (
   # The baselines and the method.
@@ -238,14 +238,14 @@ FAULTS = (
   # What the routing gains.
   Fault(
     "a row keeps its own weights in the exchange",
-    _E + "routing.py",
+    _E + "routing_gain.py",
     "other[order] = np.roll(order, 1)",
     "other[order] = order",
     (GAIN,),
   ),
   Fault(
     "uniform weights are the mean weights",
-    _E + "routing.py",
+    _E + "routing_gain.py",
     "uniform = jnp.full_like(mean, 1 / mean.shape[-1])",
     "uniform = mean",
     (GAIN,),

@@ -71,7 +71,7 @@ class Task:
     else:
       trials = len(study.search_trials(self.config, self.rates))
       with progress.Display(
-        total_points=trials + len(self.config.protocol.final_seeds),
+        total_trials=trials + len(self.config.protocol.final_seeds),
         unit=study.unit(self.config),
         stream=processes.terminal(),
       ) as display:

@@ -200,9 +200,9 @@ def run(
     records.write_list(workdir, describe(config, points))
   results: list[list[dict]] = [[] for _ in arms]
   with progress.Display(
-    total_points=sum(_num_trials(*arm) for arm in arms),
+    total_trials=sum(_num_trials(*arm) for arm in arms),
     unit=unit(config),
-    earlier_points=sum(_finished_trials(workdir, *arm) for arm in arms),
+    earlier_trials=sum(_finished_trials(workdir, *arm) for arm in arms),
   ) as display:
     last = time.monotonic()
     for index, (arm_results, trained) in workers.run(
@@ -320,7 +320,7 @@ def single(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[di
   if processes.is_first():
     records.write_list(workdir, [arm])
   with (
-    progress.Display(total_points=1, unit=unit(config), stream=processes.terminal()) as display,
+    progress.Display(total_trials=1, unit=unit(config), stream=processes.terminal()) as display,
     _kept(workdir, arm.key) as keeper,
   ):
     resources = make_resources(display, workdir, is_language(config))

@@ -1,4 +1,4 @@
-"""Settings of a sweep side by side: worker processes, each on a core of its own.
+"""Arms of a sweep side by side: worker processes, each on its own core.
 
 The small matrix products of many runs use one core well and two badly, so that W processes of one
 thread finish nearly W times as much as one process of W threads. Workers share the work directory
@@ -23,7 +23,7 @@ _STATE: Any = None  # what `setup` built in this worker
 
 
 def default_count() -> int:
-  """One worker a core that this process may use, eight at most."""
+  """One worker per core that this process may use, at most eight."""
   return min(8, len(os.sched_getaffinity(0)))
 
 
@@ -104,28 +104,28 @@ class _Remote:
 
   def __init__(self, events):
     self._events = events
-    self._groups = 0
+    self._cohorts = 0
 
   @contextlib.contextmanager
-  def group(self, name: str, num_points: int, total_steps: int, start_step: int = 0):
-    self._groups += 1
-    key = (os.getpid(), self._groups)
-    self._events.put(("start", key, (name, num_points, total_steps, start_step)))
+  def cohort(self, name: str, num_trials: int, total_steps: int, start_step: int = 0):
+    self._cohorts += 1
+    key = (os.getpid(), self._cohorts)
+    self._events.put(("start", key, (name, num_trials, total_steps, start_step)))
     try:
-      yield _RemoteGroup(self._events, key)
+      yield _RemoteCohort(self._events, key)
     except BaseException:
       self._events.put(("failed", key, ()))
       raise
     self._events.put(("done", key, ()))
 
-  def skip(self, name: str, num_points: int) -> None:
-    self._events.put(("skip", None, (name, num_points)))
+  def skip(self, name: str, num_trials: int) -> None:
+    self._events.put(("skip", None, (name, num_trials)))
 
   def log(self, text: str) -> None:
     self._events.put(("log", None, (text,)))
 
 
-class _RemoteGroup:
+class _RemoteCohort:
   def __init__(self, events, key):
     self._events, self._key = events, key
 
@@ -138,7 +138,7 @@ class _RemoteGroup:
 
 
 class _Stopped(Exception):
-  """Ends the display of a group whose worker failed."""
+  """Ends the display of a cohort whose worker failed."""
 
 
 def _show(events, display: progress.Display) -> None:
@@ -147,7 +147,7 @@ def _show(events, display: progress.Display) -> None:
   while (event := events.get()) is not None:
     kind, key, args = event
     if kind == "start":
-      manager = display.group(*args)
+      manager = display.cohort(*args)
       shown[key] = (manager, manager.__enter__())
     elif kind == "done":
       shown.pop(key)[0].__exit__(None, None, None)

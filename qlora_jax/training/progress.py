@@ -1,7 +1,7 @@
 """What a sweep shows while it runs: bars on a terminal, plain lines everywhere else.
 
-A sweep has points, one per trial; a cohort is points that train together. A terminal gets one bar
-for the points and one for the steps of every cohort that trains now. A log file, a pipe or a dumb
+A sweep has trials, one per trial; a cohort is trials that train together. A terminal gets one bar
+for the trials and one for the steps of every cohort that trains now. A log file, a pipe or a dumb
 terminal gets a line at the start and end of a cohort and one every few seconds in between, without
 control characters.
 """
@@ -25,10 +25,10 @@ class Cohort:
   """Points that train together now. Made by `Display.cohort`."""
 
   def __init__(
-    self, display: "Display", name: str, num_points: int, total_steps: int, start_step: int
+    self, display: "Display", name: str, num_trials: int, total_steps: int, start_step: int
   ):
     self.name = name
-    self.num_points = num_points
+    self.num_trials = num_trials
     self.total_steps = total_steps
     self.start_step = start_step
     self.step = start_step
@@ -76,8 +76,8 @@ class Display:
   """Shows how far a sweep is. A context manager; leaving it restores the terminal.
 
   Args:
-    total_points: the sweep's points, finished ones included.
-    earlier_points: how many of them an earlier process finished, each to be told by `skip`; the
+    total_trials: the sweep's trials, finished ones included.
+    earlier_trials: how many of them an earlier process finished, each to be told by `skip`; the
       time left leaves them out from the beginning.
     unit: what `rate` counts: `examples`, `tokens`.
     stream: where to write; standard error unless told.
@@ -88,23 +88,23 @@ class Display:
 
   def __init__(
     self,
-    total_points: int,
+    total_trials: int,
     unit: str = "examples",
     stream: TextIO | None = None,
     plain: bool | None = None,
     every_seconds: float = 10.0,
     clock: Callable[[], float] = time.monotonic,
-    earlier_points: int = 0,
+    earlier_trials: int = 0,
   ):
     self._stream = sys.stderr if stream is None else stream
     self._plain = _is_plain(self._stream) if plain is None else plain
     self._unit = unit
     self._every_seconds = every_seconds if self._plain else _LIVE_SECONDS
     self._clock = clock
-    self._total_points = total_points
-    self._earlier = earlier_points
-    self._points = 0  # finished, earlier ones included
-    self._work = 0.0  # points trained by this process, parts of points included
+    self._total_trials = total_trials
+    self._earlier = earlier_trials
+    self._trials = 0  # finished, earlier ones included
+    self._work = 0.0  # trials trained by this process, parts of trials included
     self._began = clock()
     self._live: rich.live.Live | None = None
     self._active: list[Cohort] = []
@@ -122,30 +122,30 @@ class Display:
 
   @contextlib.contextmanager
   def cohort(
-    self, name: str, num_points: int, total_steps: int, start_step: int = 0
+    self, name: str, num_trials: int, total_steps: int, start_step: int = 0
   ) -> Iterator[Cohort]:
     """Shows one cohort while the body runs.
 
-    `start_step` is above zero for a cohort that resumes. The cohort's points count as finished
+    `start_step` is above zero for a cohort that resumes. The cohort's trials count as finished
     only when the body ends without an exception.
     """
-    cohort = Cohort(self, name, num_points, total_steps, start_step)
+    cohort = Cohort(self, name, num_trials, total_steps, start_step)
     resumed = f", from step {start_step}" if start_step else ""
-    points = _count(num_points, "point") if num_points else "preparation"
-    if self._plain and num_points:  # what comes before the points is shown where it takes long
-      self._line(f"{name}: {points}, {_count(total_steps, 'step')}{resumed}")
+    trials = _count(num_trials, "trial") if num_trials else "preparation"
+    if self._plain and num_trials:  # what comes before the trials is shown where it takes long
+      self._line(f"{name}: {trials}, {_count(total_steps, 'step')}{resumed}")
     elif not self._plain:
       cohort._task = self._cohort_bar.add_task(
-        f"{name} ({points}{resumed})", total=total_steps, completed=start_step, left="", values=""
+        f"{name} ({trials}{resumed})", total=total_steps, completed=start_step, left="", values=""
       )
     self._active.append(cohort)
     try:
       yield cohort
       self._active.remove(cohort)
-      self._points += num_points
-      self._work += num_points * cohort._fraction(total_steps - start_step)
+      self._trials += num_trials
+      self._work += num_trials * cohort._fraction(total_steps - start_step)
       took = _duration(self._clock() - cohort._began)
-      if num_points:
+      if num_trials:
         self.log(f"{name}: done in {took} ({self._overall()})")
     finally:
       if cohort in self._active:
@@ -154,11 +154,11 @@ class Display:
         self._cohort_bar.remove_task(cohort._task)
         self._refresh_overall()
 
-  def skip(self, name: str, num_points: int) -> None:
+  def skip(self, name: str, num_trials: int) -> None:
     """Counts a cohort that an earlier process finished."""
-    self._points += num_points
-    self._earlier = max(0, self._earlier - num_points)
-    self.log(f"{name}: {_count(num_points, 'point')} finished earlier")
+    self._trials += num_trials
+    self._earlier = max(0, self._earlier - num_trials)
+    self.log(f"{name}: {_count(num_trials, 'trial')} finished earlier")
     self._refresh_overall()
 
   def log(self, text: str) -> None:
@@ -189,17 +189,17 @@ class Display:
   def _overall(self) -> str:
     left = self._seconds_left()
     tail = "" if left is None else f", {_duration(left)} left in all"
-    return f"{self._points} of {_count(self._total_points, 'point')}{tail}"
+    return f"{self._trials} of {_count(self._total_trials, 'trial')}{tail}"
 
   def _seconds_left(self) -> float | None:
-    """Time to the last point, if those to come take as long as those this process trained."""
-    done, work = float(self._points + self._earlier), self._work
+    """Time to the last trial, if those to come take as long as those this process trained."""
+    done, work = float(self._trials + self._earlier), self._work
     for cohort in self._active:
-      done += cohort.num_points * cohort._fraction(cohort.step)
-      work += cohort.num_points * cohort._fraction(cohort.step - cohort.start_step)
-    if work <= 0 or done >= self._total_points:
+      done += cohort.num_trials * cohort._fraction(cohort.step)
+      work += cohort.num_trials * cohort._fraction(cohort.step - cohort.start_step)
+    if work <= 0 or done >= self._total_trials:
       return None
-    return (self._clock() - self._began) / work * (self._total_points - done)
+    return (self._clock() - self._began) / work * (self._total_trials - done)
 
   def _line(self, text: str) -> None:
     self._stream.write(_clean(text) + "\n")
@@ -222,7 +222,7 @@ class Display:
       left,
       console=console,
     )
-    self._overall_task = self._overall_bar.add_task("points", total=self._total_points, left="")
+    self._overall_task = self._overall_bar.add_task("trials", total=self._total_trials, left="")
     bars = rich.console.Group(self._overall_bar, self._cohort_bar)
     self._live = rich.live.Live(bars, console=console, refresh_per_second=8)
     self._live.start()
@@ -233,7 +233,7 @@ class Display:
     left = self._seconds_left()
     self._overall_bar.update(
       self._overall_task,
-      completed=self._points,
+      completed=self._trials,
       left="" if left is None else f"{_duration(left)} left in all",
     )
 

@@ -44,7 +44,7 @@ def test_the_seed_gives_another_network_and_0_the_main_studys(tmp_path):
   found = {}
   for seed in (0, 1):
     base.pretrain.seed = seed
-    with progress.Display(total_points=1) as display:
+    with progress.Display(total_trials=1) as display:
       trained = regression_workload.Resources(tmp_path, display).base(base)
     model = mlp.MLPConfig(**base.model)
     found[seed] = np.concatenate([np.ravel(leaf) for leaf in _leaves(trained)])

@@ -106,7 +106,7 @@ def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed
   trained = workdir / "cohorts" / record.cohorts[0]  # one learning rate: nothing to search
   lines = (trained / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == list(range(2, 121, 2))  # each one once
-  assert "lora/final: 1 point, 120 steps, from step " in log.read_text()
+  assert "lora/final: 1 trial, 120 steps, from step " in log.read_text()
 
   local = tmp_path / "local"
   study.prepare(local, config, "test")
@@ -150,7 +150,7 @@ def test_a_job_of_a_higher_partition_preempts_a_run_which_goes_on_after_it(
   record = records.read(workdir, rows[0].arm)
   lines = (workdir / "cohorts" / record.cohorts[0] / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == list(range(2, 401, 2))  # each one once
-  assert "lora/final: 1 point, 400 steps, from step " in log.read_text()
+  assert "lora/final: 1 trial, 400 steps, from step " in log.read_text()
 
 
 def test_two_tasks_of_a_job_find_each_other_and_train_one_model(slurm, tmp_path, tiny_llama):

@@ -41,7 +41,7 @@ def main(weights: str, data: str, directory: pathlib.Path) -> None:
   config.update_from_flattened_dict(fields(weights, data))
   processes.start()
   with processes.together():
-    display = progress.Display(total_points=1, plain=True, stream=processes.terminal())
+    display = progress.Display(total_trials=1, plain=True, stream=processes.terminal())
     trial = workload.Trial(config.seed, config.optimizer.learning_rate)
     cohort = workload.Cohort(config, "search", (trial,))
     resources = language.Resources(directory, display)

@@ -111,7 +111,7 @@ def train(folder: pathlib.Path, weights: str, data: str, tell, devices=1, tensor
   tell("start")
   processes.start()
   stop.install()  # after JAX, which sets a handler of its own where there are several processes
-  shown = progress.Display(total_points=1, plain=True)
+  shown = progress.Display(total_trials=1, plain=True)
   settings = config(weights, data, tensor)
   trial = workload.Trial(settings.seed, settings.optimizer.learning_rate)
   cohort = workload.Cohort(settings, "search", (trial,))  # a search generates nothing

@@ -41,7 +41,7 @@ def tiny(folder, adapter="queryable_prior_query", **optimizer):
 
 def make_run(config, folder):
   trial = workload.Trial(config.seed, config.optimizer.learning_rate)
-  resources = language.Resources(folder, progress.Display(total_points=1, plain=True))
+  resources = language.Resources(folder, progress.Display(total_trials=1, plain=True))
   return resources.open(workload.Cohort(config, "final", (trial,)), folder)
 
 

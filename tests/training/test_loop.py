@@ -64,7 +64,7 @@ class Parabola:
 
 @pytest.fixture
 def display():
-  with progress.Display(total_points=2, plain=True, stream=io.StringIO()) as shown:
+  with progress.Display(total_trials=2, plain=True, stream=io.StringIO()) as shown:
     yield shown
 
 

@@ -45,7 +45,7 @@ def tiny(shared_data):
 
 
 def train(workdir, cohort):
-  with progress.Display(total_points=len(cohort.trials), plain=True) as display:
+  with progress.Display(total_trials=len(cohort.trials), plain=True) as display:
     resources = regression.Resources(workdir, display)
     directory = study.directory_of(workdir, cohort)
     training = resources.open(cohort, directory)
@@ -143,7 +143,7 @@ def test_a_sweep_writes_tables_and_a_report_and_skips_what_is_finished(tiny, tmp
   monkeypatch.setattr(loop, "train", None)  # training anything again would now fail
   expected, shown = [], progress.Display
   monkeypatch.setattr(
-    progress, "Display", lambda **given: expected.append(given["earlier_points"]) or shown(**given)
+    progress, "Display", lambda **given: expected.append(given["earlier_trials"]) or shown(**given)
   )
   study.run(tiny, points, tmp_path)
   last = final[final.method == "lora"].run_id.iloc[0].split("-")[0]
