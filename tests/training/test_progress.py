@@ -81,7 +81,7 @@ def test_interrupt_passes_through_and_does_not_count_the_cohort(plain):
   ):
     cohort.update(1)
     raise KeyboardInterrupt
-  assert display._points == 0
+  assert display._trials == 0
   assert "done in" not in stream.getvalue()
   assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h")
 
@@ -117,7 +117,7 @@ def test_a_display_without_points_or_steps_does_not_divide_by_zero():
   with progress.Display(total_trials=0, stream=stream, plain=True) as display:
     with display.cohort("none", 0, 0) as cohort:
       cohort.update(0)
-    assert display._points == 0
+    assert display._trials == 0
   assert "none: done in 0:00" in stream.getvalue()
 
 

@@ -255,22 +255,22 @@ def test_an_empty_learning_rate_list_is_refused():
     sweeps.sweep("optimizer.learning_rate", [])
 
 
-def test_each_run_of_a_group_has_what_its_own_routing_gains(tiny, tmp_path, monkeypatch):
+def test_each_trial_of_a_cohort_has_what_its_own_routing_gains(tiny, tmp_path, monkeypatch):
   """Recomputed by hand from what the measurement was given, for the second of two runs."""
   config = tiny.copy_and_resolve_references()
   config.adapter.name, config.protocol.least_runs = "queryable", 3
   config.eval.routing_every = 20
-  calls, measure = [], loop.group_lib.Program.routing_gain
+  calls, measure = [], cohort_program.Program.routing_gain
 
   def noted(program, params, initial, frozen, batches, row):
     calls.append(jax.device_get((params, initial, frozen, batches, row)))
     return measure(program, params, initial, frozen, batches, row)
 
-  monkeypatch.setattr(loop.group_lib.Program, "routing_gain", noted)
-  trained = train(tmp_path, loop.GroupSpec(config, "final", ((100, 1e-2), (101, 3e-2))))
+  monkeypatch.setattr(cohort_program.Program, "routing_gain", noted)
+  trained = train(tmp_path, cohort_of(config, "final", (100, 1e-2), (101, 3e-2)))
   assert len(calls) == 3  # after 20 and 40 steps on validation rows, and at the end on test rows
   resolved = settings.resolve(config)
-  program = loop.group_lib.program(resolved.network, resolved.optimizer)
+  program = cohort_program.program(resolved.network, resolved.optimizer)
   for call, rows in zip(calls, ("curve 20", "curve 40", "row"), strict=True):
     params, initial, frozen, batches, row = call
     second = jax.tree.map(lambda leaf: leaf[1], (params, initial))
@@ -312,7 +312,7 @@ def test_each_run_of_a_group_has_what_its_own_routing_gains(tiny, tmp_path, monk
   # Each seed has its own validation rows; on test rows the error is against noise-free targets.
   assert not np.array_equal(calls[0][3].targets[0], calls[0][3].targets[1])
   error = np.mean((trained_.values - batch.targets) ** 2)
-  if len(batch.targets) < loop.ROUTING_ROWS:
+  if len(batch.targets) < regression.ROUTING_ROWS:
     np.testing.assert_allclose(error, trained["rows"][1]["test_mse"], rtol=1e-3)
   noisy = trained["rows"][1]["test_noisy_mse"]
   assert abs(error - trained["rows"][1]["test_mse"]) < abs(error - noisy)
