@@ -10,7 +10,7 @@ their parts, one after another, are the batch that a single process would see.
 import dataclasses
 import pathlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -27,8 +27,48 @@ from qlora_jax.data.text import (
   word_tasks,
 )
 
-NAMES = ("word_tasks", "instruction_induction", "gsm8k")
 TextBatch = packing.TextBatch
+_ARGUMENTS = ("tasks", "data_dir", "manual_folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+  """A data set that `load` knows by name.
+
+  Attributes:
+    load: called with `seed` and `train_rows`, and those of 'tasks', 'data_dir' and 'manual_folder'
+      that it takes; returns `records.TextData`. `records.assemble` makes that from rows.
+    takes: their names; a user who gives another one is told that it has no meaning here.
+  """
+
+  load: Callable[..., records.TextData]
+  takes: tuple[str, ...] = ()
+
+
+_DATA_SETS: dict[str, DataSet] = {}
+
+
+def register(name: str, load: Callable[..., records.TextData], takes: Sequence[str] = ()) -> None:
+  """Makes a data set known by `name`, for `config.data.name` and `load`.
+
+  Raises:
+    ValueError: the name is taken, or `takes` has another name than those of `DataSet`.
+  """
+  if name in _DATA_SETS:
+    raise ValueError(f"a data set {name!r} is registered already")
+  if unknown := sorted(set(takes) - set(_ARGUMENTS)):
+    raise ValueError(f"data set {name!r} takes {unknown[0]!r}; use any of {', '.join(_ARGUMENTS)}")
+  _DATA_SETS[name] = DataSet(load, tuple(takes))
+
+
+def names() -> tuple[str, ...]:
+  """The data sets that are known by name."""
+  return tuple(_DATA_SETS)
+
+
+register("word_tasks", word_tasks.load, takes=("tasks",))
+register("instruction_induction", instruction_induction.load, takes=_ARGUMENTS)
+register("gsm8k", gsm8k.load, takes=("data_dir", "manual_folder"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +103,7 @@ def load(
   """Loads a data set.
 
   Args:
-    name: one of `NAMES`, or the path of a `.jsonl` file or of a folder of them.
+    name: one of `names()`, or the path of a `.jsonl` file or of a folder of them.
     seed: data seed: training rows kept and wordings of the instructions. The test examples are the
       same for every seed.
     data_dir: where prepared data sets are kept.
@@ -76,28 +116,21 @@ def load(
     UserError: an unknown name or task (the message lists the known ones), a file that is missing or
       not as it should be, or an argument that the data set has no use for.
   """
-  if manual_folder is not None and name not in NAMES[1:]:
-    raise errors.UserError(f"data.manual_folder has no meaning for {name!r}; leave it out")
-  if tasks is not None and name not in NAMES[:2]:
-    raise errors.UserError(f"data.tasks has no meaning for {name!r}; leave it out")
-  if name == "word_tasks":
-    return word_tasks.load(seed=seed, tasks=tasks, train_rows=train_rows)
-  if name == "instruction_induction":
-    return instruction_induction.load(
-      seed=seed,
-      data_dir=data_dir,
-      manual_folder=manual_folder,
-      tasks=tasks,
-      train_rows=train_rows,
-    )
-  if name == "gsm8k":
-    return gsm8k.load(
-      seed=seed, data_dir=data_dir, manual_folder=manual_folder, train_rows=train_rows
+  given = {"tasks": tasks, "manual_folder": manual_folder}
+  known = _DATA_SETS.get(name)
+  takes = known.takes if known else ()
+  for argument, value in given.items():
+    if value is not None and argument not in takes:
+      raise errors.UserError(f"data.{argument} has no meaning for {name!r}; leave it out")
+  if known:
+    given["data_dir"] = data_dir
+    return known.load(
+      seed=seed, train_rows=train_rows, **{argument: given[argument] for argument in takes}
     )
   if pathlib.Path(name).exists() or str(name).endswith(".jsonl"):
     return jsonl.load(name, seed=seed, train_rows=train_rows)
   raise errors.UserError(
-    f"unknown data set {name!r}; known: {', '.join(NAMES)}, or the path of a .jsonl file"
+    f"unknown data set {name!r}; known: {', '.join(names())}, or the path of a .jsonl file"
   )
 
 
