@@ -136,7 +136,7 @@ class Checkout:
       )
       try:
         if interrupted is not None:
-          while process.poll() is None and len(_paths(interrupted, CHECKPOINTS)) < 2:
+          while process.poll() is None and _count_checkpoints(interrupted) < 2:
             time.sleep(0.01)
           process.send_signal(signal.SIGTERM)
         return process.wait()
@@ -227,6 +227,13 @@ def _plain(value: Any) -> Any:
 
 def _row_name(row: dict[str, Any]) -> str:
   return ", ".join(f"{name} {row[name]}" for name in KEYS if row.get(name) is not None)
+
+
+def _count_checkpoints(workdir: pathlib.Path) -> int:
+  try:
+    return len(_paths(workdir, CHECKPOINTS))
+  except FileNotFoundError:  # a folder was renamed or removed while it was read
+    return 0
 
 
 def _paths(workdir: pathlib.Path, pattern: str) -> list[pathlib.Path]:
