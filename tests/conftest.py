@@ -32,7 +32,7 @@ TEMPLATE = (
 def _few_programs():
   """A process that runs half of the suite compiles more programs than it may keep."""
   yield
-  compiled.relieve(0.4)
+  compiled.clear_if_needed(0.4)
 
 
 def write_model(folder, seed):

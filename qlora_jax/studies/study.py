@@ -262,7 +262,7 @@ def train_arm(resources: workload.Resources, arm: tuple) -> tuple[list[dict], bo
       results, searched = train_stage(resources, keeper, config, "search", trials)
       best = choose([row for result in results for row in result["rows"]], resources.objective)
     final, trained = train_stage(resources, keeper, config, "final", final_trials(config, best))
-  compiled.relieve()
+  compiled.clear_if_needed()
   if trained:
     summary = resources.summary([row for result in final for row in result["rows"]])
     name = f"{workload.task_name(config)}/{workload.arm_name(config)}"

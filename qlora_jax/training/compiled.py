@@ -1,8 +1,8 @@
-"""Compiled programs: shared on disk by all processes and later runs, and let go of in one.
+"""Compiled programs: shared on disk between processes, and cleared before memory maps run out.
 
-A program for the CPU is hundreds of memory mappings, of which Linux gives a process 65,530 unless
-told otherwise. A process that compiles hundreds of programs, for the settings of a sweep say, would
-end in a segmentation fault inside the compiler.
+A program for the CPU needs hundreds of memory maps, of which Linux gives a process 65,530 by
+default. A process that compiles hundreds of programs, such as those of a sweep's arms, would end
+in a segmentation fault inside the compiler.
 """
 
 import gc
@@ -13,7 +13,7 @@ import jax
 
 _MAPPINGS = pathlib.Path("/proc/self/maps")
 _LIMIT = pathlib.Path("/proc/sys/vm/max_map_count")
-_MIN_SECONDS = 0.3  # programs that compile faster are not worth a file
+_MIN_SECONDS = 0.3  # programs that compile faster are not stored
 
 
 def default_dir() -> pathlib.Path:
@@ -23,22 +23,22 @@ def default_dir() -> pathlib.Path:
 
 
 def enable(directory: pathlib.Path | None = None) -> None:
-  """Turns JAX's persistent compilation cache on, unless the user has set one of their own.
+  """Turns on JAX's persistent compilation cache, where the user has not set a directory for it.
 
-  A directory that cannot be written is JAX's to warn of: the run goes on and compiles.
+  Where the directory cannot be written, JAX warns and compiles.
   """
   if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(directory or default_dir()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
 
 
-def relieve(share: float = 0.25) -> bool:
-  """Lets go of all compiled programs where they hold more than `share` of the mappings there are.
+def clear_if_needed(share: float = 0.25) -> bool:
+  """Clears JAX's caches where the process holds more than `share` of the memory maps it may have.
 
-  What is needed again is compiled again, or read from disk.
+  Programs that are needed again are compiled again, or read from disk.
 
   Returns:
-    Whether it did.
+    Whether the caches were cleared.
   """
   if not (_MAPPINGS.exists() and _LIMIT.exists()):
     return False
