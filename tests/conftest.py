@@ -12,6 +12,16 @@ import pytest
 # folder is new in every test run, so that each program is compiled once in it. JAX is loaded here
 # before they are set: this process keeps its own programs where a run keeps them.
 _FOLDER = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+# Compiling takes most of the suite's time, and a program with fewer optimizations compiles in half
+# of it. `QLORA_JAX_TEST_OPTIMIZED=1` tests what users run.
+if os.environ.get("QLORA_JAX_TEST_OPTIMIZED", "0") in ("", "0"):
+  _FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false"
+  )
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+
 import jax  # noqa: E402, F401
 
 from qlora_jax.training import compiled  # noqa: E402

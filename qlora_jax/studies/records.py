@@ -1,9 +1,9 @@
-"""What a work directory says about each arm of its study: running, done, stopped or failed.
+"""The state of each arm in a work directory: running, done, stopped or failed.
 
   DIR/arms.json        the arms in their order
-  DIR/arms/KEY.json    what the process that trains an arm wrote last
+  DIR/arms/KEY.json    the last record of the process that trains an arm
 
-Whoever looks at the directory later, on this host or another, needs no config and no scheduler.
+The files can be read on any host, without the config and without a scheduler.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from qlora_jax.training import stop
 LIST = "arms.json"
 FOLDER = "arms"
 COHORTS = "cohorts"  # a folder per cohort, with its result
-# How a run is spread or saved is not what it computes.
+# Where a trial runs and how it is saved do not change its result.
 _NOT_COMPARED = ("cluster", "mesh", "checkpoint")  # nor is `data.data_dir`
 _RATE = "learning_rate"
 
@@ -47,14 +47,14 @@ class Arm:
 
 @dataclasses.dataclass
 class Record:
-  """What is known of an arm.
+  """The record of an arm.
 
   Attributes:
     state: 'running', 'stopped' (saved; the same command continues), 'failed' or 'done'.
     reason: of 'stopped' and 'failed', one line.
     cohorts: folders below `cohorts/` that hold its results, in order.
     cohort: the one that trains now, and its number of steps.
-    host, pid: of the process; a recycled pid is told apart by `started`.
+    host, pid: of the process; `started` distinguishes it from a later process with the same pid.
     started: the process's start in clock ticks since the host's boot, from /proc.
     job: its Slurm job, or None.
     devices: what it trained on.
@@ -76,7 +76,7 @@ class Record:
 
 
 def key(config: ml_collections.ConfigDict, rates: list[float]) -> str:
-  """A hash of everything that tells an arm from others."""
+  """A hash of everything in which arms differ."""
   plain = config.to_dict()
   for name in _NOT_COMPARED:
     plain.pop(name, None)
@@ -86,7 +86,7 @@ def key(config: ml_collections.ConfigDict, rates: list[float]) -> str:
 
 
 def names(points: list[dict]) -> list[str]:
-  """What tells each arm from the others, in the order of `study.expand`.
+  """The fields in which each arm differs from the others, as text, in the order of `study.expand`.
 
   Fields that all points share are left out, and so is the learning rate.
   """

@@ -1,8 +1,8 @@
-"""A list of what a folder held when it was finished, to tell later that nothing of it changed.
+"""A list of the files in a finished folder, with which later damage is detected.
 
-Orbax checks the index of its array files, not the numbers in them: an array whose bytes were
-changed on the disk restores without a word. The list is written into a checkpoint just before the
-checkpoint takes its name, so that one without a list was never finished.
+Orbax checks the index of its array files, not the numbers in them: an array whose bytes changed on
+the disk restores without a warning. The list is written just before a checkpoint gets its final
+name, so that a checkpoint without a list was never finished.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from concurrent import futures
 FILE_NAME = "checksums.json"
 _STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax adds the time of the commit after our list
 _COMMITTED = "commit_success.txt"  # and this file
-_THREADS = 8  # hashing leaves the interpreter free: as many files at once
+_THREADS = 8  # files hashed at the same time: hashing releases the interpreter lock
 
 
 def write(folder: pathlib.Path) -> None:
@@ -22,12 +22,12 @@ def write(folder: pathlib.Path) -> None:
   names = [path.relative_to(folder).as_posix() for path in paths]
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     digests = list(pool.map(_digest, paths))
-  found = {
+  entries = {
     name: {"bytes": path.stat().st_size, "sha256": digest}
     for name, path, digest in zip(names, paths, digests, strict=True)
     if name not in (_COMMITTED, FILE_NAME)
   }
-  (folder / FILE_NAME).write_text(json.dumps(found, indent=1))
+  (folder / FILE_NAME).write_text(json.dumps(entries, indent=1))
 
 
 def damage(folder: pathlib.Path, contents: bool = True) -> str | None:
@@ -43,7 +43,7 @@ def damage(folder: pathlib.Path, contents: bool = True) -> str | None:
     return "the folder is empty"
   try:
     listed = json.loads((folder / FILE_NAME).read_text())
-    expected = {name: (int(each["bytes"]), each["sha256"]) for name, each in listed.items()}
+    expected = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in listed.items()}
   except FileNotFoundError:
     return f"{FILE_NAME} is missing: it was never finished, or an earlier version wrote it"
   except (OSError, ValueError, TypeError, KeyError, AttributeError):

@@ -27,8 +27,8 @@ class OptimizerConfig:
   """AdamW with linear warm-up and cosine decay to zero.
 
   Attributes:
-    steps: optimiser steps of a run.
-    batch_size: examples a step.
+    steps: optimizer steps of a trial.
+    batch_size: examples per step.
     warmup: share of the steps spent warming up linearly.
     b1, b2, eps, weight_decay: AdamW's, the decay multiplied by the learning rate; `decayed` says
       which leaves have it.
@@ -80,7 +80,7 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make(config: OptimizerConfig) -> optax.GradientTransformation:
-  """AdamW whose updates are still to be multiplied by the run's learning rate."""
+  """AdamW whose updates are still to be multiplied by the learning rate of the trial."""
   parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
   parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
   if config.weight_decay:
@@ -134,21 +134,21 @@ def parameter_groups(params: PyTree) -> PyTree:
 
 
 def transplant(params: PyTree, source: PyTree, groups: Collection[str]) -> PyTree:
-  """`params` with the leaves of some groups, names of `GROUPS`, from `source`, another run's tree.
+  """`params` with the leaves of some groups, names of `GROUPS`, taken from another trial's tree.
 
   Raises:
     errors.UserError: an array of these groups is missing there, or has another shape.
   """
-  given = dict(jax.tree_util.tree_flatten_with_path(source)[0])
+  source_leaves = dict(jax.tree_util.tree_flatten_with_path(source)[0])
 
   def choose(path, leaf, group):
     if not _is_in(path, group, groups):
       return leaf
-    other = given.get(path)
+    other = source_leaves.get(path)
     if other is None or other.shape != leaf.shape:
-      found = "is missing" if other is None else f"has shape {other.shape}, not {leaf.shape}"
+      problem = "is missing" if other is None else f"has shape {other.shape}, not {leaf.shape}"
       raise errors.UserError(
-        f"{jax.tree_util.keystr(path)} of the run to take weights from {found}"
+        f"{jax.tree_util.keystr(path)} of the run to take weights from {problem}"
       )
     return other
 
@@ -156,7 +156,7 @@ def transplant(params: PyTree, source: PyTree, groups: Collection[str]) -> PyTre
 
 
 def _is_in(path, group: str, groups: Collection[str]) -> bool:
-  # 'atoms', or with a memory a map 'atoms_NAME'.
+  # 'atoms', or with a memory per map 'atoms_NAME'.
   is_atoms = group == "memory" and str(getattr(path[-1], "key", "")).startswith("atoms")
   return group in groups or (is_atoms and "atoms" in groups)
 

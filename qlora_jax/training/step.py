@@ -16,11 +16,11 @@ from qlora_jax.typing import Array, PyTree
 
 @flax.struct.dataclass
 class TrainState:
-  """What a run carries from step to step: trained weights only, never the frozen base.
+  """What a trial carries from step to step: trained weights only, never the frozen base.
 
   Attributes:
     step: int32 [].
-    params: the trained tree (the base's for full fine-tuning, else the adapter's).
+    params: the trained tree (the base for full fine-tuning, else the adapter).
     opt_state: optax's.
     learning_rate: float32 [], the height of the schedule.
   """
@@ -96,7 +96,7 @@ def train_step(
   tx: optax.GradientTransformation,
   gradients: Callable[..., tuple[Array, PyTree]] = gradients,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One optimiser step; `gradients(params, frozen, batch, model)` gives (loss to report, tree)."""
+  """One optimizer step; `gradients(params, frozen, batch, model)` gives (loss to report, tree)."""
   error, grads = gradients(state.params, frozen, batch, model)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   updates = jax.tree.map(lambda update: state.learning_rate * update, updates)

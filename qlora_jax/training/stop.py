@@ -1,7 +1,7 @@
-"""Stopping on request: a signal is noted, and the loop saves and leaves at its next chunk.
+"""Stopping on request: a signal sets a flag, and the loop saves and ends after its next update.
 
-An exception raised by a signal handler could strike inside a checkpoint that is being written;
-a flag that the loop reads cannot.
+An exception raised by a signal handler could interrupt the writing of a checkpoint. A flag that the
+loop reads cannot.
 """
 
 import signal

@@ -1,9 +1,9 @@
-"""Runs of one shape as one compiled program: `vmap` over seeds x learning rates.
+"""Trials of one shape as one compiled program: `vmap` over seeds x learning rates.
 
-A group holds R runs that share model, adapter and optimiser and differ in seed and learning rate.
-Its state has a leading run axis; the frozen base has none, so its products stay one large matrix
-product over all runs. With several devices the run axis is sharded over the mesh and no step
-communicates.
+A cohort has R trials that share model, adapter and optimizer and differ in seed and learning rate.
+Its state has a leading axis of trials. The frozen base has none, so that its product stays one
+large matrix product over all trials. With several devices the trials are sharded over the mesh, and
+no step communicates.
 """
 
 import dataclasses
@@ -22,20 +22,20 @@ from qlora_jax.training import step as step_lib
 from qlora_jax.typing import Array, PyTree
 from qlora_jax.workloads import routing_gain
 
-# What runs a few times per group is compiled in a third of the time without the backend's
-# optimisations.
+# For functions that run a few times per cohort: without the backend's optimizations they compile in
+# a third of the time.
 _ONCE = {"xla_backend_optimization_level": 0}
 EVAL_ROWS = 1024  # rows a compiled evaluation sees at once; splits are padded to a multiple
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """The compiled functions of a group; hashable, so that groups of one shape share them.
+  """The compiled functions of a cohort; hashable, so that cohorts of one shape share them.
 
   Attributes:
     model: the backbone with its adapter.
-    optimizer: the optimiser's settings.
-    devices: devices that the run axis is sharded over.
+    optimizer: its settings.
+    devices: devices that the trials are sharded over.
   """
 
   model: mlp.MLP
@@ -52,7 +52,7 @@ class Program:
     )
 
   def put(self, tree: PyTree, sharded: bool = True) -> PyTree:
-    """Places a tree on the mesh: leading axis over `runs`, or replicated."""
+    """Places a tree on the mesh: leading axis over the trials, or replicated."""
     return jax.device_put(tree, NamedSharding(self._mesh, P("runs") if sharded else P()))
 
   @functools.cached_property
@@ -62,7 +62,7 @@ class Program:
   def init(
     self, base: PyTree, seeds: np.ndarray, learning_rates: np.ndarray
   ) -> tuple[step_lib.TrainState, step_lib.Frozen]:
-    """Draws R runs over one base; runs of one seed start alike whatever their learning rate."""
+    """Draws R trials over one base; trials of one seed start equal at every learning rate."""
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     rates = jnp.asarray(learning_rates, jnp.float32)
     states, factors = self._init(base, keys, rates)
@@ -81,18 +81,18 @@ class Program:
       state = step_lib.TrainState(jnp.zeros((), jnp.int32), params, self._tx.init(params), rate)
       return state, frozen.factors
 
-    def all_runs(base, keys, rates):
+    def all_trials(base, keys, rates):
       states, factors = jax.vmap(one, in_axes=(None, 0, 0))(base, keys, rates)
-      # Factors are functions of the base alone: one copy serves every run.
+      # Factors are functions of the base alone: one copy serves every trial.
       return states, jax.tree.map(lambda leaf: leaf[0], factors)
 
-    return jax.jit(all_runs, compiler_options=_ONCE)
+    return jax.jit(all_trials, compiler_options=_ONCE)
 
   def start(self, params: PyTree, learning_rates: np.ndarray) -> step_lib.TrainState:
-    """The state before the first step of R runs whose weights [R, ..] are given, not drawn.
+    """The state before the first step of R trials that start from given weights [R, ..].
 
-    A run that goes on to another task starts so: its own weights, the optimiser and the schedule
-    from their beginning. The weights are copied: `train` gives up its state's.
+    For a trial that continues on another task: optimizer and schedule start from their beginning.
+    The weights are copied, because `train` donates its state.
     """
     rates = jnp.asarray(learning_rates, jnp.float32)
     return self.put(self._start(params, rates))
@@ -106,12 +106,15 @@ class Program:
 
   @functools.cached_property
   def train(self):
-    """(states [R], frozen, batches [seeds, K, B, ..], run -> seed row [R]) -> (states, metrics)."""
+    """Steps of all trials: (states, frozen, batches, seed_row) -> (states, metrics).
+
+    `batches` [seeds, K, B, ..] has K steps; `seed_row` [R] is the place of each trial's seed.
+    """
 
     def train(states, frozen, batches, seed_row):
       def one(state, row):
-        mine = jax.tree.map(lambda leaf: leaf[row], batches)
-        return step_lib.train_steps(state, frozen, mine, self.model, self._tx)
+        trial_batches = jax.tree.map(lambda leaf: leaf[row], batches)
+        return step_lib.train_steps(state, frozen, trial_batches, self.model, self._tx)
 
       return jax.vmap(one)(states, seed_row)
 
@@ -119,13 +122,16 @@ class Program:
 
   @functools.cached_property
   def predict(self):
-    """(states [R], frozen, batch [S, rows, ..], run -> S row [R]) -> predictions [R, rows]."""
+    """Predictions [R, rows] of all trials: (states, frozen, batch, seed_row) -> array.
+
+    `batch` [S, rows, ..]; `seed_row` [R] is the row of S that each trial reads.
+    """
 
     def predict(states, frozen, batch, seed_row):
       def one(params, row):
-        mine = jax.tree.map(lambda leaf: leaf[row], batch)
+        trial_batches = jax.tree.map(lambda leaf: leaf[row], batch)
         variables = step_lib.variables(self.model, params, frozen)
-        return self.model.apply(variables, mine.features, mine.instruction).values
+        return self.model.apply(variables, trial_batches.features, trial_batches.instruction).values
 
       return jax.vmap(one)(states.params, seed_row)
 
@@ -133,7 +139,10 @@ class Program:
 
   @functools.cached_property
   def route(self):
-    """(states [R], frozen, batch [rows, ..], group [rows], groups) -> statistics of each run."""
+    """Routing statistics of all trials: (states, frozen, batch, group, num_groups) -> tree [R, ..].
+
+    `batch` [rows, ..]; `group` [rows] is the target of each row, below `num_groups`.
+    """
 
     def route(states, frozen, batch, group, num_groups):
       def one(params):
@@ -153,7 +162,7 @@ class Program:
   def update_norms(
     self, states: step_lib.TrainState, weights: np.ndarray | None
   ) -> list[dict[str, float] | None]:
-    """`statistics.update_norms` of each run, given the routing weights [R, N, I, *batch, M]."""
+    """`statistics.update_norms` of each trial, given the routing weights [R, N, I, *batch, M]."""
     params = jax.device_get(states.params)
     runs = len(states.step)
     return [
@@ -168,7 +177,7 @@ class Program:
 
   @functools.cached_property
   def _routing_gain(self):
-    def one_run(params, initial, row, frozen, batches, other):
+    def one_trial(params, initial, row, frozen, batches, other):
       batch = jax.tree.map(lambda leaf: leaf[row], batches)
 
       def loss(output):
@@ -183,7 +192,7 @@ class Program:
       mixtures = routing_gain.one_mixture(self.model, trained, loss, probed.mean_weights, *inputs)
       return probed, mixtures, rerouting.movement(initial, params)
 
-    return jax.jit(jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None)), compiler_options=_ONCE)
+    return jax.jit(jax.vmap(one_trial, in_axes=(0, 0, 0, None, None, None)), compiler_options=_ONCE)
 
   def routing_gain(
     self,
@@ -193,12 +202,12 @@ class Program:
     batches: step_lib.Batch,
     seed_row: Array,
   ) -> list[dict[str, float]]:
-    """`routing_gain.COLUMNS` of each of R runs, in mean squared error.
+    """`routing_gain.COLUMNS` of each of R trials, in mean squared error.
 
     Args:
       params, initial: the trained trees [R, ..] now and before the first step.
       batches: rows [S, n, ..] with the targets to measure the error by; seed_row: which of the S
-        each run has.
+        each trial has.
     """
     other = routing_gain.other_rows(batches.targets.shape[1])
     probed, mixtures, moved = jax.device_get(
@@ -214,7 +223,7 @@ class Program:
 
 @functools.lru_cache(maxsize=64)
 def program(model: mlp.MLP, optimizer: optimizer_lib.OptimizerConfig, devices: int = 1) -> Program:
-  """The program of a shape, compiled once a process."""
+  """The program of a shape, compiled once per process."""
   return Program(model, optimizer, devices)
 
 

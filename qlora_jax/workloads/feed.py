@@ -1,7 +1,7 @@
-"""Batches for runs that train together: splits in memory, rows in Grain's order.
+"""Batches of a cohort: splits in memory, rows in Grain's order.
 
-All runs of one seed see the same rows in the same order, whatever their method or learning rate:
-comparisons between methods are paired. Any step is at random access, so a run resumes exactly.
+All trials of one seed see the same rows in the same order, whatever their arm or learning rate, so
+that arms are compared in pairs. Every step can be read at random, so that a trial resumes exactly.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from qlora_jax.training import step as step_lib
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Feed:
-  """The data of a group of runs.
+  """The data of a cohort.
 
   Attributes:
     splits: for each data seed, its arrays by split name.
     instructions: float32 [texts, E], the projected embedding of every paraphrase.
-    batch_size, steps: of a run.
+    batch_size, steps: of a trial.
   """
 
   splits: dict[int, dict[str, pipeline.Arrays]]

@@ -1,4 +1,4 @@
-"""From a language model's config to checked settings: mistakes are told before weights are read."""
+"""From a language config to checked settings: every mistake is reported before weights are read."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ _COUNTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What a config stands for, all of it checked.
+  """What a config describes, all of it checked.
 
   Attributes:
     source: the opened weights, None where only shapes were asked for.

@@ -1,7 +1,7 @@
-"""A language run's trees on its mesh: the base, the train state, batches and the compiled step.
+"""A language trial's trees on its mesh: base, train state, batches and the compiled step.
 
-Nothing is ever whole on one device unless the mesh has one: the base is read into its shards, the
-adapter and its optimiser's state are drawn in theirs, and each process brings its own rows.
+No array is ever whole on one device unless the mesh has a single device. The base is read into its
+shards, the adapter and the optimizer state are drawn in theirs, and each process reads its rows.
 """
 
 import dataclasses
@@ -55,22 +55,22 @@ class Shards:
 
   def trained(self, model: decoder.Decoder) -> PyTree:
     """Shardings of the trained tree; full fine-tuning trains the base."""
-    own = self.variables(model)
+    shardings = self.variables(model)
     if model.adapter.method == "full":
-      return {**own.get("params", {}), "base": own["base"]}
-    return own.get("params", {})
+      return {**shardings.get("params", {}), "base": shardings["base"]}
+    return shardings.get("params", {})
 
   def state(
     self, model: decoder.Decoder, optimizer: optimizer_lib.OptimizerConfig
   ) -> step_lib.TrainState:
     """Shardings of the train state."""
     abstract = decoder.abstract(model.config, model.adapter)
-    params, trained = nn.meta.unbox(abstract), self.trained(model)
-    own = params.get("params", {})
+    collections, trained = nn.meta.unbox(abstract), self.trained(model)
+    params = collections.get("params", {})
     if model.adapter.method == "full":
-      own = {**own, "base": params["base"]}
+      params = {**params, "base": collections["base"]}
     tx = optimizer_lib.make(optimizer)
-    opt_state = sharding.optimizer(tx, jax.eval_shape(tx.init, own), trained, self.mesh)
+    opt_state = sharding.optimizer(tx, jax.eval_shape(tx.init, params), trained, self.mesh)
     return step_lib.TrainState(self.replicated, trained, opt_state, self.replicated)
 
   def draw(
@@ -81,7 +81,7 @@ class Shards:
     learning_rate: float,
     seed: int,
   ) -> tuple[step_lib.TrainState, step_lib.Frozen]:
-    """A run's first train state over a base, every leaf drawn in its shards."""
+    """The first train state of a trial over a base, every leaf drawn in its shards."""
 
     def make(base, key):
       params, frozen = language_step.init_params(model, base, key)
@@ -103,18 +103,16 @@ class Shards:
   ) -> language_step.LanguageBatch:
     """The global batch of which `text` has this process's rows."""
     local = mesh_lib.data_shards(self.mesh) // self.own_rows[1]
-    made = language_step.from_text(text, table, parts, local)
-    if self.mesh.size == 1:
-      return made
-    return sharding.place(self.mesh, made)
+    batch = language_step.from_text(text, table, parts, local)
+    return batch if self.mesh.size == 1 else sharding.place(self.mesh, batch)
 
   def share(self, text: packing.TextBatch) -> packing.TextBatch:
-    """This process's rows of a batch that all processes have whole."""
+    """This process's rows of a batch that every process holds completely."""
     index, count = self.own_rows
     rows = len(text.tokens) // count
     answers = np.count_nonzero(text.loss_mask, axis=1)
-    own = [leaf[index * rows : (index + 1) * rows] for leaf in text[:6]]
-    return packing.TextBatch(*own, answers)
+    local = [leaf[index * rows : (index + 1) * rows] for leaf in text[:6]]
+    return packing.TextBatch(*local, answers)
 
 
 def jitted(model: decoder.Decoder, optimizer: optimizer_lib.OptimizerConfig, shards: Shards) -> Any:

@@ -1,4 +1,4 @@
-"""From a config to validated settings: everything that can be wrong is said before compiling."""
+"""From a regression config to checked settings: every mistake is reported before compiling."""
 
 import dataclasses
 import math
@@ -20,10 +20,12 @@ from qlora_jax.training import optimizer as optimizer_lib
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """The hashable records that a config stands for.
+  """The hashable records that a config describes.
 
   Attributes:
-    model: the backbone's shape; adapter: the sized adapter; optimizer: of the adapter's runs.
+    model: the backbone's shape.
+    adapter: its rank or atoms sized to the budget.
+    optimizer: of a trial.
     trainable_params: count of the trained tree.
   """
 
@@ -86,9 +88,9 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
   )
 
 
-def _check_rate(group: str, rate: float) -> None:
+def _check_rate(section: str, rate: float) -> None:
   if not 0 < rate < math.inf:
-    raise errors.UserError(f"{group}.learning_rate: {rate} is not a finite number above 0")
+    raise errors.UserError(f"{section}.learning_rate: {rate} is not a finite number above 0")
 
 
 def _check_pretrain(pretrain: ml_collections.ConfigDict) -> None:
