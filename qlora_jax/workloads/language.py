@@ -21,7 +21,7 @@ from jax import numpy as jnp
 from qlora_jax import files
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.data.text import pipeline, records
-from qlora_jax.instructions import cache, projection
+from qlora_jax.instructions import table
 from qlora_jax.models import decoder, fast_attention
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.parallel import processes, sharding
@@ -156,13 +156,14 @@ class Language:
     if not self.model.adapter.uses_instruction:
       return None, {}
     texts = [text or " " for text in self.data.instruction_texts]
-    embedded = cache.embed(texts, self.config.instruction.encoder, self.shared / "embeddings")
     seen = sorted({index for ids in self.data.seen_ids.values() for index in ids})
-    fitted = projection.fit(embedded[seen], self.config.instruction.dim)
-    table = projection.apply(fitted, embedded)
-    if self.config.instruction.shuffled:  # the control: wordings of all tasks change places
-      table = table[np.random.default_rng(self.config.seed).permutation(len(table))]
-    return table, {name: np.asarray(value) for name, value in fitted._asdict().items()}
+    fields = self.config.instruction
+    vectors, fitted = table.embedded(
+      texts, seen, fields.encoder, fields.dim, self.shared / "embeddings"
+    )
+    if fields.shuffled:  # the control: wordings of all tasks change places
+      vectors = vectors[np.random.default_rng(self.config.seed).permutation(len(vectors))]
+    return vectors, {name: np.asarray(value) for name, value in fitted._asdict().items()}
 
   def init(self) -> step_lib.TrainState:
     """Reads the data, scores the base, and draws the adapter."""
@@ -263,22 +264,11 @@ class Language:
     }
 
   def _row(self, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
-    adapter, config, (trial,) = self.model.adapter, self.config, self.cohort.trials
+    config, (trial,) = self.config, self.cohort.trials
     row = {
-      "run_id": self.cohort.trial_id(trial),
-      "stage": self.cohort.stage,
-      "task": config.data.name,
-      "method": workload_lib.arm_name(config),
-      "adapter": adapter.method,
-      "seed": trial.seed,
-      "learning_rate": trial.learning_rate,
-      "rank": adapter.rank,
-      "atoms": adapter.atoms,
-      "top_k": adapter.top_k,
+      **workload_lib.result_row(self.cohort, trial, self.settings),
       "in_prompt": config.instruction.in_prompt,
       "shuffled": config.instruction.shuffled,
-      "trainable_params": self.settings.trainable_params,
-      "steps": self.steps,
       "validation_nats": after.get("validation/nats", float("nan")),
     }
     for split in language_evaluation.SPLITS:

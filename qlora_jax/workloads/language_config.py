@@ -7,6 +7,7 @@ import jax
 import ml_collections
 
 from qlora_jax import errors
+from qlora_jax.adapters import config as adapter_config
 from qlora_jax.adapters import factory, sizing
 from qlora_jax.instructions import encoders
 from qlora_jax.models import architectures, decoder, families
@@ -35,6 +36,10 @@ class Settings:
   optimizer: optimizer_lib.OptimizerConfig
   trainable_params: int
   micro_batches: int
+
+  @property
+  def adapter(self) -> adapter_config.AdapterConfig:
+    return self.model.adapter
 
 
 def resolve(config: ml_collections.ConfigDict, abstract: bool = False) -> Settings:

@@ -18,7 +18,7 @@ import numpy as np
 from qlora_jax import files
 from qlora_jax.adapters import config as adapter_config
 from qlora_jax.data import pipeline
-from qlora_jax.instructions import cache, projection
+from qlora_jax.instructions import table
 from qlora_jax.models import mlp
 from qlora_jax.training import checkpoint, loop, optimizer, progress, stop
 from qlora_jax.training import step as step_lib
@@ -211,9 +211,12 @@ class Resources:
     task = pipeline.describe_task(config.data.task)
     if not adapter.uses_instruction:
       return np.zeros((len(task.paraphrases), 1), np.float32)
-    texts = cache.embed(task.paraphrases, config.instruction.encoder, self.workdir / "embeddings")
     seen = task.seen_paraphrases[: len(task.target_names)].ravel()
-    return projection.apply(projection.fit(texts[seen], config.instruction.dim), texts)
+    fields = config.instruction
+    vectors, _ = table.embedded(
+      task.paraphrases, seen, fields.encoder, fields.dim, self.workdir / "embeddings"
+    )
+    return vectors
 
   def base_error(self, cohort, settings, base, test, test_batch) -> float:
     """The frozen base's mean squared error on the test rows."""
@@ -248,9 +251,9 @@ class Regression(Training):
     splits = {
       seed: resources.splits(config, self.settings.model.inputs, seed) for seed in set(seeds)
     }
-    table = resources.instructions(config, self.settings.adapter)
+    instructions = resources.instructions(config, self.settings.adapter)
     opt = self.settings.optimizer
-    data = feed.Feed(splits, table, opt.batch_size, opt.steps)
+    data = feed.Feed(splits, instructions, opt.batch_size, opt.steps)
     program = cohort_program.program(self.settings.network, opt, config.mesh.runs)
     drawn = (
       resources.base(config),
@@ -305,20 +308,9 @@ class Regression(Training):
       judged = clean if task.has_clean else noisy
       rows.append(
         {
-          "run_id": self.cohort.trial_id(trial),
-          "stage": self.cohort.stage,
-          "task": task.name,
+          **workload_lib.result_row(self.cohort, trial, self.settings),
           "noise_kind": (config.data.noise_kind or task.default_noise) if task.has_clean else "own",
           "noise_level": config.data.noise_level,
-          "method": workload_lib.arm_name(config),
-          "adapter": adapter.method,
-          "seed": trial.seed,
-          "learning_rate": trial.learning_rate,
-          "rank": adapter.rank,
-          "atoms": adapter.atoms,
-          "top_k": adapter.top_k,
-          "trainable_params": self.settings.trainable_params,
-          "steps": self.settings.optimizer.steps,
           "validation_mse": validation_mse,
           "test_mse": clean if task.has_clean else float("nan"),
           "test_noisy_mse": noisy,

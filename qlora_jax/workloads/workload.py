@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import ml_collections
 
+from qlora_jax.adapters import config as adapter_config
+from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.typing import Array, PyTree
 
 State = PyTree
@@ -67,6 +69,38 @@ def task_name(config: ml_collections.ConfigDict) -> str:
 def arm_name(config: ml_collections.ConfigDict) -> str:
   """What tables call an arm: the config's label, or its adapter preset without one."""
   return config.label or config.adapter.name
+
+
+class Settings(Protocol):
+  """A config after its checks.
+
+  Attributes:
+    adapter: sized; optimizer: of a trial.
+    trainable_params: count of the trained tree.
+  """
+
+  adapter: adapter_config.AdapterConfig
+  optimizer: optimizer_lib.OptimizerConfig
+  trainable_params: int
+
+
+def result_row(cohort: Cohort, trial: Trial, settings: Settings) -> dict[str, Any]:
+  """The columns that the result of a trial has in every workload."""
+  adapter = settings.adapter
+  return {
+    "run_id": cohort.trial_id(trial),
+    "stage": cohort.stage,
+    "task": task_name(cohort.config),
+    "method": arm_name(cohort.config),
+    "adapter": adapter.method,
+    "seed": trial.seed,
+    "learning_rate": trial.learning_rate,
+    "rank": adapter.rank,
+    "atoms": adapter.atoms,
+    "top_k": adapter.top_k,
+    "trainable_params": settings.trainable_params,
+    "steps": settings.optimizer.steps,
+  }
 
 
 class Batches(NamedTuple):
