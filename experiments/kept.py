@@ -83,7 +83,7 @@ def _joined(studies: list[dict], parts: list[pathlib.Path]) -> dict:
   for study, workdir in zip(studies[1:], parts[1:], strict=True):
     if found := resume.differences(joined["config"], study["config"], resume.STUDY):
       raise errors.UserError(
-        f"--from: {workdir} is of another config than {parts[0]}: {resume.told(found)}"
+        f"--from: {workdir} is of another config than {parts[0]}: {resume.described(found)}"
       )
   for field in ("commit", "date", "devices"):
     joined[field] = ", ".join(dict.fromkeys(study[field] for study in studies))

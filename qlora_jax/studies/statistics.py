@@ -339,8 +339,8 @@ def paired_spread_ratio(
   def ratio(x, y, axis):
     # Of a resample of one seed alone, 1 in 6^5 or fewer, nothing is known.
     with np.errstate(divide="ignore", invalid="ignore"):
-      found = np.std(x, axis=axis, ddof=1) / np.std(y, axis=axis, ddof=1)
-    return np.where(np.isfinite(found), found, 1.0)
+      ratios = np.std(x, axis=axis, ddof=1) / np.std(y, axis=axis, ddof=1)
+    return np.where(np.isfinite(ratios), ratios, 1.0)
 
   return _interval(ratio, (a, b), False, num_resamples, confidence, seed)
 

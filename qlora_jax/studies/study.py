@@ -66,8 +66,8 @@ def _resources(config: ml_collections.ConfigDict) -> type[workload.Resources]:
 
 def rate_of(config: ml_collections.ConfigDict) -> float:
   """The config's own learning rate, or the default of its adapter where it gives none."""
-  given = config.optimizer.learning_rate
-  return float(factory.learning_rate(config.adapter.name) if given is None else given)
+  rate = config.optimizer.learning_rate
+  return float(factory.learning_rate(config.adapter.name) if rate is None else rate)
 
 
 def expand(config: ml_collections.ConfigDict, points: list[dict]) -> list[tuple]:
@@ -75,18 +75,18 @@ def expand(config: ml_collections.ConfigDict, points: list[dict]) -> list[tuple]
   merged: dict[str, tuple] = {}
   for point in points:
     fields = {name: value for name, value in point.items() if name != RATE}
-    own = config.copy_and_resolve_references()
-    own.update_from_flattened_dict(fields)
-    rate = float(point.get(RATE, rate_of(own)))
-    merged.setdefault(json.dumps(fields, sort_keys=True), (own, []))[1].append(rate)
+    arm_config = config.copy_and_resolve_references()
+    arm_config.update_from_flattened_dict(fields)
+    rate = float(point.get(RATE, rate_of(arm_config)))
+    merged.setdefault(json.dumps(fields, sort_keys=True), (arm_config, []))[1].append(rate)
   return list(merged.values())
 
 
 def describe(config: ml_collections.ConfigDict, points: list[dict]) -> list[records.Arm]:
   """The arms of a sweep, in the order of `expand`, as the work directory lists them."""
   return [
-    records.Arm(records.key(own, rates), name, _num_trials(own, rates))
-    for (own, rates), name in zip(expand(config, points), records.names(points), strict=True)
+    records.Arm(records.key(arm_config, rates), name, _num_trials(arm_config, rates))
+    for (arm_config, rates), name in zip(expand(config, points), records.names(points), strict=True)
   ]
 
 
@@ -125,10 +125,10 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: s
   plain = resume.plain(config)
   if path.exists():
     stored = json.loads(path.read_text())["config"]
-    found = resume.differences(stored, plain, resume.STUDY)
-    if found:
+    differing = resume.differences(stored, plain, resume.STUDY)
+    if differing:
       raise errors.UserError(
-        f"--workdir: {workdir} belongs to another config: {resume.told(found)};"
+        f"--workdir: {workdir} belongs to another config: {resume.described(differing)};"
         " give the old values or another directory"
       )
     return
@@ -350,10 +350,10 @@ def gather(workdir: pathlib.Path) -> bool:
     Whether there is any final run.
   """
   read = (records.read(workdir, arm) for arm in records.read_list(workdir))
-  found = [record for record in read if record is not None]
+  arm_records = [record for record in read if record is not None]
   results = [
     json.loads((workdir / COHORTS / cohort / loop.RESULT).read_text())
-    for record in found
+    for record in arm_records
     for cohort in record.cohorts
   ]
   if not results:
@@ -361,10 +361,15 @@ def gather(workdir: pathlib.Path) -> bool:
   write_tables(workdir, results, 0.0)
   began, ended = (
     [datetime.datetime.fromisoformat(at) for at in times if at]
-    for times in ([each.began for each in found], [each.ended for each in found])
+    for times in (
+      [record.began for record in arm_records],
+      [record.ended for record in arm_records],
+    )
   )
   stored = json.loads((workdir / "study.json").read_text())
-  stored["devices"] = ", ".join(sorted({each.devices for each in found if each.cohorts}))
+  stored["devices"] = ", ".join(
+    sorted({record.devices for record in arm_records if record.cohorts})
+  )
   stored["wall_seconds"] = (max(ended, default=min(began)) - min(began)).total_seconds()
   files.write_json(workdir / "study.json", stored)
   return any(row["stage"] == "final" for result in results for row in result["rows"])

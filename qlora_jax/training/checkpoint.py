@@ -154,14 +154,14 @@ class Checkpointer:
   def restore_best(self, like: PyTree) -> Restored | None:
     """As `restore`, for the best checkpoint; None where there is none, or it is damaged."""
     self.wait()
-    found = self.best()
-    if found is None:
+    best = self.best()
+    if best is None:
       return None
-    path = self.directory / str(found[0])
+    path = self.directory / str(best[0])
     if jax.process_index() == 0 and (reason := checksums.damage(path)):
       self._log(f"{self._set_aside(path, reason)}; there is no best one")
     _wait_for_all("best checkpoint checked")
-    return self._read(found[0], like) if path.exists() else None
+    return self._read(best[0], like) if path.exists() else None
 
   def save(
     self, step: int, tree: PyTree, extra: dict[str, Any] | None = None, metric: float | None = None
@@ -215,11 +215,11 @@ class Checkpointer:
     items = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
     stored = items["extra"].pop("config")
     if self.config is not None and stored is not None:
-      found = resume.differences(stored, self.config, resume.RUN)
-      if found:
+      differing = resume.differences(stored, self.config, resume.RUN)
+      if differing:
         raise errors.UserError(
           f"--config: the checkpoint {self.directory / str(step)} is of another config:"
-          f" {resume.told(found)}; give the old values or another directory"
+          f" {resume.described(differing)}; give the old values or another directory"
         )
     target = ocp.args.StandardRestore(jax.tree.map(_abstract, like))
     tree = self._manager.restore(step, args=ocp.args.Composite(state=target))["state"]
@@ -285,11 +285,11 @@ class Checkpointer:
     """Makes room: what is unfinished is of no use. Other writers of it may still be at work."""
     absent = 0
     for _ in range(100):
-      left = list(self.directory.glob(f"*{_TEMPORARY}*"))
-      absent = 0 if left else absent + 1
+      unfinished = list(self.directory.glob(f"*{_TEMPORARY}*"))
+      absent = 0 if unfinished else absent + 1
       if absent == 5:
         return
-      for path in left:
+      for path in unfinished:
         shutil.rmtree(path, ignore_errors=True)
       time.sleep(0.02)
 
@@ -327,8 +327,8 @@ def restore(
   if not directory.exists():
     return None
   with Checkpointer(directory, log=log) as saver:
-    found = saver.restore(like)
-    return found and (found.step, found.tree)
+    restored = saver.restore(like)
+    return restored and (restored.step, restored.tree)
 
 
 def agree(*numbers: int) -> tuple[int, ...]:

@@ -233,10 +233,10 @@ class _Record:
       raise stop.Stopped(asked)
 
   def best(self, state: workload_lib.State) -> workload_lib.Best | None:
-    found = self.saver.restore_best(state)
-    if found is None:
+    restored = self.saver.restore_best(state)
+    if restored is None:
       return None
-    return workload_lib.Best(found.step, found.tree, self._least)
+    return workload_lib.Best(restored.step, restored.tree, self._least)
 
 
 def _curves(workload, rows: list[dict], directory: pathlib.Path) -> list[dict[str, Any]]:

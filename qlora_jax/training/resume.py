@@ -28,18 +28,18 @@ def differences(
     free: paths of fields and groups that may differ.
   """
   free = tuple(free)
-  found = [
-    each
-    for each in _walk(stored, new, "")
-    if not any(each[0] == path or each[0].startswith(f"{path}.") for path in free)
+  differing = [
+    difference
+    for difference in _walk(stored, new, "")
+    if not any(difference[0] == path or difference[0].startswith(f"{path}.") for path in free)
   ]
-  return sorted(found, key=lambda each: each[0])
+  return sorted(differing, key=lambda difference: difference[0])
 
 
-def told(found: list[tuple[str, Any, Any]]) -> str:
+def described(differing: list[tuple[str, Any, Any]]) -> str:
   """The differences in words, on one line."""
-  shown = [f"{path} was {_short(was)}, is {_short(now)}" for path, was, now in found[:_SHOWN]]
-  more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+  shown = [f"{path} was {_short(was)}, is {_short(now)}" for path, was, now in differing[:_SHOWN]]
+  more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
   return "; ".join(shown) + more
 
 

@@ -70,23 +70,25 @@ class Evaluation:
 
     `answers` has what was said to the first few new wordings of each task.
     """
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for split, meaning in SPLITS.items():
       examples = some(self.data.splits.get(split, ()), self.config.eval.examples)
       if not examples:
         continue
-      said = self.answers(model, variables, examples)
-      scores = scoring.accuracy(said, examples)
+      answers = self.answers(model, variables, examples)
+      scores = scoring.accuracy(answers, examples)
       if split == "test":
-        kept = some(zip(examples, said, strict=True), _SAMPLES, task=lambda pair: pair[0].task)
-        found[ANSWERS] = [_sample(example, text) for example, text in kept]
+        samples = some(
+          zip(examples, answers, strict=True), _SAMPLES, task=lambda pair: pair[0].task
+        )
+        measured[ANSWERS] = [_sample(example, text) for example, text in samples]
       nats, _ = self.nats(model, variables, self.tokens(examples))
       self.display.log(
         f"{meaning}: exact match {100 * scores['accuracy']:.1f} %, {nats:.3f} nats per answer token"
       )
-      found |= {f"{split}/{name}": value for name, value in scores.items()}
-      found[f"{split}/nats"] = nats
-    return found
+      measured |= {f"{split}/{name}": value for name, value in scores.items()}
+      measured[f"{split}/nats"] = nats
+    return measured
 
   def answers(
     self, model: decoder.Decoder, variables: PyTree, examples: Sequence[records.Example]
@@ -104,25 +106,25 @@ class Evaluation:
     # Prompts of one length share a batch, so that little of it is padding.
     order = sorted(range(len(encoded)), key=lambda index: encoded[index].prompt_length)
     sampling = generation.SamplingConfig(max_tokens=self.config.eval.max_tokens)
-    size, said = self.config.eval.batch_size, []
+    size, answers = self.config.eval.batch_size, []
     for start in range(0, len(encoded), size):
       stop.check()
       part = [encoded[index] for index in order[start : start + size]]
       part = part + [part[0]] * (size - len(part))  # one compiled batch size
       instruction = None
       if model.adapter.instruction_dim:
-        instruction = self.table[[each.instruction_id for each in part]]
+        instruction = self.table[[example_tokens.instruction_id for example_tokens in part]]
       with self.shards.use():
         texts = generation.generate(
           model,
           variables,
-          [each.prompt for each in part],
+          [example_tokens.prompt for example_tokens in part],
           chat.stop_ids(self.tokenizer),
           sampling,
           instruction,
         )
-      said += [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in texts]
-    return [text for _, text in sorted(zip(order, said, strict=False))]
+      answers += [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in texts]
+    return [text for _, text in sorted(zip(order, answers, strict=False))]
 
   def likelihood(
     self, model: decoder.Decoder, variables: PyTree, during: bool = False
@@ -160,7 +162,10 @@ class Evaluation:
         nats, number, stats = _score_batch(model, variables, batch)
       total, count = total + float(nats), count + float(number)
       routing.append(jax.device_get(stats))
-    means = {name: float(np.mean([each[name] for each in routing])) for name in routing[0]}
+    means = {
+      name: float(np.mean([batch_statistics[name] for batch_statistics in routing]))
+      for name in routing[0]
+    }
     return total / max(count, 1.0), means
 
   def routing_gain(
@@ -198,36 +203,36 @@ class Evaluation:
 
 def some(examples, count: int, task=lambda example: example.task) -> list:
   """The first `count` examples of every task, in their order."""
-  taken: dict[str, int] = {}
-  kept = []
+  counts: dict[str, int] = {}
+  chosen = []
   for example in examples:
     name = task(example)
-    taken[name] = taken.get(name, 0) + 1
-    if taken[name] <= count:
-      kept.append(example)
-  return kept
+    counts[name] = counts.get(name, 0) + 1
+    if counts[name] <= count:
+      chosen.append(example)
+  return chosen
 
 
-def _sample(example, said: str) -> dict[str, str]:
+def _sample(example, answer: str) -> dict[str, str]:
   return {
     "task": example.task,
     "instruction": example.instruction,
     "prompt": example.prompt,
     "expected": example.answers[0],
-    "said": said,
+    "said": answer,
   }
 
 
 def compare(before: list[dict], after: list[dict]) -> list[dict]:
   """The same questions as the base and then the adapted model answered them."""
-  said = {(each["instruction"], each["prompt"]): each["said"] for each in before}
+  base_answers = {(sample["instruction"], sample["prompt"]): sample["said"] for sample in before}
   return [
     {
-      **{name: text for name, text in each.items() if name != "said"},
-      "before": said.get((each["instruction"], each["prompt"])),
-      "after": each["said"],
+      **{name: text for name, text in sample.items() if name != "said"},
+      "before": base_answers.get((sample["instruction"], sample["prompt"])),
+      "after": sample["said"],
     }
-    for each in after
+    for sample in after
   ]
 
 
@@ -235,9 +240,9 @@ def compare(before: list[dict], after: list[dict]) -> list[dict]:
 def _score_batch(model, variables, batches: language_step.LanguageBatch):
   batch = jax.tree.map(lambda leaf: leaf[0], batches)
   output = model.apply(variables, batch.tokens, batch.positions, batch.segments, batch.instruction)
-  each = language_step.answer_losses(model, variables, output.hidden, batch)
-  found = {}
+  nats = language_step.answer_losses(model, variables, output.hidden, batch)
+  routing = {}
   if output.routing.weights is not None:
-    every = statistics.routing_statistics(output.routing.weights, batch.loss_mask)
-    found = {name: every[name] for name in _STATISTICS}
-  return jnp.sum(each * batch.weights), jnp.sum(batch.weights), found
+    all_statistics = statistics.routing_statistics(output.routing.weights, batch.loss_mask)
+    routing = {name: all_statistics[name] for name in _STATISTICS}
+  return jnp.sum(nats * batch.weights), jnp.sum(batch.weights), routing

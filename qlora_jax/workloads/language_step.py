@@ -67,11 +67,11 @@ def from_text(
   places = np.zeros((parts * shards, size), np.int32)
   weights = np.zeros(places.shape, np.float32)
   for shard, mask in enumerate(masks):
-    found = np.flatnonzero(mask)
-    places[shard, : len(found)], weights[shard, : len(found)] = found, 1.0
+    answer_places = np.flatnonzero(mask)
+    places[shard, : len(answer_places)], weights[shard, : len(answer_places)] = answer_places, 1.0
   targets = np.take_along_axis(batch.targets.reshape(masks.shape), places, axis=1)
   instruction = None if table is None else table[batch.instruction_id]
-  made = LanguageBatch(
+  batches = LanguageBatch(
     batch.tokens,
     batch.positions,
     batch.segment_ids,
@@ -81,7 +81,7 @@ def from_text(
     targets,
     weights,
   )
-  return jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), made)
+  return jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batches)
 
 
 def answer_losses(
@@ -101,15 +101,15 @@ def answer_losses(
 
   if shards == 1:  # products and their gradients without an axis of one are faster on a CPU
     chosen = states[0][batch.places[0]].reshape(-1, CHUNK, width)
-    each = jax.lax.map(chunk, (chosen, batch.targets.reshape(-1, CHUNK)))
-    return each.reshape(1, -1)
+    nats = jax.lax.map(chunk, (chosen, batch.targets.reshape(-1, CHUNK)))
+    return nats.reshape(1, -1)
 
   def chunks(leaf):  # [G, A / G, ..] to [chunks, G, CHUNK, ..]
     return jnp.moveaxis(leaf.reshape(shards, -1, CHUNK, *leaf.shape[2:]), 1, 0)
 
-  chosen = sharding.tokens(jax.vmap(lambda own, places: own[places])(states, batch.places))
-  each = jax.lax.map(chunk, (chunks(chosen), chunks(batch.targets)))
-  return jnp.moveaxis(each, 0, 1).reshape(shards, -1)
+  chosen = sharding.tokens(jax.vmap(lambda rows, places: rows[places])(states, batch.places))
+  nats = jax.lax.map(chunk, (chunks(chosen), chunks(batch.targets)))
+  return jnp.moveaxis(nats, 0, 1).reshape(shards, -1)
 
 
 def loss_fn(
@@ -118,9 +118,9 @@ def loss_fn(
   """Summed loss of the answer tokens, and the mean of the routing penalties."""
   variables = step_lib.variables(model, params, frozen)
   output = model.apply(variables, batch.tokens, batch.positions, batch.segments, batch.instruction)
-  each = answer_losses(model, variables, output.hidden, batch)
+  nats = answer_losses(model, variables, output.hidden, batch)
   penalty = losses.penalty(model.adapter, output.routing, batch.loss_mask)
-  return jnp.sum(each * batch.weights), penalty
+  return jnp.sum(nats * batch.weights), penalty
 
 
 def gradients(

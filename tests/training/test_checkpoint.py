@@ -262,7 +262,7 @@ def test_another_config_is_refused_with_both_values(tmp_path):
 
 def test_differences_shorten_what_is_long_and_many():
   stored = {"a": list(range(100)), **{name: 0 for name in "bcdefgh"}}
-  told = resume.told(resume.differences(stored, {name: 1 for name in "bcdefgh"}))
+  told = resume.described(resume.differences(stored, {name: 1 for name in "bcdefgh"}))
   assert "..." in told and told.endswith("; and 2 more") and "h was" not in told
 
 
