@@ -56,7 +56,7 @@ class Shards:
   def trained(self, model: decoder.Decoder) -> PyTree:
     """Shardings of the trained tree; full fine-tuning trains the base."""
     own = self.variables(model)
-    if model.adapter.method == "full":
+    if model.adapter.trains_base:
       return {**own.get("params", {}), "base": own["base"]}
     return own.get("params", {})
 
@@ -67,7 +67,7 @@ class Shards:
     abstract = decoder.abstract(model.config, model.adapter)
     params, trained = nn.meta.unbox(abstract), self.trained(model)
     own = params.get("params", {})
-    if model.adapter.method == "full":
+    if model.adapter.trains_base:
       own = {**own, "base": params["base"]}
     tx = optimizer_lib.make(optimizer)
     opt_state = sharding.optimizer(tx, jax.eval_shape(tx.init, own), trained, self.mesh)

@@ -26,7 +26,7 @@ def build(name):
   """(adapted map, its random variables, x, what the network shares)."""
   method = name.split(",")[0]
   adapter = config.AdapterConfig(method=method, rank=RANK, atoms=ATOMS, alpha=5.0, **METHODS[name])
-  module = dense.AdaptedDense(adapter, "up", D_IN, D_OUT, 1)
+  module = dense.AdaptedDense(adapter, "up", D_IN, D_OUT)
   rng = np.random.default_rng(5)
   x = rng.normal(size=(4, D_IN)).astype("f")
   shared = {"lily_b_up": rng.normal(size=(ATOMS, RANK, D_OUT)).astype("f")}
@@ -119,7 +119,7 @@ def drawn_atoms(kind, noise=0.3):
     atom_init=kind,
     atom_noise=noise,
   )
-  module = dense.AdaptedDense(comol, "up", 12, 12, 1)
+  module = dense.AdaptedDense(comol, "up", 12, 12)
   cores = module.init(jax.random.key(1), np.ones((1, 12), "f"), None, {})["params"]
   return params, np.asarray(nn.meta.unbox(cores)["branch"]["cores"], float)
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from qlora_jax.adapters import block, config, losses, statistics
+from qlora_jax.adapters import config, losses, routing, statistics
 
 BLOCKS, ROUTERS, ROWS, TOKENS, ATOMS = 2, 3, 4, 5, 6
 RNG = np.random.default_rng(1)
@@ -69,7 +69,7 @@ def test_z_loss_is_the_mean_squared_logsumexp(mask):
 
 
 def test_the_penalty_adds_what_the_config_switches_on():
-  record = block.RoutingRecord(WEIGHTS, LOGITS, LOG_PRIOR)
+  record = routing.RoutingRecord(WEIGHTS, LOGITS, LOG_PRIOR)
   base = config.AdapterConfig(instruction_dim=3)
   assert losses.penalty(base, record) == 0.0
   for field, value in (
@@ -79,7 +79,7 @@ def test_the_penalty_adds_what_the_config_switches_on():
   ):
     adapter = dataclasses.replace(base, **{field: 0.3})
     np.testing.assert_allclose(losses.penalty(adapter, record, MASK), 0.3 * value, rtol=1e-6)
-  assert losses.penalty(base, block.RoutingRecord(None, None)) == 0.0
+  assert losses.penalty(base, routing.RoutingRecord(None, None)) == 0.0
 
 
 @pytest.mark.parametrize("mask", [None, MASK])

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from qlora_jax import errors
-from qlora_jax.adapters import config, contraction, factory, sizing
+from qlora_jax.adapters import config, contraction, factory, registry, sizing
 
 NETWORK = sizing.Network(
   maps=(("up", 64, 64), ("down", 64, 64)), layers=4, blocks=4, width=64, base_parameters=35_265
@@ -17,9 +17,7 @@ DECODER = sizing.Network(
   width=96,
   base_parameters=10**6,
 )
-SIZED = [
-  name for name, preset in factory.PRESETS.items() if preset.get("method") not in ("none", "full")
-]
+SIZED = [name for name in factory.names() if registry.family_of(name).branch is not None]
 
 
 @pytest.mark.parametrize(
