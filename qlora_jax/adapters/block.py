@@ -146,7 +146,7 @@ class BlockStack(nn.Module):
     unroll: runs a Python loop over slices of the same stacked parameters instead of the scan.
     scan_unroll: blocks that one iteration of the compiled scan runs; more is faster for small
       blocks and slower to compile.
-    remat: what a block keeps for its gradient, a key of `REMAT`: everything ('none'), only its
+    remat: which states a block keeps for its gradient, a key of `REMAT`: all ('none'), only its
       input ('full'), or its input and the results of its matrix products ('dots').
   """
 
@@ -176,7 +176,7 @@ class BlockStack(nn.Module):
     shared = memory.SharedParameters(cfg, self.map_outputs, name="memory")()
     log_prior = memory.log_prior(cfg, shared, instruction)
     kind = cfg.summary if cfg.uses_query else "none"
-    # The N states of a token are kept as its hidden states are; a single one in float32.
+    # N states per token have the hidden states' dtype; a single state is float32.
     dtype = hidden.dtype if kind == "attention" else jnp.float32
     running = summary.initial(kind, hidden.shape[:-1], self.blocks, cfg.rank, dtype)
     carry = (hidden, running, cache, jnp.zeros((), jnp.int32))
@@ -188,7 +188,7 @@ class BlockStack(nn.Module):
     history = kind == "attention" and self.remat == "full" and cache is None
     block_class = Block
     if self.remat != "none":
-      # A scan's body is compiled on its own, so that only the loop needs the barrier against CSE.
+      # XLA compiles a scan's body apart, so that only the loop needs the barrier against CSE.
       block_class = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=looped)
     if looped:
       records = []

@@ -1,4 +1,4 @@
-"""The trained branch of one adapted map: what all families share. The slot is in `dense.py`.
+"""The trained branch of one adapted map: the base class of all families. The slot is `dense.py`.
 
 A branch gets the input x, the frozen kernel and its product, and the routing of its block if there
 is one. It returns the corrected product, with the routing that it made itself or None. Letters as
@@ -74,7 +74,7 @@ class Branch(nn.Module):
       base: x W.
       kernel: W.
       routing: of the block, for families with one router per block.
-      shared: what the network shares, see `memory.SharedParameters`.
+      shared: the network's shared parameters, see `memory.SharedParameters`.
 
     Returns:
       The corrected product, and the routing that the branch made itself or None.

@@ -1,4 +1,4 @@
-"""What an adapter is: one frozen, validated record that every module reads.
+"""The settings of an adapter: one frozen, validated record that every module reads.
 
 `method` names the family, whose record is `family`. Only families that route read the fields below
 `# routing`. The controls of the study are settings of these fields, not families.
@@ -44,7 +44,8 @@ class AdapterConfig:
       name, 'map' (needs `operator='map'`; all names share the prior's descriptors).
     temperature: of the softmax over atoms: the logits of step (4) are divided by it (ours).
     summary: the running summary, see `summary.py`.
-    history: what a block leaves behind: its 'routed' state z C, or the state of its 'output'.
+    history: h, the state that a block leaves to the summary: the 'routed' z C, or that of the
+      block's 'output'.
     query_state: whether z enters the query.
     query_bias: whether a learned bias per block enters the query.
     instruction_dim: E, width of the instruction embedding; 0 when there is none.

@@ -75,7 +75,7 @@ class AdaptedDense(nn.Module):
     Args:
       x: the input.
       routing: of the block, or None.
-      shared: what the network shares.
+      shared: the network's shared parameters.
       low_rank: x A, if `project` has computed it.
 
     Returns:

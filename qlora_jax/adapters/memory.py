@@ -1,4 +1,4 @@
-"""Parameters that the whole network shares: the memory of atoms, or what another family declares.
+"""Parameters that the whole network shares: the memory of atoms, Lily's experts.
 
 The model declares this module once and passes its arrays to the scan over blocks as broadcast
 inputs. A scan with stacked parameters would silently untie a shared module instance that it
@@ -41,7 +41,7 @@ def atom_initializer(kind: str, noise: float):
 
 
 class SharedParameters(nn.Module):
-  """Declares what an adapter shares over the whole network; nothing where it shares nothing.
+  """Declares the shared parameters of the adapter's family, if it has any.
 
   Attributes:
     config: the adapter.

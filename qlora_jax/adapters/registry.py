@@ -67,8 +67,8 @@ class Method:
     scaling: overrides `AdapterConfig.scaling` ('' keeps it).
     router: where routing weights are made: '' nowhere, per 'map' or per 'block'. A 'block' has the
       query, the prior and the memory of atoms of Queryable LoRA.
-    shared: (config, (name, D_out, its logical axis) of every map of a layer) -> what the network
-      shares, in the order in which it is drawn. A family that shares has one rank for all maps.
+    shared: (config, (name, D_out, its logical axis) of every map of a layer) -> the parameters that
+      the network shares, in the order in which they are drawn. All maps then have one rank.
     block_parameters: (config, adapted maps per layer) -> parameters of one block's routers.
     routing_flops: (config, blocks, layers per block, adapted maps per layer) -> FLOPs per token of
       all routing, forward.

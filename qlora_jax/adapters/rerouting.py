@@ -51,7 +51,7 @@ def with_weights(model: nn.Module, variables: PyTree, weights: Array, *inputs, *
 
 
 def without_atoms(model: nn.Module, variables: PyTree, kept_atoms: Array, *inputs, **options):
-  """`model.apply(variables, *inputs)` with only some atoms in each block.
+  """`model.apply(variables, *inputs, **options)` with only some atoms in each block.
 
   Args:
     kept_atoms: bool [N, M], at least k atoms in every block.
@@ -132,7 +132,7 @@ def movement(initial: PyTree, params: PyTree) -> dict[str, Array]:
 
 
 def _kind(names: list[str]) -> tuple[str | None, int | None]:
-  """What a leaf is, 'atoms', 'keys', 'router' or None, and its axis of atoms."""
+  """The kind of a leaf: 'atoms', 'keys', 'router' or None, and its axis of atoms."""
   last = names[-1]
   if last.startswith("atom_keys"):
     return "keys", -2

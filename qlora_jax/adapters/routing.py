@@ -1,4 +1,4 @@
-"""What routers decide: one router's `Routing`, a block's `BlockRouting`, the network's record.
+"""The decisions of routers: one router's `Routing`, a block's `BlockRouting`, the network's record.
 
 Letters as in `qlora_jax/typing.py`.
 """
@@ -15,7 +15,7 @@ WHOLE_BLOCK = "block"  # the name of the router that all maps share
 
 @struct.dataclass
 class Routing:
-  """What one router decided.
+  """The decision of one router.
 
   Attributes:
     weights, logits: [*batch, M].
@@ -57,7 +57,7 @@ class BlockRouting:
 
 
 class RoutingRecord(NamedTuple):
-  """What every block routed: weights and logits [N, I, *batch, M], or None without a router.
+  """The decisions of every block: weights and logits [N, I, *batch, M], or None without a router.
 
   I counts the routers of a block: 1 for Queryable LoRA (with `operator='map'` one per map name),
   one per map for Lily and CoMoL. `log_prior` [*batch, M] is the language prior that all blocks

@@ -266,8 +266,8 @@ class Layer(nn.Module):
     Args:
       hidden: the state before it.
       routing: of the block, or None.
-      shared: what the network shares.
-      context: what all layers share.
+      shared: the network's shared parameters.
+      context: masks and rotations of all layers.
       cache: keys and values [L, B, C, G, K], or None.
       place: index of the block, and slot of the layer in it.
     """

@@ -163,20 +163,20 @@ def routing_bytes(shape, adapter, tokens: float) -> dict[str, float]:
     return {"kept": 0.0, "temporary": 0.0}
   rank, atoms = adapter.rank, adapter.atoms
   state = tokens * rank * FLOAT32
-  kept = history = 0.0
+  residuals = history = 0.0
   if adapter.uses_query and adapter.summary == "attention":
     history = shape.blocks * tokens * rank * np.dtype(shape.dtype).itemsize
     if shape.remat == "full":
-      kept, routers = history, len(shape.adapted) if adapter.operator == "map" else 1
+      residuals, routers = history, len(shape.adapted) if adapter.operator == "map" else 1
       # The first router's gradients replace the history; each router keeps two numbers per block.
       history = (routers - 1) * history + 2 * routers * shape.blocks * tokens * FLOAT32
     else:
-      kept = history * shape.blocks
+      residuals = history * shape.blocks
       history *= 2  # and its gradient
   elif adapter.uses_query and adapter.summary == "recurrent":
-    kept = shape.blocks * state
+    residuals = shape.blocks * state
   gather = contraction.choose(adapter, shape.layers_per_block * len(shape.adapted)) == "gather"
   scores = (2 if gather else 4) * tokens * padded(atoms) * FLOAT32  # and their gradients
   operator = 2 * tokens * rank * rank * FLOAT32
   gathered = 2 * tokens * rank * rank * FLOAT32 if gather else 0.0  # one atom per token at a time
-  return {"kept": kept, "temporary": history + scores + operator + gathered}
+  return {"kept": residuals, "temporary": history + scores + operator + gathered}

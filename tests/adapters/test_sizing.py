@@ -103,10 +103,10 @@ def test_a_budget_that_nothing_meets_says_what_is_nearest(name):
 
 
 def test_a_given_rank_is_kept_and_a_given_number_of_atoms_too():
-  kept = factory.make("queryable", {"rank": 5}, NETWORK, budget=8192, instruction_dim=0)
-  assert kept.rank == 5 and kept.atoms == config.AdapterConfig().atoms
-  kept = factory.make("queryable", {"atoms": 12}, NETWORK, budget=8400, instruction_dim=0)
-  assert kept.atoms == 12
+  adapter = factory.make("queryable", {"rank": 5}, NETWORK, budget=8192, instruction_dim=0)
+  assert adapter.rank == 5 and adapter.atoms == config.AdapterConfig().atoms
+  adapter = factory.make("queryable", {"atoms": 12}, NETWORK, budget=8400, instruction_dim=0)
+  assert adapter.atoms == 12
 
 
 @pytest.mark.parametrize(("name", "rank"), [("queryable", 6), ("static", 7), ("comol", 5)])

@@ -6,14 +6,17 @@ Every file of this folder is a family: it defines `METHODS`, a tuple of `registr
 import importlib
 import pkgutil
 
+from qlora_jax.adapters import registry
+
 _ORDER = ("full", "lora", "dora", "lora_xs", "comol", "lily", "queryable")  # of tables; others last
 
 
-def _files() -> list[str]:
-  names = [module.name for module in pkgutil.iter_modules(__path__)]
-  return sorted(names, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+def load() -> tuple[registry.Method, ...]:
+  """The families of all files of this folder, in the order of tables."""
+  names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+  names.sort(key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+  modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+  return tuple(method for module in modules for method in module.METHODS)
 
 
-BUILT_IN = tuple(
-  method for name in _files() for method in importlib.import_module(f"{__name__}.{name}").METHODS
-)
+BUILT_IN = load()
