@@ -83,7 +83,8 @@ def step(
 
 def _low_rank(shape: decoder.DecoderConfig, adapter, name: str) -> float:
   """FLOPs per token of one map's branch, forward."""
-  return adapter.family.map_flops(adapter, adapter.rank_of(name), *shape.map_shapes[name])
+  rank = adapter.rank_of(name)
+  return float(adapter.family.map_flops(adapter, rank, *shape.map_shapes[name]))
 
 
 def routing_forward(shape: decoder.DecoderConfig, adapter: adapter_config.AdapterConfig) -> float:
