@@ -8,7 +8,6 @@ those of the k atoms alone, at the machine's matrix-product rate, printed as `li
 """
 
 import argparse
-import dataclasses
 import itertools
 import statistics
 import time
@@ -18,7 +17,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from qlora_jax.adapters import config as config_lib
-from qlora_jax.adapters import contraction, functional
+from qlora_jax.adapters import contraction, functional, routing
 
 TOKENS, MAPS, REPEATS = 256, 7, 20
 
@@ -42,7 +41,6 @@ def product_rate() -> float:
 
 def block(config: config_lib.AdapterConfig, kind: str):
   """The gradient of seven routed states, in the order `kind`, as a block's router makes them."""
-  fixed = dataclasses.replace(config, contraction=kind)
 
   def loss(low_rank, logits, atoms):
     weights = operator = None
@@ -52,9 +50,10 @@ def block(config: config_lib.AdapterConfig, kind: str):
     else:
       weights = functional.sparse_weights(logits, config.kept_atoms)
       operator = functional.routed_operator(weights, atoms) if kind == "operator" else None
+    routed = routing.Routing(weights, logits, operator, kind)
     return sum(
-      jnp.sum(jnp.sin(contraction.contract(fixed, MAPS, each, weights, operator, atoms)))
-      for each in low_rank
+      jnp.sum(jnp.sin(contraction.contract(routed, state, atoms, config.kept_atoms)))
+      for state in low_rank
     )
 
   return jax.grad(loss, argnums=(0, 1, 2))

@@ -149,7 +149,7 @@ def get_hyper(hyper, arg: str | None = None) -> list[dict]:
     )
   methods = hyper.product(
     hyper.chainit(*(_task(name) for name in (*SYNTHETIC, *TABLES))),
-    hyper.sweep("adapter.name", tuple(factory.PRESETS)),
+    hyper.sweep("adapter.name", factory.names()),
   )
   noise = hyper.product(
     hyper.sweep("data.task", ("regimes",)),

@@ -1,7 +1,9 @@
 """How each method looks in every figure and table: name, colour, line, marker and place.
 
-Colour tells the family (Okabe-Ito, told apart by colour-blind readers); line style and marker tell
-the members of a family apart, and every method in a greyscale print.
+The looks are declared with the methods (`qlora_jax/adapters/registry.py`); here are their variants,
+their order and the figures' settings. Colour identifies the family (Okabe-Ito, which colour-blind
+readers can distinguish); line style and marker distinguish the members of a family, and every
+method in a greyscale print.
 """
 
 import contextlib
@@ -11,13 +13,12 @@ from collections.abc import Iterable
 import matplotlib
 import matplotlib.markers
 
+from qlora_jax.adapters import registry
+
 INK = "#24292f"  # text, axes, and the methods that are reference points
 PAPER = "#ffffff"
 FAINT = "#d0d7de"  # grid lines, zero lines
 MUTED = "#8c959f"  # methods in the background
-
-_BLUE, _SKY, _GREEN = "#0072b2", "#56b4e9", "#009e73"
-_VERMILLION, _ORANGE, _PURPLE = "#d55e00", "#e69f00", "#cc79a7"
 
 # Two inks of the inlined figures follow the page's light or dark theme; see `html.py`.
 THEME_COLOURS = {INK: "--ink", PAPER: "--paper", FAINT: "--faint", MUTED: "--muted"}
@@ -39,158 +40,6 @@ class Method:
 _DASH_DOT_DOT = (0, (5, 1.5, 1, 1.5, 1, 1.5))
 _LONG_DASH = (0, (8, 2))
 
-_METHODS = (
-  Method("none", "Frozen base", INK, ":", "x", True, "the pretrained network, unchanged"),
-  Method("full", "Full fine-tuning", INK, "-", "s", True, "every weight of the base is trained"),
-  Method(
-    "full_input",
-    "Full with instruction",
-    INK,
-    "--",
-    (4, 1, 0),
-    True,
-    "full fine-tuning, with the instruction's embedding added to the network's input",
-  ),
-  Method("lora", "LoRA", _BLUE, "-", "o", True, "one low-rank update for each weight matrix"),
-  Method(
-    "lora_input",
-    "LoRA with instruction",
-    _BLUE,
-    "--",
-    "^",
-    True,
-    "LoRA, with the instruction's embedding added to the network's input",
-  ),
-  Method("rslora", "rsLoRA", _BLUE, "-.", "v", False, "LoRA scaled by 1/sqrt(rank)"),
-  Method(
-    "dora",
-    "DoRA",
-    _SKY,
-    "-",
-    "D",
-    True,
-    "LoRA on the direction of each weight column, with a trained length",
-  ),
-  Method(
-    "lora_xs",
-    "LoRA-XS",
-    _SKY,
-    "--",
-    "<",
-    False,
-    "a small trained core between frozen factors taken from the weight",
-  ),
-  Method(
-    "comol",
-    "CoMoL",
-    _GREEN,
-    "-",
-    "P",
-    True,
-    "a routed mixture of low-rank cores in each weight matrix, nothing shared",
-  ),
-  Method(
-    "lily",
-    "Lily",
-    _GREEN,
-    "--",
-    "X",
-    True,
-    "low-rank experts shared across layers, routed by each layer",
-  ),
-  Method(
-    "queryable",
-    "Queryable",
-    _VERMILLION,
-    "-",
-    "*",
-    True,
-    "a query routes over one shared memory of low-rank atoms",
-  ),
-  Method(
-    "queryable_prior",
-    "Queryable + prior",
-    _VERMILLION,
-    "--",
-    "h",
-    True,
-    "Queryable, with the instruction as a prior over the atoms",
-  ),
-  Method(
-    "queryable_kl",
-    "Queryable + KL",
-    _VERMILLION,
-    "-.",
-    "8",
-    False,
-    "Queryable, with a penalty that pulls the routing towards the instruction's prior",
-  ),
-  Method(
-    "queryable_query",
-    "Queryable + query",
-    _ORANGE,
-    "-",
-    "p",
-    False,
-    "Queryable, with the instruction in the query",
-  ),
-  Method(
-    "queryable_prior_query",
-    "Queryable + prior + query",
-    _ORANGE,
-    "--",
-    "H",
-    False,
-    "Queryable, with the instruction in the prior and in the query",
-  ),
-  Method(
-    "queryable_topk",
-    "Queryable (top-k)",
-    _ORANGE,
-    "-.",
-    ">",
-    False,
-    "Queryable, keeping only the few atoms with the largest weights",
-  ),
-  Method(
-    "queryable_recurrent",
-    "Queryable (recurrent)",
-    _ORANGE,
-    ":",
-    "1",
-    False,
-    "Queryable, with a recurrent summary of the earlier blocks",
-  ),
-  Method(
-    "queryable_no_summary",
-    "Queryable (no summary)",
-    _VERMILLION,
-    _LONG_DASH,
-    "d",
-    False,
-    "Queryable, without a summary of the earlier blocks in the query",
-  ),
-  Method(
-    "static",
-    "Static mixture",
-    _PURPLE,
-    "-",
-    "+",
-    True,
-    "control: the shared atoms in one learned mixture a block, whatever the input",
-  ),
-  Method(
-    "uniform",
-    "Uniform mixture",
-    _PURPLE,
-    "--",
-    "2",
-    False,
-    "control: the shared atoms with equal weights",
-  ),
-)
-_BY_KEY = {m.key: m for m in _METHODS}
-_ORDER = {m.key: i for i, m in enumerate(_METHODS)}
 _OTHER_LINES = ("-", "--", "-.", ":", _LONG_DASH, _DASH_DOT_DOT)
 _OTHER_MARKERS = ("3", "4", "|", ".", "_", "o")
 
@@ -220,9 +69,18 @@ def subject(task: str, present: Iterable[str]) -> str | None:
 
 
 def method(key: str) -> Method:
-  """The looks of `key`; a method that this file does not know is grey under its own name."""
-  if key in _BY_KEY:
-    return _BY_KEY[key]
+  """The looks of `key`; an unregistered method is grey under its own name."""
+  preset = registry.presets().get(key)
+  if preset is not None:
+    return Method(
+      key,
+      preset.label,
+      preset.color,
+      preset.line,
+      preset.marker,
+      preset.main,
+      preset.description,
+    )
   name, _, variant = key.rpartition("+")
   if name and variant in _VARIANTS:
     return _variant(method(name), key, variant)
@@ -246,7 +104,8 @@ def _variant(look: Method, key: str, variant: str) -> Method:
 
 def ordered(keys: Iterable[str]) -> list[str]:
   """The distinct keys in the order of every legend and table; unknown ones last, by name."""
-  return sorted(set(keys), key=lambda key: (_ORDER.get(key.split("+")[0], len(_ORDER)), key))
+  places = {name: place for place, name in enumerate(registry.legend())}
+  return sorted(set(keys), key=lambda key: (places.get(key.split("+")[0], len(places)), key))
 
 
 def highlighted(keys: Iterable[str], limit: int = 9) -> list[str]:

@@ -1,23 +1,24 @@
 """A block of layers with one routed operator, and the scan over blocks that carries the summary.
 
-Any residual layer with these methods fits; the MLP and the decoder share this file:
+The MLP and the decoder share this file. A residual layer needs these methods:
 
-  __call__(hidden, routing, shared) -> (hidden, tuple of routings its branches made themselves)
+  __call__(hidden, routing, shared) -> (hidden, tuple of routings that its branches made)
   anchor_state(hidden) -> z     the low-rank state of the layer's first adapted map at another
-                                hidden state; only the history `output` asks for it
+                                hidden state; only the history `output` calls it
 
-A model that hands `context` to the stack has layers of the longer form
+A model that gives the stack a `context` has layers of the longer form
 
   __call__(hidden, routing, shared, context, cache, place) -> (hidden, cache, routings)
 
 with `context` the same for all layers (positions, masks), `cache` a tree carried from layer to
 layer, and `place` = (block index, slot in the block). The adapted maps ask `routing`
-(`router.BlockRouting`) for the routed operator; the first to ask is the block's anchor.
+(`routing.BlockRouting`) for the routed operator; the first map to ask is the block's anchor.
+Letters as in `qlora_jax/typing.py`.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -25,8 +26,9 @@ from jax import numpy as jnp
 
 from qlora_jax.adapters import config as config_lib
 from qlora_jax.adapters import contraction, depth_scan, memory, router, summary
+from qlora_jax.adapters import routing as routing_lib
 from qlora_jax.parallel import sharding
-from qlora_jax.typing import Array, PyTree
+from qlora_jax.typing import Array, Float, PyTree
 
 REMAT = {
   "none": None,
@@ -35,17 +37,8 @@ REMAT = {
 }
 
 
-class RoutingRecord(NamedTuple):
-  """What every block routed: weights and logits [N, G, *batch, M], or None without a router.
-
-  G counts the routers of a block: 1 for Queryable LoRA (with `operator='map'` one a name of map),
-  one a map for Lily and CoMoL. `log_prior` [*batch, M] is the language prior that all blocks share,
-  or None.
-  """
-
-  weights: Array | None
-  logits: Array | None
-  log_prior: Array | None = None
+# (hidden [*batch, D], the summary's carry, cache, block index)
+Carry = tuple[Array, PyTree, PyTree, Array]
 
 
 class Block(nn.Module):
@@ -53,81 +46,97 @@ class Block(nn.Module):
 
   Attributes:
     config: the adapter.
-    make_layer: builds one layer, given the number of adapted maps in the block and a name.
+    make_layer: builds one layer by its name.
     layers: S.
     map_names: the adapted maps of a layer.
-    carries: whether the block reads the summary's carry and gives it back with its state in it;
-      else it is given what each of its routers reads, and gives back the state.
+    carries_summary: whether the running summary goes through the block: the block reads its carry,
+      and returns it with the block's state written. Else the block gets the summary of each router
+      by name, and returns its state alone (`depth_scan.py`).
   """
 
   config: config_lib.AdapterConfig
   make_layer: Callable[..., nn.Module]
   layers: int
   map_names: tuple[str, ...]
-  carries: bool = True
-
-  @property
-  def sharing(self) -> int:
-    """How many maps of the block share one routed operator."""
-    return self.layers * (1 if self.config.operator == "map" else len(self.map_names))
+  carries_summary: bool = True
 
   def setup(self):
-    self.stack = [
-      self.make_layer(maps=self.sharing, name=f"layer_{index}") for index in range(self.layers)
-    ]
+    self.stack = [self.make_layer(name=f"layer_{index}") for index in range(self.layers)]
     if not self.config.routed:
       return
-    make = functools.partial(router.BlockRouter, self.config, self.sharing, self.carries)
+    # How many maps of the block share one routed operator.
+    sharing = self.layers * (1 if self.config.operator == "map" else len(self.map_names))
+    make_router = functools.partial(router.BlockRouter, self.config, sharing, self.carries_summary)
     if self.config.operator == "map":
-      self.router = {name: make() for name in self.map_names}
+      self.router = {name: make_router() for name in self.map_names}
     else:
-      self.router = make()
+      self.router = make_router()
     self.gate = router.SummaryGate(self.config)
 
-  def __call__(self, carry, shared, instruction, log_prior, context):
-    """One step of the scan; carry = (hidden [*batch, D], summary's carry, cache, block index)."""
+  def __call__(
+    self,
+    carry: Carry,
+    shared: memory.Shared,
+    instruction: Float[Array, "*#batch E"] | None,
+    log_prior: Float[Array, "*#batch M"] | None,
+    context: PyTree,
+  ) -> tuple[Carry, routing_lib.RoutingRecord]:
+    """One step of the scan."""
     hidden, running, cache, index = carry
     hidden = sharding.tokens(hidden)
-    cfg, routing, own = self.config, None, []
+    cfg, routing, branch_routings = self.config, None, []
     if cfg.routed:
-      routers = self.router if cfg.operator == "map" else {router.WHOLE_BLOCK: self.router}
-      given = (instruction, log_prior)
-      routing = router.BlockRouting(
-        {
-          name: lambda state, each=each, name=name: each(
-            state,
-            running if self.carries else running[each.name],
-            index,
-            memory.of_map(cfg, shared, name),
-            *given,
-          )
-          for name, each in routers.items()
-        }
-      )
+      routing = self._routing(running, index, shared, instruction, log_prior)
     for slot, layer in enumerate(self.stack):
       if context is None:
-        hidden, routings = layer(hidden, routing, shared)
+        hidden, layer_routings = layer(hidden, routing, shared)
       else:
-        hidden, cache, routings = layer(hidden, routing, shared, context, cache, (index, slot))
-      own.extend(routings)
-    if cfg.routed:
-      own = [*routing.routings.values(), *own]
-    if cfg.routed and cfg.summary != "none" and cfg.routing == "query":
-      if cfg.history == "routed":
-        name, made = next(iter(routing.routings.items()))  # of the block's first anchor
-        atoms = memory.of_map(cfg, shared, name)["atoms"]
-        left = contraction.contract(
-          cfg, self.sharing, routing.state, made.weights, made.operator, atoms
+        hidden, cache, layer_routings = layer(
+          hidden, routing, shared, context, cache, (index, slot)
         )
-      else:
-        left = self.stack[0].anchor_state(hidden)
-      running = self.gate(running, left, index) if self.carries else left
-    record = RoutingRecord(None, None)
-    if own:
-      record = RoutingRecord(
-        jnp.stack([each.weights for each in own]), jnp.stack([each.logits for each in own])
+      branch_routings.extend(layer_routings)
+    if cfg.uses_query and cfg.summary != "none":
+      state = self._summarised_state(hidden, routing, shared)
+      running = self.gate(running, state, index) if self.carries_summary else state
+    routings = [*routing.routings.values(), *branch_routings] if cfg.routed else branch_routings
+    record = routing_lib.RoutingRecord(None, None)
+    if routings:
+      record = routing_lib.RoutingRecord(
+        jnp.stack([routed.weights for routed in routings]),
+        jnp.stack([routed.logits for routed in routings]),
       )
     return (sharding.tokens(hidden), running, cache, index + 1), record
+
+  def _routing(
+    self,
+    running: PyTree,
+    index: Array,
+    shared: memory.Shared,
+    instruction: Array | None,
+    log_prior: Array | None,
+  ) -> routing_lib.BlockRouting:
+    """The block's routers, each waiting for the state of its anchor."""
+    per_map = self.config.operator == "map"
+    routers = self.router if per_map else {routing_lib.WHOLE_BLOCK: self.router}
+
+    def route(name: str, state: Array) -> routing_lib.Routing:
+      block_router = routers[name]
+      carry = running if self.carries_summary else running[block_router.name]
+      seen = memory.of_map(self.config, shared, name)
+      return block_router(state, carry, index, seen, instruction, log_prior)
+
+    return routing_lib.BlockRouting({name: functools.partial(route, name) for name in routers})
+
+  def _summarised_state(
+    self, hidden: Array, routing: routing_lib.BlockRouting, shared: memory.Shared
+  ) -> Float[Array, "*batch R"]:
+    """h_b, which the block leaves to the summary of the blocks after it."""
+    cfg = self.config
+    if cfg.history == "output":
+      return self.stack[0].anchor_state(hidden)
+    name, routed = next(iter(routing.routings.items()))  # of the block's first anchor
+    atoms = memory.of_map(cfg, shared, name)["atoms"]
+    return contraction.contract(routed, routing.state, atoms, cfg.kept_atoms)
 
 
 class BlockStack(nn.Module):
@@ -137,8 +146,8 @@ class BlockStack(nn.Module):
     unroll: runs a Python loop over slices of the same stacked parameters instead of the scan.
     scan_unroll: blocks that one iteration of the compiled scan runs; more is faster for small
       blocks and slower to compile.
-    remat: what a block keeps for its gradient, a key of `REMAT`: everything, only its input, or
-      its input and the results of its matrix products.
+    remat: which states a block keeps for its gradient, a key of `REMAT`: all ('none'), only its
+      input ('full'), or its input and the results of its matrix products ('dots').
   """
 
   config: config_lib.AdapterConfig
@@ -153,21 +162,21 @@ class BlockStack(nn.Module):
   @nn.compact
   def __call__(
     self,
-    hidden: Array,
-    instruction: Array | None,
+    hidden: Float[Array, "*batch D"],
+    instruction: Float[Array, "*#batch E"] | None,
     context: PyTree = None,
     cache: PyTree = None,
-  ):
-    """Runs hidden [*batch, D] through all blocks, with the instruction [*batch, E] or None.
+  ) -> tuple[Any, ...]:
+    """Runs hidden through all blocks, with the instruction or None.
 
     Returns:
-      (hidden, `RoutingRecord`), and the cache as a third item when a context is given.
+      (hidden, `routing.RoutingRecord`), and the cache as a third item when a context is given.
     """
     cfg = self.config
     shared = memory.SharedParameters(cfg, self.map_outputs, name="memory")()
     log_prior = memory.log_prior(cfg, shared, instruction)
     kind = cfg.summary if cfg.uses_query else "none"
-    # The N states of a token are kept as its hidden states are; a single one in float32.
+    # N states per token have the hidden states' dtype; a single state is float32.
     dtype = hidden.dtype if kind == "attention" else jnp.float32
     running = summary.initial(kind, hidden.shape[:-1], self.blocks, cfg.rank, dtype)
     carry = (hidden, running, cache, jnp.zeros((), jnp.int32))
@@ -179,7 +188,7 @@ class BlockStack(nn.Module):
     history = kind == "attention" and self.remat == "full" and cache is None
     block_class = Block
     if self.remat != "none":
-      # A scan's body is compiled on its own, so that only the loop needs the barrier against CSE.
+      # XLA compiles a scan's body apart, so that only the loop needs the barrier against CSE.
       block_class = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=looped)
     if looped:
       records = []
@@ -192,16 +201,16 @@ class BlockStack(nn.Module):
         records.append(record)
       record = jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
     elif history and applied:
-      own = {name: tree["blocks"] for name, tree in self.variables.items() if "blocks" in tree}
-      params = own.pop("params")
+      fixed = {name: tree["blocks"] for name, tree in self.variables.items() if "blocks" in tree}
+      params = fixed.pop("params")
       queries = {
         name: tree["pseudo_query"] for name, tree in params.items() if name.startswith("router")
       }
       last, record = depth_scan.scan(
-        functools.partial(_step, Block(*arguments, carries=False, parent=None)),
+        functools.partial(_step, Block(*arguments, carries_summary=False, parent=None)),
         params,
         queries,
-        own,
+        fixed,
         hidden,
         running,
         (shared, instruction, log_prior),
@@ -223,8 +232,9 @@ class BlockStack(nn.Module):
     return (carry[0], record) if context is None else (carry[0], record, carry[2])
 
 
-def _step(module: Block, own, fixed, hidden, summaries, index, shared, context):
+def _step(module: Block, params, fixed, hidden, summaries, index, shared, context):
   """A block as `depth_scan.scan` runs it."""
   carry = (hidden, summaries, None, index)
-  (hidden, state, _, _), record = module.apply({"params": own, **fixed}, carry, *shared, context)
+  variables = {"params": params, **fixed}
+  (hidden, state, _, _), record = module.apply(variables, carry, *shared, context)
   return hidden, state, record

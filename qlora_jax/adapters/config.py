@@ -1,29 +1,16 @@
-"""What an adapter is: one frozen, validated record that every module reads.
+"""The settings of an adapter: one frozen, validated record that every module reads.
 
-`method` chooses the family; the fields below `# routing` only matter to the families that route.
-The controls of the study are settings of these fields, not families of their own.
+`method` names the family, whose record is `family`. Only families that route read the fields below
+`# routing`. The controls of the study are settings of these fields, not families.
 """
 
 import dataclasses
 import math
 
 from qlora_jax import errors
+from qlora_jax.adapters import registry
 
-METHODS = {
-  "none": "the frozen base alone",
-  "full": "every weight of the base is trained",
-  "lora": "y = x W + alpha/R (x A) B (arXiv 2106.09685)",
-  "rslora": "LoRA scaled by alpha/sqrt(R) (arXiv 2312.03732)",
-  "dora": "LoRA on the direction and a trained magnitude a column (arXiv 2402.09353)",
-  "lora_xs": "frozen A, B from the SVD of W and a trained core (arXiv 2405.17604)",
-  "comol": "a mixture of cores with its own router in every map, nothing shared",
-  "lily": "own A, shared experts B, routed on x A (arXiv 2407.09946)",
-  "queryable": "one shared, queryable memory of atoms (arXiv 2605.08423)",
-}
-ROUTED = ("queryable",)  # families with one routed operator per block
-ROUTED_MAPS = ("comol", "lily")  # families with a router in every map
 CHOICES = {
-  "method": tuple(METHODS),
   "scaling": ("rank", "sqrt_rank"),
   "routing": ("query", "static"),
   "weights": ("softmax", "equal"),
@@ -41,25 +28,26 @@ class AdapterConfig:
   """Settings of the one adapter slot. Hashable, so that a compiled step can be keyed by it.
 
   Attributes:
-    method: the family, one of `METHODS`.
+    method: the family, the name of a `registry.Method`.
     rank: R, the width of the bottleneck of every adapted map.
-    map_ranks: (map name, rank) pairs that override `rank`; families without a shared core only.
+    map_ranks: (map name, rank) pairs that override `rank`; only for families that share nothing.
     alpha: the numerator of the scaling; 0 means alpha = rank (scaling 1 with `scaling='rank'`).
     scaling: 'rank' for alpha/R, 'sqrt_rank' for alpha/sqrt(R).
-    atoms: M, atoms of the memory (cores a map for comol, experts for lily).
-    top_k: k, atoms kept a token; 0 keeps all (dense routing).
+    atoms: M, atoms of the memory (cores per map for comol, experts for lily).
+    top_k: k, atoms kept per token; 0 keeps all (dense routing).
     query_dim: Q, width of query and keys.
-    routing: 'query', or 'static': one learned mixture a block, no query.
+    routing: 'query', or 'static': one learned mixture per block, no query.
     weights: 'softmax', or 'equal': 1/k on the top k, gradient straight through.
     operator: which maps share one routed operator: all of a 'block', or those of one name, 'map',
-      each name with a router and an anchor of its own.
+      with one router and one anchor per name.
     memory: which maps share one memory of atoms and keys: all of the 'network', or those of one
-      name, 'map' (needs `operator='map'`; descriptors of the prior stay common).
+      name, 'map' (needs `operator='map'`; all names share the prior's descriptors).
     temperature: of the softmax over atoms: the logits of step (4) are divided by it (ours).
     summary: the running summary, see `summary.py`.
-    history: what a block leaves behind: its 'routed' state z C, or the state of its 'output'.
+    history: h, the state that a block leaves to the summary: the 'routed' z C, or that of the
+      block's 'output'.
     query_state: whether z enters the query.
-    query_bias: whether a learned bias a block enters the query.
+    query_bias: whether a learned bias per block enters the query.
     instruction_dim: E, width of the instruction embedding; 0 when there is none.
     instruction_in_input: whether e is added to the backbone's input through a trained map.
     instruction_in_query: whether e enters the query through W_e.
@@ -106,6 +94,9 @@ class AdapterConfig:
   contraction: str = "auto"
 
   def __post_init__(self):
+    methods = [family.name for family in registry.families()]
+    if self.method not in methods:
+      _fail("method", self.method, "one of " + ", ".join(methods))
     for field, choices in CHOICES.items():
       if getattr(self, field) not in choices:
         _fail(field, getattr(self, field), "one of " + ", ".join(choices))
@@ -136,22 +127,32 @@ class AdapterConfig:
         _fail(field, getattr(self, field), "a finite number of at least 0")
     if self.uses_instruction and not self.instruction_dim:
       _fail("instruction_dim", 0, "above 0 when an instruction is used")
-    if self.map_ranks and self.method in (*ROUTED, "lily"):
+    if self.map_ranks and self.family.shared:
       _fail("map_ranks", self.map_ranks, f"empty for {self.method}, whose maps share one core")
-    if self.method == "queryable" and self.routing == "query":
+    if self.uses_query:
       query_inputs = (self.query_state, self.query_bias, self.instruction_in_query)
       if not any(query_inputs) and self.summary == "none":
         _fail("query_state", False, "True: a query with no input cannot route")
 
   @property
+  def family(self) -> registry.Method:
+    """The record of the method."""
+    return registry.get(self.method)
+
+  @property
+  def trains_base(self) -> bool:
+    """Whether the base's own weights are trained: full fine-tuning."""
+    return self.family.trains_base
+
+  @property
   def routed(self) -> bool:
-    """Whether the blocks share one memory and one routed operator each."""
-    return self.method in ROUTED
+    """Whether the blocks share one memory and have one routed operator each."""
+    return self.family.router == "block"
 
   @property
   def has_router(self) -> bool:
-    """Whether there are routing weights at all, of blocks or of single maps."""
-    return self.method in (*ROUTED, *ROUTED_MAPS)
+    """Whether there are routing weights, of blocks or of maps."""
+    return bool(self.family.router)
 
   @property
   def uses_prior(self) -> bool:
@@ -175,10 +176,10 @@ class AdapterConfig:
     return dict(self.map_ranks).get(map_name, self.rank)
 
   def scale_of(self, map_name: str) -> float:
-    """alpha/R, or alpha/sqrt(R) for rsLoRA and `scaling='sqrt_rank'`."""
+    """alpha/R, or alpha/sqrt(R) with the scaling 'sqrt_rank' of the config or of the family."""
     rank = self.rank_of(map_name)
     alpha = self.alpha or float(rank)
-    root = self.scaling == "sqrt_rank" or self.method == "rslora"
+    root = "sqrt_rank" in (self.scaling, self.family.scaling)
     return alpha / math.sqrt(rank) if root else alpha / rank
 
 

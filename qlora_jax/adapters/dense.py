@@ -11,10 +11,11 @@ import numpy as np
 from flax import linen as nn
 from jax import numpy as jnp
 
-from qlora_jax.adapters import branches, functional, memory, router
 from qlora_jax.adapters import config as config_lib
+from qlora_jax.adapters import functional, memory
+from qlora_jax.adapters import routing as routing_lib
 from qlora_jax.parallel import sharding
-from qlora_jax.typing import Array
+from qlora_jax.typing import Array, Float, typed
 
 
 class AdaptedDense(nn.Module):
@@ -26,7 +27,6 @@ class AdaptedDense(nn.Module):
     config: the adapter.
     map_name: the name of this map in a layer, as in `map_ranks`.
     inputs, outputs: D_in and D_out.
-    maps: adapted maps in the block.
     axes: logical axis names of the kernel.
     use_bias: whether the base has a bias.
     base_dtype: dtype in which the base is stored.
@@ -36,7 +36,6 @@ class AdaptedDense(nn.Module):
   map_name: str
   inputs: int
   outputs: int
-  maps: int
   axes: tuple[str, str] = ("input", "output")
   use_bias: bool = True
   base_dtype: str = "float32"
@@ -50,49 +49,59 @@ class AdaptedDense(nn.Module):
     )
     if self.use_bias:
       self.bias = self.variable("base", "bias", lambda: bias(None, (self.outputs,), dtype))
-    branch = branches.BRANCHES.get(self.config.method)
-    self.branch = branch and branch(
-      self.config, self.map_name, self.inputs, self.outputs, self.maps, self.axes
+    branch_class = self.config.family.branch
+    self.branch = branch_class and branch_class(
+      self.config, self.map_name, self.inputs, self.outputs, self.axes
     )
 
-  def low_rank_state(self, x: Array) -> Array:
-    """z [*batch, R] of this map, for the block whose anchor it is."""
+  def low_rank_state(self, x: Float[Array, "*batch D_in"]) -> Float[Array, "*batch R"]:
+    """z of this map, for the block whose anchor it is."""
     return self.branch.low_rank_state(x)
 
-  def factor_a(self) -> Array | None:
-    """A [D_in, R], where the branch takes x A as it is; else None."""
-    return self.branch.lora_a if isinstance(self.branch, branches.LoRA) else None
+  def projection(self) -> Array | None:
+    """A [D_in, R] if the branch accepts x A from `project`, else None."""
+    return None if self.branch is None else self.branch.projection()
 
+  @typed
   def __call__(
     self,
-    x: Array,
-    routing: router.BlockRouting | None,
+    x: Float[Array, "*batch D_in"],
+    routing: routing_lib.BlockRouting | None,
     shared: memory.Shared,
-    low_rank: Array | None = None,
-  ) -> tuple[Array, router.Routing | None]:
-    """Maps x [*batch, D_in] to ([*batch, D_out], the branch's own routing or None).
+    low_rank: Float[Array, "*batch R"] | None = None,
+  ) -> tuple[Float[Array, "*batch D_out"], routing_lib.Routing | None]:
+    """Maps x, with the branch's correction.
 
-    `low_rank` is x A where `project` has made it.
+    Args:
+      x: the input.
+      routing: of the block, or None.
+      shared: the network's shared parameters.
+      low_rank: x A, if `project` has computed it.
+
+    Returns:
+      The output, and the routing that the branch made itself or None.
     """
     kernel = self.kernel.value
     y = jnp.einsum("...d,df->...f", x, kernel.astype(x.dtype))
-    own = None
+    branch_routing = None
     if self.branch is not None:
-      given = {} if low_rank is None else {"low_rank": low_rank}
-      y, own = self.branch(x, y, kernel, routing, shared, **given)
+      projected = {} if low_rank is None else {"low_rank": low_rank}
+      y, branch_routing = self.branch(x, y, kernel, routing, shared, **projected)
     if self.use_bias:
       y = y + self.bias.value
-    return y.astype(x.dtype), own
+    return y.astype(x.dtype), branch_routing
 
 
-def project(x: Array, maps: Iterable[AdaptedDense]) -> dict[str, Array]:
-  """x A [*batch, R] by name of map, for the maps that read the same x: all in one product.
+def project(
+  x: Float[Array, "*batch D_in"], maps: Iterable[AdaptedDense]
+) -> dict[str, Float[Array, "*batch R"]]:
+  """x A by map name, for maps that read the same x: all in one product.
 
-  Its gradient is one product too. And the gradients of x that the frozen maps give meet in one sum
-  before this one's is added: where their outputs are split over a mesh axis, the compiler sends the
-  sum of these partial sums over it, once for q, k and v.
+  Its gradient is one product too. The frozen maps' gradients of x are summed before this one's is
+  added: if their outputs are split over a mesh axis, the compiler sends one sum over it for q, k
+  and v.
   """
-  factors = {each.map_name: each.factor_a() for each in maps}
+  factors = {adapted.map_name: adapted.projection() for adapted in maps}
   factors = {name: factor for name, factor in factors.items() if factor is not None}
   if not factors:
     return {}

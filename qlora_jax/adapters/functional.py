@@ -35,8 +35,8 @@ def rms_norm(x: Float[Array, "*batch R"]) -> Float[Array, "*batch R"]:
 def _product(x: Array, factor: Array) -> Array:
   """x [*batch, a] times a thin factor [a, b], summed in the factor's dtype.
 
-  Its gradient in the factor is formed as (narrow)^T (wide): the order of automatic differentiation
-  would lay the wide matrix out anew for every map, which takes a CPU longer than the product.
+  Its gradient in the factor is formed as (narrow)^T (wide). Automatic differentiation would
+  transpose the wide matrix for every map, which takes a CPU longer than the product.
   """
   return jnp.einsum("...a,ab->...b", x, factor.astype(x.dtype), preferred_element_type=factor.dtype)
 
@@ -45,14 +45,14 @@ def _product_forward(x: Array, factor: Array) -> tuple[Array, tuple[Array, Array
   return _product(x, factor), (x, factor)
 
 
-def _product_backward(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-  x, factor = kept
+def _product_backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+  x, factor = residuals
   batch = tuple(range(x.ndim - 1))
   sums = ((batch, batch), ((), ()))
-  own = jnp.einsum("...b,ab->...a", grad, factor).astype(x.dtype)
+  grad_x = jnp.einsum("...b,ab->...a", grad, factor).astype(x.dtype)
   if factor.shape[0] <= factor.shape[1]:
-    return own, jax.lax.dot_general(x, grad, sums, preferred_element_type=factor.dtype)
-  return own, jax.lax.dot_general(grad, x, sums, preferred_element_type=factor.dtype).T
+    return grad_x, jax.lax.dot_general(x, grad, sums, preferred_element_type=factor.dtype)
+  return grad_x, jax.lax.dot_general(grad, x, sums, preferred_element_type=factor.dtype).T
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -60,7 +60,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 @typed
 def project(x: Float[Array, "*batch D"], lora_a: Float[Array, "D R"]) -> Float[Array, "*batch R"]:
-  """x A in float32, with factors of x's own dtype: what is kept for the gradient stays small."""
+  """x A in float32, multiplied in x's dtype: the arrays kept for the gradient stay small."""
   return _product(x, lora_a)
 
 
@@ -84,7 +84,7 @@ def query(
 ) -> Float[Array, "*batch Q"]:
   """Step (3): q = z W_z + s W_s + e W_e + c_b; a term whose kernel is None is left out.
 
-  The bias c_b is ours: with it a block can prefer an atom whatever its input is.
+  The bias c_b is ours: with it a block can prefer an atom for every input.
   """
   terms = []
   if state_kernel is not None:
@@ -132,16 +132,16 @@ def router_logits(
 def top_k_mask(logits: Float[Array, "*batch M"], k: int) -> Float[Array, "*batch M"]:
   """1.0 on the k largest logits and 0.0 elsewhere; among ties the lowest index wins.
 
-  The rank of an atom is the number of atoms that beat it, counted by comparing all pairs. For the
-  tens of atoms of a usual memory that is cheaper than a sort, and exactly k atoms always win.
+  The rank of an atom is the number of atoms that beat it, counted by comparing all pairs. For tens
+  of atoms this is cheaper than a sort, and exactly k atoms always win.
   """
   num_atoms = logits.shape[-1]
   if num_atoms > 64:  # M^2 comparisons lose to one sort
     _, chosen = jax.lax.top_k(logits, k)
     return jnp.sum(jax.nn.one_hot(chosen, num_atoms, dtype=logits.dtype), axis=-2)
   index = jnp.arange(num_atoms)
-  rival, own = logits[..., None, :], logits[..., :, None]
-  beats = (rival > own) | ((rival == own) & (index[None, :] < index[:, None]))
+  rival, logit = logits[..., None, :], logits[..., :, None]
+  beats = (rival > logit) | ((rival == logit) & (index[None, :] < index[:, None]))
   return (jnp.sum(beats, axis=-1) < k).astype(logits.dtype)
 
 
@@ -151,8 +151,8 @@ def sparse_weights(
 ) -> Float[Array, "*batch M"]:
   """Step (5): softmax over the k largest logits, zero elsewhere: a convex combination.
 
-  With `equal` the k atoms get 1/k each in the forward pass, while the gradient is that of the
-  softmax (straight through): the control that asks whether the weights matter.
+  With `equal` the k atoms get 1/k each in the forward pass; the gradient is that of the softmax
+  (straight through). This control shows whether the weights matter.
   """
   if k >= logits.shape[-1]:
     mask = jnp.ones_like(logits)
@@ -169,15 +169,16 @@ def sparse_weights(
 def sparse_choice(
   logits: Float[Array, "*batch M"], k: int, equal: bool = False
 ) -> tuple[Float[Array, "*batch k"], Int[Array, "*batch k"]]:
-  """Step (5) without the zeros: the weights of the k largest logits, and which atoms they are.
+  """Step (5) without the zeros: the weights of the k largest logits, and the atoms' indices.
 
-  `dense_weights` of them is `sparse_weights`; with many atoms this takes k numbers a token, not M.
+  `dense_weights` of them is `sparse_weights`. With many atoms it is cheaper: k numbers per token,
+  not M.
   """
-  kept, chosen = jax.lax.top_k(logits, k)
-  # A compiler that sees a slice of the choice (one atom's) beside top-k sorts all M logits instead:
-  # 60 times as long for M = 4096 on a CPU.
+  largest, chosen = jax.lax.top_k(logits, k)
+  # Without the barrier, a slice of `chosen` beside top-k makes XLA sort all M logits: 60 times as
+  # long for M = 4096 on a CPU.
   chosen = jax.lax.optimization_barrier(chosen)
-  weights = jax.nn.softmax(kept, axis=-1)
+  weights = jax.nn.softmax(largest, axis=-1)
   if equal:
     weights = weights + jax.lax.stop_gradient(1.0 / k - weights)
   return weights, chosen
@@ -205,11 +206,11 @@ def routed_operator(
 def apply_operator(
   low_rank: Float[Array, "*batch R"], operator: Float[Array, "*#batch R R2"]
 ) -> Float[Array, "*batch R2"]:
-  """(x A) C with one operator a token: a batched [1, R] x [R, R] product.
+  """(x A) C with one operator per token: a batched [1, R] x [R, R] product.
 
-  On a CPU, whose compiler makes a slow loop of many tiny products (above all of their gradient),
-  the same sum is written with two constant 0/1 matrices: x A is repeated to width R R2, multiplied
-  by C elementwise and summed, all in wide operations.
+  XLA's CPU compiler makes a slow loop of many tiny products, above all of their gradient. There the
+  same sum uses two constant 0/1 matrices: x A is repeated to width R R2, multiplied by C
+  elementwise and summed, all in wide operations.
   """
   shape = jnp.broadcast_shapes(operator.shape[:-2], low_rank.shape[:-1])
   if operator.shape[:-2] != shape:
@@ -247,7 +248,7 @@ def gather_atoms(
   atoms: Float[Array, "M R R2"],
   k: int,
 ) -> Float[Array, "*batch R2"]:
-  """(x A) C from the k atoms with weight: k R^2 work a token whatever M is."""
+  """(x A) C from the k atoms with weight: k R^2 work per token for any M."""
   values, chosen = jax.lax.top_k(weights, k)  # [.., k]
   products = jnp.einsum("...r,...krs->...ks", low_rank, atoms[chosen])
   return jnp.einsum("...k,...ks->...s", values, products)
@@ -259,8 +260,8 @@ def gathered_operator(
 ) -> Float[Array, "*batch R R2"]:
   """Step (6) from the k atoms of `sparse_choice`: C = sum_m w_m U_m over them.
 
-  A few atoms are added one after another, and fetched again for the gradient: [*batch, k, R, R]
-  never exists.
+  Up to 16 atoms are added one after another, and gathered again for the gradient, so that
+  [*batch, k, R, R] never exists.
   """
   if chosen.shape[-1] > 16:
     return jnp.einsum("...k,...krs->...rs", values, atoms[chosen])

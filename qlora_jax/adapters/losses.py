@@ -1,20 +1,20 @@
 """Optional penalties on the routing, masked to the tokens that count.
 
-Weights and logits are [N, G, *batch, M] (blocks, routers a block), `log_prior` [*batch, M], the
-mask [*batch] of 0 and 1 or None. Each function returns a scalar mean over masked tokens, blocks
-and routers. Letters as in `qlora_jax/typing.py`.
+Weights and logits are [N, I, *batch, M], `log_prior` is [*batch, M], the mask [*batch] of 0 and 1
+or None. Each function returns a scalar mean over masked tokens, blocks and routers. Letters as in
+`qlora_jax/typing.py`.
 """
 
 import jax
 from jax import numpy as jnp
 
-from qlora_jax.adapters import block
 from qlora_jax.adapters import config as config_lib
+from qlora_jax.adapters import routing as routing_lib
 from qlora_jax.typing import Array
 
 
 def masked_mean(values: Array, mask: Array | None) -> Array:
-  """Mean of values [N, G, *batch] over everything, tokens weighted by the mask [*batch]."""
+  """Mean of values [N, I, *batch] over everything, tokens weighted by the mask [*batch]."""
   if mask is None:
     return jnp.mean(values)
   mask = jnp.broadcast_to(mask, values.shape)
@@ -31,7 +31,7 @@ def load_balance(weights: Array, logits: Array, mask: Array | None = None) -> Ar
   """M sum_m f_m P_m of Switch Transformers (arXiv 2101.03961, eq. 4), 1 when balanced.
 
   f is the share of tokens whose largest weight is atom m (no gradient), P the mean softmax over
-  all atoms, both a block and router.
+  all atoms, both per block and router.
   """
   num_atoms = weights.shape[-1]
   axes = tuple(range(2, weights.ndim - 1))
@@ -53,7 +53,7 @@ def z_loss(logits: Array, mask: Array | None = None) -> Array:
 
 def penalty(
   config: config_lib.AdapterConfig,
-  routing: block.RoutingRecord,
+  routing: routing_lib.RoutingRecord,
   mask: Array | None = None,
 ) -> Array:
   """The weighted sum of the penalties that the config switches on, a scalar."""

@@ -1,8 +1,8 @@
-"""Parameters that the whole network shares: the memory of atoms, and Lily's experts.
+"""Parameters that the whole network shares: the memory of atoms, Lily's experts.
 
-The model declares this module once and hands its arrays into the scan over blocks as broadcast
-inputs. A shared module instance captured by a scan with stacked parameters would be silently
-untied: every block would own a copy. Letters as in `qlora_jax/typing.py`.
+The model declares this module once and passes its arrays to the scan over blocks as broadcast
+inputs. A scan with stacked parameters would silently untie a shared module instance that it
+captures: every block would own a copy. Letters as in `qlora_jax/typing.py`.
 """
 
 import jax
@@ -13,15 +13,16 @@ from qlora_jax.adapters import config as config_lib
 from qlora_jax.adapters import functional
 from qlora_jax.typing import Array
 
-Shared = dict  # 'atoms' [M, R, R], 'atom_keys' [M, Q], 'descriptors' [M, P], 'lily_b_*' [M, R, D]
-# With `memory='map'` each name of map has its own: 'atoms_NAME' and 'atom_keys_NAME'.
+# By name: 'atoms' [M, R, R], 'atom_keys' [M, Q], 'atom_descriptors' [M, P], 'lily_b_*' [M, R, D].
+# With `memory='map'` there is one set per map name: 'atoms_NAME' and 'atom_keys_NAME'.
+Shared = dict
 
 
 def atom_initializer(kind: str, noise: float):
   """U [M, R, R]: I + eps G (ours), orthogonal, or Gaussian of variance 1/R.
 
-  With I + eps G and B = 0 training starts as plain LoRA (C = I up to eps) and no gradient is
-  lost to a random core; eps parts the atoms.
+  With I + eps G and B = 0 training starts as plain LoRA (C = I up to eps) and no gradient is lost
+  to a random core; eps makes the atoms differ.
   """
 
   def identity(key, shape, dtype=jnp.float32):
@@ -32,15 +33,15 @@ def atom_initializer(kind: str, noise: float):
   if kind == "orthogonal":
 
     def orthogonal(key, shape, dtype=jnp.float32):
-      make = nn.initializers.orthogonal()
-      return jax.vmap(lambda k: make(k, shape[1:], dtype))(jax.random.split(key, shape[0]))
+      draw = nn.initializers.orthogonal()
+      return jax.vmap(lambda k: draw(k, shape[1:], dtype))(jax.random.split(key, shape[0]))
 
     return orthogonal
   return nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-2, batch_axis=(0,))
 
 
 class SharedParameters(nn.Module):
-  """Declares what an adapter shares over the whole network; `()` where it shares nothing.
+  """Declares the shared parameters of the adapter's family, if it has any.
 
   Attributes:
     config: the adapter.
@@ -52,51 +53,22 @@ class SharedParameters(nn.Module):
 
   @nn.compact
   def __call__(self) -> Shared:
-    cfg, shared = self.config, {}
-    own = [f"_{name}" for name, *_ in self.map_outputs] if cfg.memory == "map" else [""]
-    for suffix in own if cfg.routed else ():
-      shared[f"atoms{suffix}"] = self.param(
-        f"atoms{suffix}",
-        nn.with_logical_partitioning(
-          atom_initializer(cfg.atom_init, cfg.atom_noise), ("atoms", "rank", "rank_out")
-        ),
-        (cfg.atoms, cfg.rank, cfg.rank),
+    family = self.config.family
+    leaves = family.shared(self.config, self.map_outputs) if family.shared else ()
+    return {
+      leaf.name: self.param(
+        leaf.name, nn.with_logical_partitioning(leaf.initializer, leaf.axes), leaf.shape
       )
-      if cfg.uses_query:
-        shared[f"atom_keys{suffix}"] = self.param(
-          f"atom_keys{suffix}",
-          nn.with_logical_partitioning(nn.initializers.normal(1.0), ("atoms", "query")),
-          (cfg.atoms, cfg.query_dim),
-        )
-    if cfg.uses_prior:
-      width = cfg.prior_dim or cfg.instruction_dim
-      shared["descriptors"] = self.param(
-        "atom_descriptors",
-        nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), ("atoms", "prior")),
-        (cfg.atoms, width),
-      )
-      if cfg.prior_dim:
-        shared["prior_projection"] = self.param(
-          "prior_projection",
-          nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("instruction", "prior")),
-          (cfg.instruction_dim, cfg.prior_dim),
-        )
-    if cfg.method == "lily":
-      for name, width, axis in self.map_outputs:
-        shared[f"lily_b_{name}"] = self.param(
-          f"lily_b_{name}",
-          nn.with_logical_partitioning(nn.initializers.zeros, ("atoms", "rank", axis)),
-          (cfg.atoms, cfg.rank, width),
-        )
-    return shared
+      for leaf in leaves
+    }
 
 
 def of_map(config: config_lib.AdapterConfig, shared: Shared, map_name: str) -> Shared:
-  """What the maps of one name see: with `memory='map'` their own 'atoms' and 'atom_keys'."""
+  """What the maps of one name read: with `memory='map'` the 'atoms' and 'atom_keys' of the name."""
   if config.memory != "map":
     return shared
-  own = {key: shared.get(f"{key}_{map_name}") for key in ("atoms", "atom_keys")}
-  return shared | {key: value for key, value in own.items() if value is not None}
+  leaves = {key: shared.get(f"{key}_{map_name}") for key in ("atoms", "atom_keys")}
+  return shared | {key: value for key, value in leaves.items() if value is not None}
 
 
 def log_prior(
@@ -106,5 +78,8 @@ def log_prior(
   if not config.uses_prior:
     return None
   return functional.log_language_prior(
-    instruction, shared.get("prior_projection"), shared["descriptors"], config.prior_temperature
+    instruction,
+    shared.get("prior_projection"),
+    shared["atom_descriptors"],
+    config.prior_temperature,
   )

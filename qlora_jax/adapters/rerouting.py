@@ -2,13 +2,13 @@
 
 Queryable LoRA (arXiv 2605.08423), steps (4)-(6). Two interventions:
 
-  with_weights    every router's weights w become given ones: what does the trained routing gain?
-  without_atoms   an atom that is out of a block has logit -inf there, so that the weights of the
-                  others are the softmax over them alone: convex again, as if the memory had never
-                  held it
+  with_weights    replaces the weights w of every router: what does the trained routing gain?
+  without_atoms   removes atoms from blocks: a removed atom has logit -inf in the block, so that the
+                  weights of the others are the softmax over them alone. They are convex again, as
+                  if the memory had never held the atom
 
-Both reach Queryable LoRA's routers; `with_weights` reaches those of Lily and CoMoL, too. Letters as
-in `qlora_jax/typing.py`; I counts the routers of a block, as in `block.RoutingRecord`.
+Both act on Queryable LoRA's routers; `with_weights` also on those of Lily and CoMoL. Letters as in
+`qlora_jax/typing.py`.
 """
 
 import inspect
@@ -19,21 +19,22 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from qlora_jax import errors
-from qlora_jax.adapters import block, branches, functional, router
+from qlora_jax.adapters import block, branch, functional, registry, router
+from qlora_jax.adapters import routing as routing_lib
 from qlora_jax.typing import Array, PyTree
 
 _ROUTER = inspect.signature(router.BlockRouter.__call__)
-_BRANCH = inspect.signature(branches.RoutedBranch.route)
+_BRANCH = inspect.signature(branch.RoutedBranch.route)
 
 # (routing, config, block index, place among the block's routers) -> new weights [*batch, M]
-Reweigh = Callable[[router.Routing, object, Array, int], Array]
+Reweigh = Callable[[routing_lib.Routing, object, Array, int], Array]
 
 
 def with_weights(model: nn.Module, variables: PyTree, weights: Array, *inputs, **options):
   """`model.apply(variables, *inputs, **options)` with every router's weights replaced.
 
   Args:
-    weights: [N, I, M], one mixture per router, or [N, I, *batch, M], one per token; on the simplex.
+    weights: [N, I, M], one mixture per router, or [N, I, *batch, M], one per token; convex.
     inputs, options: as for the model.
 
   Raises:
@@ -42,18 +43,18 @@ def with_weights(model: nn.Module, variables: PyTree, weights: Array, *inputs, *
   if not model.adapter.has_router:
     raise errors.UserError(f"adapter {model.adapter.method!r} has no routing weights to replace")
 
-  def reweigh(made, config, index, place):
+  def reweigh(routed, config, index, place):
     del config
-    return jnp.broadcast_to(jnp.asarray(weights)[index, place], made.weights.shape)
+    return jnp.broadcast_to(jnp.asarray(weights)[index, place], routed.weights.shape)
 
   return _apply(model, variables, reweigh, *inputs, **options)
 
 
-def without_atoms(model: nn.Module, variables: PyTree, kept: Array, *inputs, **options):
-  """`model.apply(variables, *inputs)` with only the atoms that `kept` [N, M] marks in each block.
+def without_atoms(model: nn.Module, variables: PyTree, kept_atoms: Array, *inputs, **options):
+  """`model.apply(variables, *inputs, **options)` with only some atoms in each block.
 
   Args:
-    kept: bool, at least k atoms in every block.
+    kept_atoms: bool [N, M], at least k atoms in every block.
     inputs, options: as for the model.
 
   Raises:
@@ -62,9 +63,9 @@ def without_atoms(model: nn.Module, variables: PyTree, kept: Array, *inputs, **o
   if not model.adapter.routed:
     raise errors.UserError(f"adapter {model.adapter.method!r} has no memory to take atoms out of")
 
-  def reweigh(made, config, index, place):
+  def reweigh(routed, config, index, place):
     del place
-    logits = jnp.where(jnp.asarray(kept)[index], made.logits, -jnp.inf)
+    logits = jnp.where(jnp.asarray(kept_atoms)[index], routed.logits, -jnp.inf)
     return functional.sparse_weights(logits, config.kept_atoms, config.weights == "equal")
 
   return _apply(model, variables, reweigh, *inputs, **options)
@@ -72,7 +73,7 @@ def without_atoms(model: nn.Module, variables: PyTree, kept: Array, *inputs, **o
 
 def _apply(model: nn.Module, variables: PyTree, reweigh: Reweigh, *inputs, **options):
   # Interceptors run while the model is traced, in the order of its calls: a block first, then its
-  # routers one after another, as `block.RoutingRecord` lists them.
+  # routers one after another, as `routing.RoutingRecord` lists them.
   position = {"block": None, "router": 0}
 
   def intercept(call, arguments, keywords, context):
@@ -81,19 +82,19 @@ def _apply(model: nn.Module, variables: PyTree, reweigh: Reweigh, *inputs, **opt
       carry = arguments[0]
       position.update(block=carry[3], router=0)
       return call(*arguments, **keywords)
-    made = call(*arguments, **keywords)
+    result = call(*arguments, **keywords)
     if isinstance(module, router.BlockRouter) and method == "__call__":
       atoms = _ROUTER.bind(None, *arguments, **keywords).arguments["shared"]["atoms"]
-      needs_operator = made.operator is not None  # else the maps multiply by the weights
-    elif isinstance(module, branches.RoutedBranch) and method == "route":
+      needs_operator = result.operator is not None  # else the maps multiply by the weights
+    elif isinstance(module, branch.RoutedBranch) and method == "route":
       atoms = _BRANCH.bind(None, *arguments, **keywords).arguments.get("atoms")
       needs_operator = atoms is not None
     else:
-      return made
-    weights = reweigh(made, module.config, position["block"], position["router"])
+      return result
+    weights = reweigh(result, module.config, position["block"], position["router"])
     position["router"] += 1
     operator = functional.routed_operator(weights, atoms) if needs_operator else None
-    return router.Routing(weights, made.logits, operator)
+    return result.replace(weights=weights, operator=operator)
 
   with nn.intercept_methods(intercept):
     return model.apply(variables, *inputs, **options)
@@ -106,10 +107,10 @@ def movement(initial: PyTree, params: PyTree) -> dict[str, Array]:
     initial, params: the trained tree before the first step and now.
 
   Returns:
-    `atoms`, `keys` and `router`: the root of the summed squared changes over that of the spread at
-    the start. Of atoms and keys [.., M, ..] the spread is about their mean over the M, which is
-    all that a router can choose by; of a router's maps, which have no such axis, their size. NaN
-    where there is no spread (maps that start at zero) or no such leaf.
+    `atoms`, `keys` and `router`: sqrt(summed squared changes / summed squared spread at the start).
+    The spread of atoms and keys [.., M, ..] is about their mean over the M, because a router can
+    only choose by the differences. A router's maps have no such axis: their spread is their size.
+    NaN if the spread is zero (maps that start at zero) or if there is no such leaf.
   """
   change: dict[str, list] = {"atoms": [], "keys": [], "router": []}
   spread: dict[str, list] = {"atoms": [], "keys": [], "router": []}
@@ -131,13 +132,13 @@ def movement(initial: PyTree, params: PyTree) -> dict[str, Array]:
 
 
 def _kind(names: list[str]) -> tuple[str | None, int | None]:
-  """What a leaf is, 'atoms', 'keys', 'router' or None, and its axis of atoms."""
+  """The kind of a leaf: 'atoms', 'keys', 'router' or None, and its axis of atoms."""
   last = names[-1]
   if last.startswith("atom_keys"):
     return "keys", -2
   if last == "atom_descriptors":
     return "keys", -2
-  if last.startswith("atoms") or last == "cores" or last.startswith("lily_b"):
+  if registry.is_mixed(last):
     return "atoms", -3
   routers = any(name.startswith("router") for name in names)
   return ("router", None) if routers else (None, None)

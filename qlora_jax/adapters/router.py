@@ -1,50 +1,11 @@
 """The router of a block: steps (2)-(5) of Queryable LoRA. Letters as in `qlora_jax/typing.py`."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
-
 from flax import linen as nn
 from jax import numpy as jnp
 
 from qlora_jax.adapters import config as config_lib
-from qlora_jax.adapters import contraction, functional, memory, summary
-from qlora_jax.typing import Array
-
-WHOLE_BLOCK = "block"  # the name of the router that all maps share
-
-
-class Routing(NamedTuple):
-  """What a block routed: weights and logits [*batch, M], and C [*batch, R, R] if it is built."""
-
-  weights: Array
-  logits: Array
-  operator: Array | None
-
-
-class BlockRouting:
-  """The routings of one block, each made once, by the first adapted map that asks for it.
-
-  That map is the anchor: its low-rank state is the z of step (1). With `operator='block'` there is
-  one routing, with 'map' one a name of map. The object lives inside one trace of one block.
-
-  Attributes:
-    state: z [*batch, R] of the block's first anchor, or None before it is reached.
-    routings: the `Routing` of each router, in the order in which they were made.
-  """
-
-  def __init__(self, routers: Mapping[str, Callable[[Array], Routing]]):
-    self._routers = routers
-    self.state: Array | None = None
-    self.routings: dict[str, Routing] = {}
-
-  def at(self, map_name: str, low_rank_state: Callable[[], Array]) -> Routing:
-    """The routing of a map; the first call evaluates `low_rank_state` and routes it."""
-    name = map_name if map_name in self._routers else WHOLE_BLOCK
-    if name not in self.routings:
-      state = low_rank_state()
-      self.state = state if self.state is None else self.state
-      self.routings[name] = self._routers[name](state)
-    return self.routings[name]
+from qlora_jax.adapters import contraction, functional, memory, routing, summary
+from qlora_jax.typing import Array, Float, Int, typed
 
 
 class BlockRouter(nn.Module):
@@ -52,25 +13,35 @@ class BlockRouter(nn.Module):
 
   Attributes:
     config: the adapter.
-    maps: adapted maps in the block, which share the routed operator.
-    reads: whether it reads the summary's carry; else it is given what it would read.
+    maps: how many adapted maps of the block share the routed operator.
+    carries_summary: whether the router gets the summary's carry and reads it; else it gets the
+      summary itself. As in `block.Block`.
   """
 
   config: config_lib.AdapterConfig
   maps: int
-  reads: bool = True
+  carries_summary: bool = True
 
   @nn.compact
+  @typed
   def __call__(
     self,
-    state: Array,
+    state: Float[Array, "*batch R"],
     carry: Array,
-    index: Array | int,
+    index: Int[Array, ""] | int,
     shared: memory.Shared,
-    instruction: Array | None,
-    log_prior: Array | None,
-  ) -> Routing:
-    """Routes z [*batch, R] of block `index`, given the summary's carry and the instruction."""
+    instruction: Float[Array, "*#batch E"] | None,
+    log_prior: Float[Array, "*#batch M"] | None,
+  ) -> routing.Routing:
+    """Routes one block, steps (3) to (5), and builds C if the order of contraction needs it.
+
+    Args:
+      state: z of the block's anchor map.
+      carry: the summary's carry, or the summary; see `carries_summary`.
+      index: of the block.
+      shared: the memory, as the router's maps see it.
+      instruction: e; log_prior: log pi(e).
+    """
     cfg = self.config
     if cfg.routing == "static":
       mixture = self.param(
@@ -84,18 +55,22 @@ class BlockRouter(nn.Module):
       logits = functional.router_logits(query, shared["atom_keys"], log_prior, cfg.prior_weight)
     if cfg.temperature != 1.0:
       logits = logits / cfg.temperature
-    kind, equal, operator = contraction.choose(cfg, self.maps), cfg.weights == "equal", None
-    if kind == "gather" and cfg.kept_atoms < cfg.atoms:
+    order, equal, operator = contraction.choose(cfg, self.maps), cfg.weights == "equal", None
+    if order == "gather" and cfg.kept_atoms < cfg.atoms:
       chosen = functional.sparse_choice(logits, cfg.kept_atoms, equal)
-      # Dense weights are made only where something reads them: penalties and statistics.
+      # The compiler drops the dense weights unless something reads them: penalties, statistics.
       dense = functional.dense_weights(*chosen, cfg.atoms)
-      return Routing(dense, logits, functional.gathered_operator(*chosen, shared["atoms"]))
+      operator = functional.gathered_operator(*chosen, shared["atoms"])
+      return routing.Routing(dense, logits, operator, order)
     weights = functional.sparse_weights(logits, cfg.kept_atoms, equal)
-    if kind == "operator":
+    if order == "operator":
       operator = functional.routed_operator(weights, shared["atoms"])
-    return Routing(weights, logits, operator)
+    return routing.Routing(weights, logits, operator, order)
 
-  def _query(self, state, carry, index, instruction):
+  def _query(
+    self, state: Array, carry: Array, index: Array | int, instruction: Array | None
+  ) -> Array:
+    """q [*batch, Q], step (3)."""
     cfg = self.config
 
     def kernel(name, fan_in, axes):
@@ -109,7 +84,9 @@ class BlockRouter(nn.Module):
         nn.with_logical_partitioning(nn.initializers.zeros, ("rank",)),
         (cfg.rank,),
       )
-    running = summary.read(cfg.summary, carry, index, pseudo_query) if self.reads else carry
+    running = (
+      summary.read(cfg.summary, carry, index, pseudo_query) if self.carries_summary else carry
+    )
     return functional.query(
       state,
       running,

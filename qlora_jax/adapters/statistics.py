@@ -15,7 +15,7 @@ NORM_TOKENS = 64  # tokens over which the largest measured norm is taken
 
 
 def routing_statistics(weights: Array, mask: Array | None = None) -> dict[str, Array]:
-  """Statistics of weights [N, G, *batch, M] over the tokens where the mask [*batch] is 1.
+  """Statistics of weights [N, I, *batch, M] over the tokens where the mask [*batch] is 1.
 
   Returns:
     `effective_support` 1/sum w^2 (1 when collapsed, M when uniform) and `entropy` in nats, both
@@ -49,8 +49,8 @@ def update_norms(
   For every adapted map, with w on the simplex,
     ||dW(x)||_2 = scaling ||A C(x) B||_2 <= scaling ||A||_2 ||B||_2 max_m ||U_m||_2.
 
-  Computed by NumPy, on the host: two of jaxlib's batched decompositions in one program wait for
-  each other for ever where XLA has two threads (jaxlib 0.10.2).
+  Computed by NumPy, on the host: with two XLA threads, two of jaxlib's batched decompositions in
+  one program deadlock (jaxlib 0.10.2).
 
   Args:
     config: the adapter.
@@ -59,11 +59,11 @@ def update_norms(
     map_names: the maps of a layer in the order in which they run, for `operator='map'`.
 
   Returns:
-    `certified` and `measured`, each the largest over maps, blocks (and the first `NORM_TOKENS`
-    tokens), and `slack`, the least `certified - measured` of a map; NaN for parameters or
-    weights that are not finite. None for methods whose update is not of this form.
+    `certified` and `measured`: the largest over maps, blocks (and the first `NORM_TOKENS` tokens);
+    `slack`: the smallest `certified - measured` over maps. NaN if parameters or weights are not
+    finite. None for families whose update does not have this form.
   """
-  if config.method not in ("lora", "rslora", "queryable"):
+  if not config.family.certified:
     return None
   if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, weights))):
     return dict.fromkeys(("certified", "measured", "slack"), math.nan)  # a run that diverged
@@ -81,13 +81,13 @@ def update_norms(
       right_a = np.linalg.qr(lora_a, mode="r")
       right_b = np.linalg.qr(np.swapaxes(lora_b, -1, -2), mode="r")
       if not config.routed:
-        norm = scaling * _spectral(np.einsum("nqr,nsr->nqs", right_a, right_b))
+        norm = scaling * _spectral(np.einsum("nar,nbr->nab", right_a, right_b))
       else:
         atoms = np.asarray(memory.of_map(config, params["stack"]["memory"], name)["atoms"])
         bound = bound * _spectral(atoms).max()
         router = map_names.index(name) if config.operator == "map" else 0
         operators = np.einsum("ntm,mrs->ntrs", flat[:, router], atoms)
-        product = np.einsum("nqr,ntrs,nps->ntqp", right_a, operators, right_b, optimize="optimal")
+        product = np.einsum("nar,ntrs,nbs->ntab", right_a, operators, right_b, optimize="optimal")
         norm = scaling * _spectral(product).max(axis=-1)
       certified.append(bound.max())
       measured.append(norm.max())
@@ -107,7 +107,7 @@ def _spectral(matrix: np.ndarray) -> np.ndarray:
 
 
 def share_by_group(weights: Array, group: Array, num_groups: int) -> Array:
-  """Mean weights [num_groups, N, M] of the tokens of each group; weights [N, G, B, M]."""
-  one_hot = jax.nn.one_hot(group, num_groups)  # [B, groups]
-  total = jnp.einsum("ngbm,bc->cnm", weights, one_hot) / weights.shape[1]
+  """Mean weights [num_groups, N, M] of the tokens of each group; weights [N, I, B, M]."""
+  one_hot = jax.nn.one_hot(group, num_groups)  # [B, num_groups]
+  total = jnp.einsum("nibm,by->ynm", weights, one_hot) / weights.shape[1]
   return total / jnp.maximum(jnp.sum(one_hot, axis=0), 1.0)[:, None, None]

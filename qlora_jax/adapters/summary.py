@@ -33,7 +33,7 @@ def depth_attention(
   """s_b = sum_{j<b} softmax_j(p_b . RMSNorm(h_j)) h_j over the `index` blocks before; s_1 = 0.
 
   No 1/sqrt(d) in the scores, as in the source. A pseudo-query of zeros gives the uniform mean. It
-  is computed in the pseudo-query's dtype, whatever the history is kept in.
+  is computed in the pseudo-query's dtype, for any dtype of the history.
   """
   history = history.astype(pseudo_query.dtype)
   attention = jax.nn.softmax(_scores(history, pseudo_query, index), axis=0)
@@ -47,7 +47,7 @@ def depth_log_sum(
   pseudo_query: Float[Array, "R"],
   index: Int[Array, ""] | int,
 ) -> Float[Array, "*batch"]:
-  """log of what the softmax in `depth_attention` divides by."""
+  """log of the softmax's denominator in `depth_attention`."""
   history = history.astype(pseudo_query.dtype)
   return jax.nn.logsumexp(_scores(history, pseudo_query, index), axis=0)
 
@@ -69,17 +69,17 @@ def depth_gradient(
     grads: in s_j, which are read at the blocks j > b only.
     log_sums: `depth_log_sum` of every block j > b; dots: s_j . gradient in s_j.
   """
-  state, grads = (each.astype(pseudo_queries.dtype) for each in (state, grads))
+  state, grads = (array.astype(pseudo_queries.dtype) for array in (state, grads))
   after = (jnp.arange(len(grads)) > index).reshape(-1, *[1] * (log_sums.ndim - 1))
 
   def scores(state):
-    # As exact as `_scores`, which is no matrix product to a TPU: the log-sum is of its scores.
+    # As exact as `_scores`, which a TPU computes without its matrix unit: `log_sums` are of those.
     products = jnp.einsum("...r,nr->n...", state, pseudo_queries, precision="highest")
     power = jnp.mean(jnp.square(state), axis=-1)
     return products * jax.lax.rsqrt(power + functional.RMS_EPSILON)
 
-  found, pull = jax.vjp(scores, state)
-  attention = jnp.where(after, jnp.exp(jnp.where(after, found - log_sums, 0.0)), 0.0)
+  state_scores, pull = jax.vjp(scores, state)
+  attention = jnp.where(after, jnp.exp(jnp.where(after, state_scores - log_sums, 0.0)), 0.0)
   (through,) = pull(attention * (jnp.einsum("n...r,...r->n...", grads, state) - dots))
   return jnp.sum(attention[..., None] * grads, axis=0) + through
 

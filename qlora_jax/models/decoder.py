@@ -13,11 +13,12 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from qlora_jax import errors
-from qlora_jax.adapters import block, dense, sizing
+from qlora_jax.adapters import block, dense, memory, sizing
 from qlora_jax.adapters import config as adapter_config
+from qlora_jax.adapters import routing as routing_lib
 from qlora_jax.models import attention, fast_attention, feed_forward, norms, rope
 from qlora_jax.parallel import sharding
-from qlora_jax.typing import Array
+from qlora_jax.typing import Array, Float, typed
 
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 DTYPES = ("float32", "bfloat16")
@@ -177,7 +178,7 @@ class Output(NamedTuple):
   """`hidden` [B, T, D] after the last norm, what the blocks routed, and the extended cache."""
 
   hidden: Array
-  routing: block.RoutingRecord
+  routing: routing_lib.RoutingRecord
   cache: attention.Cache | None
 
 
@@ -207,7 +208,6 @@ class Layer(nn.Module):
 
   config: DecoderConfig
   adapter: adapter_config.AdapterConfig
-  maps: int
 
   def setup(self):
     cfg = self.config
@@ -230,7 +230,6 @@ class Layer(nn.Module):
       adapter,
       name,
       *cfg.map_shapes[name],
-      self.maps,
       _AXES[name],
       cfg.has_bias(name),
       cfg.base_dtype,
@@ -240,7 +239,8 @@ class Layer(nn.Module):
   def _map(self, name: str) -> dense.AdaptedDense:
     return self._unbound_map(name)
 
-  def anchor_state(self, hidden: Array) -> Array:
+  def anchor_state(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
+    """z of the first adapted map; see `adapters/block.py`."""
     anchor = self.config.adapted_maps[0]
     if anchor in ("q", "k", "v"):
       return getattr(self, anchor).low_rank_state(self.attention_norm(hidden))
@@ -251,15 +251,34 @@ class Layer(nn.Module):
       "; use 'routed' or adapt one of q, k, v, gate, up"
     )
 
-  def __call__(self, hidden, routing, shared, context: Context, cache, place):
+  @typed
+  def __call__(
+    self,
+    hidden: Float[Array, "B T D"],
+    routing: routing_lib.BlockRouting | None,
+    shared: memory.Shared,
+    context: Context,
+    cache: tuple[Array, Array] | None,
+    place: tuple[Array | int, int],
+  ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, tuple[routing_lib.Routing, ...]]:
+    """The hidden state after the layer, the cache, and the routings that its branches made.
+
+    Args:
+      hidden: the state before it.
+      routing: of the block, or None.
+      shared: the network's shared parameters.
+      context: masks and rotations of all layers.
+      cache: keys and values [L, B, C, G, K], or None.
+      place: index of the block, and slot of the layer in it.
+    """
     cfg = self.config
     index = place[0] * cfg.layers_per_block + place[1]
-    x, own = self.attention_norm(hidden), []
+    x, routings = self.attention_norm(hidden), []
     low_rank = dense.project(x, (self.q, self.k, self.v))
 
     def heads(module):
       y, routed = module(x, routing, shared, low_rank.get(module.map_name))
-      own.append(routed)
+      routings.append(routed)
       y = y.reshape(*y.shape[:2], -1, cfg.head_dim)
       return sharding.constrain(y, "batch", None, module.axes[1], None)
 
@@ -288,11 +307,11 @@ class Layer(nn.Module):
     update, routed = self.o(mixed.reshape(*hidden.shape[:2], -1), routing, shared)
     update = sharding.tokens(update)
     hidden = hidden + (self.attention_post_norm(update) if cfg.post_norms else update)
-    update, routings = self.mlp(self.feed_forward_norm(hidden), routing, shared)
+    update, mlp_routings = self.mlp(self.feed_forward_norm(hidden), routing, shared)
     update = sharding.tokens(update)
     hidden = hidden + (self.feed_forward_post_norm(update) if cfg.post_norms else update)
-    routings = (*own, routed, *routings)
-    return hidden, cache, tuple(each for each in routings if each is not None)
+    routings = (*routings, routed, *mlp_routings)
+    return hidden, cache, tuple(routed for routed in routings if routed is not None)
 
 
 class Decoder(nn.Module):

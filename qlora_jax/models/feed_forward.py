@@ -5,9 +5,10 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
-from qlora_jax.adapters import dense
+from qlora_jax.adapters import dense, memory
+from qlora_jax.adapters import routing as routing_lib
 from qlora_jax.parallel import sharding
-from qlora_jax.typing import Array
+from qlora_jax.typing import Array, Float, typed
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "silu": jax.nn.silu,
@@ -35,17 +36,23 @@ class FeedForward(nn.Module):
     self.up = self.make_map("up")
     self.down = self.make_map("down")
 
-  def __call__(self, x: Array, routing, shared) -> tuple[Array, list]:
-    """Maps x [*batch, D] to ([*batch, D], the maps' own routings)."""
-    act, own = ACTIVATIONS[self.activation], []
+  @typed
+  def __call__(
+    self,
+    x: Float[Array, "*batch D"],
+    routing: routing_lib.BlockRouting | None,
+    shared: memory.Shared,
+  ) -> tuple[Float[Array, "*batch D"], list[routing_lib.Routing | None]]:
+    """The network's output, and the routing of each map's branch or None."""
+    act = ACTIVATIONS[self.activation]
     if self.gated:
       low_rank = dense.project(x, (self.gate, self.up))
-      gate, routed = self.gate(x, routing, shared, low_rank.get("gate"))
-      inner, second = self.up(x, routing, shared, low_rank.get("up"))
-      inner, own = act(gate) * inner, [routed, second]
+      gate, gate_routing = self.gate(x, routing, shared, low_rank.get("gate"))
+      inner, up_routing = self.up(x, routing, shared, low_rank.get("up"))
+      inner, routings = act(gate) * inner, [gate_routing, up_routing]
     else:
-      inner, routed = self.up(x, routing, shared)
-      inner, own = act(inner), [routed]
+      inner, up_routing = self.up(x, routing, shared)
+      inner, routings = act(inner), [up_routing]
     inner = sharding.constrain(inner, "batch", *[None] * (inner.ndim - 2), "mlp")
-    y, routed = self.down(inner, routing, shared)
-    return y, [*own, routed]
+    y, down_routing = self.down(inner, routing, shared)
+    return y, [*routings, down_routing]

@@ -13,9 +13,10 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from qlora_jax import errors
-from qlora_jax.adapters import block, dense
+from qlora_jax.adapters import block, dense, memory
 from qlora_jax.adapters import config as adapter_config
-from qlora_jax.typing import Array, PyTree
+from qlora_jax.adapters import routing as routing_lib
+from qlora_jax.typing import Array, Float, PyTree, typed
 
 MAPS = ("up", "down")
 _AXES = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
@@ -65,7 +66,7 @@ class Prediction(NamedTuple):
   """`values` [*batch] and what the blocks routed."""
 
   values: Array
-  routing: block.RoutingRecord
+  routing: routing_lib.RoutingRecord
 
 
 class RMSNorm(nn.Module):
@@ -85,23 +86,29 @@ class Layer(nn.Module):
 
   config: MLPConfig
   adapter: adapter_config.AdapterConfig
-  maps: int
 
   def setup(self):
     cfg = self.config
     self.norm = RMSNorm(cfg.width)
-    self.up = dense.AdaptedDense(self.adapter, "up", cfg.width, cfg.hidden, self.maps, _AXES["up"])
-    self.down = dense.AdaptedDense(
-      self.adapter, "down", cfg.hidden, cfg.width, self.maps, _AXES["down"]
-    )
+    self.up = dense.AdaptedDense(self.adapter, "up", cfg.width, cfg.hidden, _AXES["up"])
+    self.down = dense.AdaptedDense(self.adapter, "down", cfg.hidden, cfg.width, _AXES["down"])
 
-  def anchor_state(self, hidden: Array) -> Array:
+  def anchor_state(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch R"]:
+    """z of the map `up`; see `adapters/block.py`."""
     return self.up.low_rank_state(self.norm(hidden))
 
-  def __call__(self, hidden, routing, shared):
-    inner, first = self.up(self.norm(hidden), routing, shared)
-    update, second = self.down(nn.gelu(inner), routing, shared)
-    return hidden + update, tuple(own for own in (first, second) if own is not None)
+  @typed
+  def __call__(
+    self,
+    hidden: Float[Array, "*batch D"],
+    routing: routing_lib.BlockRouting | None,
+    shared: memory.Shared,
+  ) -> tuple[Float[Array, "*batch D"], tuple[routing_lib.Routing, ...]]:
+    """The hidden state after the layer, and the routings that its branches made."""
+    inner, up_routing = self.up(self.norm(hidden), routing, shared)
+    update, down_routing = self.down(nn.gelu(inner), routing, shared)
+    routings = (up_routing, down_routing)
+    return hidden + update, tuple(routed for routed in routings if routed is not None)
 
 
 def in_blocks(base: PyTree, layers_per_block: int) -> PyTree:
@@ -130,7 +137,7 @@ class MLP(nn.Module):
     cfg = self.config
     frozen = adapter_config.AdapterConfig(method="none")
     hidden, _ = dense.AdaptedDense(
-      frozen, "input", cfg.inputs, cfg.width, 0, ("features", "embed"), name="input"
+      frozen, "input", cfg.inputs, cfg.width, ("features", "embed"), name="input"
     )(features, None, {})
     if self.adapter.instruction_in_input:
       # Zeros, so that the adapted network starts as its base whatever the instruction is.
@@ -151,6 +158,6 @@ class MLP(nn.Module):
       name="stack",
     )(hidden, instruction)
     values, _ = dense.AdaptedDense(
-      frozen, "output", cfg.width, 1, 0, ("embed", "target"), name="output"
+      frozen, "output", cfg.width, 1, ("embed", "target"), name="output"
     )(RMSNorm(cfg.width, name="norm")(hidden), None, {})
     return Prediction(values[..., 0], routing)

@@ -1,6 +1,6 @@
 """What a chip must hold: parameters exactly, from their shards; activations by an estimate.
 
-The compiler has the last word (`compile.py`); this finds what is worth compiling.
+The compiler decides (`compile.py`); the estimate finds the jobs worth compiling.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ RESERVED = 0.03  # share of a chip's memory that the runtime and fragments take
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes a chip.
+  """Bytes per chip.
 
   Attributes:
     base: frozen weights; adapter: trained ones; optimizer: its state; batch: the step's inputs.
-    activations: what the forward pass keeps for the gradient.
-    temporaries: everything else at the peak: gathered weights, a block's own states, gradients.
+    activations: states that the forward pass keeps for the gradient.
+    temporaries: everything else at the peak: gathered weights, one block's states, gradients.
   """
 
   base: int
@@ -44,7 +44,7 @@ class Memory:
 
 
 def shard_bytes(boxed, sizes: Mapping[str, int], rules: mesh_lib.Rules) -> int:
-  """Bytes a chip of a tree of shapes boxed with logical axes, split as training splits it."""
+  """Bytes per chip of a tree of shapes boxed with logical axes, split as training splits it."""
   total = 0
   for leaf in jax.tree.leaves(boxed, is_leaf=_is_box):
     value = leaf.value if _is_box(leaf) else leaf
@@ -77,34 +77,34 @@ def estimate(
     sizes: of the mesh's axes.
     rules: of the mesh.
     rows, length, answers: of the whole batch; answers are places with a loss.
-    micro_batches: parts of the batch, one after another.
-    splash: whether attention never holds its scores.
+    micro_batches: parts of the batch, run one after another.
+    splash: whether attention never stores its scores.
   """
   shape, adapter = model.config, model.adapter
   boxed = decoder.abstract(shape, adapter)
   base = shard_bytes(boxed["base"], sizes, rules)
   trained = shard_bytes(boxed.get("params", {}), sizes, rules)
   base += shard_bytes(boxed.get("frozen", {}), sizes, rules)
-  if adapter.method == "full":
+  if adapter.trains_base:
     trained += base
     base = 0
   shards = math.prod(sizes[axis] for axis in mesh_lib.DATA_AXES)
   tensor, fsdp = sizes["tensor"], sizes["fsdp"]
   tokens = rows * length / shards / micro_batches
   width = np.dtype(shape.dtype).itemsize
-  kept = tokens * shape.width * width * shape.blocks  # the input of every block
+  activations = tokens * shape.width * width * shape.blocks  # the input of every block
   layer = layer_bytes(shape, adapter, tokens, length, tensor, splash)
   inside = layer * shape.layers_per_block
   if shape.remat == "none":
-    kept, inside = kept + layer * shape.layers, layer
+    activations, inside = activations + layer * shape.layers, layer
   elif shape.remat == "dots":
     products = sum(_local(shape, name, tensor) for name in shape.maps) * tokens * width
-    kept += products * shape.layers
+    activations += products * shape.layers
   routed = routing_bytes(shape, adapter, tokens)
-  kept += routed["kept"]
+  activations += routed["kept"]
   gathered = 0
-  if fsdp > 1:  # one layer's weights whole over fsdp, and the next one's on their way
-    maps = sum(math.prod(each) for each in shape.map_shapes.values())
+  if fsdp > 1:  # one layer's gathered weights, and the next layer's in transfer
+    maps = sum(math.prod(widths) for widths in shape.map_shapes.values())
     gathered = 2 * maps * np.dtype(shape.base_dtype).itemsize / tensor
   vocabulary = shape.vocabulary / tensor if shape.vocabulary % tensor == 0 else shape.vocabulary
   head = vocabulary * shape.width * width * 2
@@ -119,13 +119,13 @@ def estimate(
     int(trained),
     int(2 * trained),
     int(batch),
-    int(kept),
+    int(activations),
     int(inside + routed["temporary"] + gathered + head + chunk + places + gradients + hidden),
   )
 
 
 def _local(shape, name: str, tensor: int) -> float:
-  """Width of a map's result a chip: split over `tensor` where its heads or units are."""
+  """Width of a map's result on one chip: split over `tensor` if its heads or units are."""
   outputs = shape.map_shapes[name][1]
   if name in ("o", "down") or outputs % tensor:
     return outputs
@@ -133,18 +133,18 @@ def _local(shape, name: str, tensor: int) -> float:
 
 
 def layer_bytes(shape, adapter, tokens: float, length: int, tensor: int, splash: bool) -> float:
-  """States that one layer holds while its gradient is made."""
+  """Bytes of the states that one layer holds during its backward pass."""
   width = np.dtype(shape.dtype).itemsize
   units = sum(_local(shape, name, tensor) for name in shape.maps)
   units += 2 * shape.width + (_local(shape, "up", tensor) if shape.gated else 0)  # norms, product
-  found = tokens * units * width
+  states = tokens * units * width
   # Sums of a map and its branch are float32 before they are rounded.
-  found += tokens * FLOAT32 * (shape.width + _local(shape, "up", tensor))
-  found += tokens * FLOAT32 * padded(adapter.rank) * len(shape.adapted)
+  states += tokens * FLOAT32 * (shape.width + _local(shape, "up", tensor))
+  states += tokens * FLOAT32 * padded(adapter.rank) * len(shape.adapted)
   if not splash:
     heads = shape.heads / tensor if shape.heads % tensor == 0 else shape.heads
-    found += 2 * tokens * length * heads * FLOAT32
-  return found
+    states += 2 * tokens * length * heads * FLOAT32
+  return states
 
 
 def padded(size: int) -> int:
@@ -155,28 +155,28 @@ def padded(size: int) -> int:
 def routing_bytes(shape, adapter, tokens: float) -> dict[str, float]:
   """Bytes that Queryable LoRA adds: 'kept' for the gradient, and 'temporary' in one block.
 
-  The depth history is kept once (`adapters/depth_scan.py`) where blocks are made again, and has no
-  gradient of its size; where they are not it is kept once a block. Dense weights exist only in the
-  orders that multiply by them.
+  With recomputed blocks the depth history is kept once (`adapters/depth_scan.py`) and its gradient
+  takes no second array; else it is kept once per block. Dense weights exist only in the orders that
+  multiply by them.
   """
   if not adapter.routed:
     return {"kept": 0.0, "temporary": 0.0}
   rank, atoms = adapter.rank, adapter.atoms
   state = tokens * rank * FLOAT32
-  kept = history = 0.0
+  residuals = history = 0.0
   if adapter.uses_query and adapter.summary == "attention":
     history = shape.blocks * tokens * rank * np.dtype(shape.dtype).itemsize
     if shape.remat == "full":
-      kept, routers = history, len(shape.adapted) if adapter.operator == "map" else 1
-      # The first router's gradients take the history's place; each has two numbers a block besides.
+      residuals, routers = history, len(shape.adapted) if adapter.operator == "map" else 1
+      # The first router's gradients replace the history; each router keeps two numbers per block.
       history = (routers - 1) * history + 2 * routers * shape.blocks * tokens * FLOAT32
     else:
-      kept = history * shape.blocks
+      residuals = history * shape.blocks
       history *= 2  # and its gradient
   elif adapter.uses_query and adapter.summary == "recurrent":
-    kept = shape.blocks * state
+    residuals = shape.blocks * state
   gather = contraction.choose(adapter, shape.layers_per_block * len(shape.adapted)) == "gather"
   scores = (2 if gather else 4) * tokens * padded(atoms) * FLOAT32  # and their gradients
   operator = 2 * tokens * rank * rank * FLOAT32
-  gathered = 2 * tokens * rank * rank * FLOAT32 if gather else 0.0  # one atom a token at a time
-  return {"kept": kept, "temporary": history + scores + operator + gathered}
+  gathered = 2 * tokens * rank * rank * FLOAT32 if gather else 0.0  # one atom per token at a time
+  return {"kept": residuals, "temporary": history + scores + operator + gathered}

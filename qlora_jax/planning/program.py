@@ -55,7 +55,7 @@ def arguments(job: Job, shards: language_shards.Shards) -> tuple[PyTree, PyTree,
   shapes = nn.meta.unbox(decoder.abstract(model.config, model.adapter))
   places = shards.variables(model)
   params = shapes.get("params", {})
-  if model.adapter.method == "full":
+  if model.adapter.trains_base:
     params = {**params, "base": shapes["base"]}
   opt_state = jax.eval_shape(optimizer_lib.make(job.optimizer).init, params)
   state = step_lib.TrainState(

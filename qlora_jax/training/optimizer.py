@@ -12,13 +12,14 @@ import jax
 import optax
 
 from qlora_jax import errors
+from qlora_jax.adapters import registry
 from qlora_jax.typing import PyTree
 
 GROUPS = ("atoms", "memory", "router", "other")  # what `OptimizerConfig.frozen` can name
 
-# Leaves with weight decay: the factors of an update, which is none where they are zero, and with
-# full fine-tuning the matrices of the base.
-DECAYED = ("lora_a", "lora_b", "core", "instruction_input")  # and Lily's experts, `lily_b_NAME`
+# Leaves with weight decay besides those that the families declare (`registry.Method.decayed`). With
+# full fine-tuning also the matrices of the base.
+DECAYED = ("instruction_input",)
 DECAYED_IN_BASE = ("kernel", "embedding", "positions", "head")
 
 
@@ -106,17 +107,17 @@ def make(config: OptimizerConfig) -> optax.GradientTransformation:
 def decayed(params: PyTree) -> PyTree:
   """Marks each leaf with whether it has weight decay, by its name.
 
-  Decay pulls towards zero, which is the frozen base for `DECAYED` alone. Atoms and CoMoL's cores
-  start near the identity or orthogonal and DoRA's magnitude at one: zero would erase the update or
-  the map. Keys, descriptors, routers, mixtures, pseudo-queries and gates decide which update is
-  made, not how large it is. Scales and biases of the base are left out too, as is usual.
+  Decay pulls towards zero, so that only leaves whose zero is the frozen base have it. Atoms and
+  CoMoL's cores start near the identity or orthogonal and DoRA's magnitude at one: zero would erase
+  the update or the map. Keys, descriptors, routers, mixtures, pseudo-queries and gates decide which
+  update is made, not how large it is. Scales and biases of the base are left out too, as is usual.
   """
 
   def mark(path, _):
     names = [str(getattr(key, "key", key)) for key in path]
     if names[0] == "base":
       return names[-1] in DECAYED_IN_BASE
-    return names[-1] in DECAYED or names[-1].startswith("lily_b_")
+    return names[-1] in DECAYED or registry.is_decayed(names[-1])
 
   return jax.tree_util.tree_map_with_path(mark, params)
 

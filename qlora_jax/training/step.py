@@ -53,7 +53,7 @@ class Frozen(NamedTuple):
 
 def variables(model: nn.Module, params: PyTree, frozen: Frozen) -> PyTree:
   """The model's variable collections; full fine-tuning trains the collection `base` itself."""
-  if model.adapter.method == "full":
+  if model.adapter.trains_base:
     adapter = dict(params)
     return {"base": adapter.pop("base"), "params": adapter}
   return {"params": params, "base": frozen.base, "frozen": frozen.factors}
@@ -70,7 +70,7 @@ def init_params(model: nn.Module, base: PyTree, key: Array, batch: Batch) -> tup
   )
   drawn = nn.meta.unbox(drawn)
   params = drawn.get("params", {})
-  if model.adapter.method == "full":
+  if model.adapter.trains_base:
     params = {**params, "base": base}
   return params, Frozen(base, drawn.get("frozen", {}))
 

@@ -56,7 +56,7 @@ class Shards:
   def trained(self, model: decoder.Decoder) -> PyTree:
     """Shardings of the trained tree; full fine-tuning trains the base."""
     shardings = self.variables(model)
-    if model.adapter.method == "full":
+    if model.adapter.trains_base:
       return {**shardings.get("params", {}), "base": shardings["base"]}
     return shardings.get("params", {})
 
@@ -67,7 +67,7 @@ class Shards:
     abstract = decoder.abstract(model.config, model.adapter)
     collections, trained = nn.meta.unbox(abstract), self.trained(model)
     params = collections.get("params", {})
-    if model.adapter.method == "full":
+    if model.adapter.trains_base:
       params = {**params, "base": collections["base"]}
     tx = optimizer_lib.make(optimizer)
     opt_state = sharding.optimizer(tx, jax.eval_shape(tx.init, params), trained, self.mesh)

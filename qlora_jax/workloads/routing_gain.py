@@ -9,7 +9,7 @@ something. Three replacements take it away bit by bit:
 
 A gain at or below zero means that the replaced weights do as well. Beside it stands how far
 weights, keys and atoms moved from where they were drawn: an inert router has not moved. Letters as
-in `qlora_jax/typing.py`; I counts the routers of a block, as in `block.RoutingRecord`.
+in `qlora_jax/typing.py`; I counts the routers of a block, as in `routing.RoutingRecord`.
 """
 
 import math

@@ -49,15 +49,15 @@ def scaling_of(adapter, rank):
 
 def sparse_weights(adapter, logits):
   """Softmax over the k largest logits, or 1/k each with `weights='equal'`; token by token."""
-  kept = adapter.top_k if adapter.top_k else logits.shape[-1]
+  num_kept = adapter.top_k if adapter.top_k else logits.shape[-1]
   flat = logits.reshape(-1, logits.shape[-1])
   weights = np.zeros_like(flat)
   for row, values in zip(weights, flat, strict=True):
     order = np.argsort(-values)
-    chosen, others = order[:kept], order[kept:]
+    chosen, others = order[:num_kept], order[num_kept:]
     if len(others):  # a tie within rounding would make float32 and float64 choose differently
       assert values[chosen].min() - values[others].max() > 1e-4
-    row[chosen] = 1.0 / kept if adapter.weights == "equal" else softmax(values[chosen])
+    row[chosen] = 1.0 / num_kept if adapter.weights == "equal" else softmax(values[chosen])
   return weights.reshape(logits.shape)
 
 
@@ -217,13 +217,13 @@ def stack(adapter, params, base, frozen, hidden, instruction, blocks, layers, la
   states, records = [], []
   recurrent = np.zeros((*hidden.shape[:-1], adapter.rank))
   for index in range(blocks):
-    own = slice_of(params.get("blocks", {}), index)
-    block = Block(adapter, own, shared, states, recurrent, instruction, log_prior)
+    block_params = slice_of(params.get("blocks", {}), index)
+    block = Block(adapter, block_params, shared, states, recurrent, instruction, log_prior)
     for slot in range(layers):
       place = f"layer_{slot}"
       inner = slice_of(base["blocks"][place], index)
       fixed = slice_of(frozen["blocks"][place], index) if frozen else {}
-      branches = own.get(place, {})
+      branches = block_params.get(place, {})
 
       def apply(name, x, inner=inner, fixed=fixed, branches=branches, block=block):
         leaves = inner[name] if name in inner else inner["mlp"][name]
@@ -236,13 +236,13 @@ def stack(adapter, params, base, frozen, hidden, instruction, blocks, layers, la
       hidden = layer(apply, inner, hidden)
     if adapter.history == "output" and adapter.method == "queryable":
       name, x = anchor(slice_of(base["blocks"]["layer_0"], index), hidden)
-      maps = own["layer_0"]
+      maps = block_params["layer_0"]
       lora_a = (maps.get(name) or maps["mlp"][name])["branch"]["lora_a"]
       block.left = rms_norm(x @ lora_a)
     if block.left is not None:
       states = [*states, block.left]
       if adapter.summary == "recurrent":
-        keep = sigmoid(own["gate"]["gate"])
+        keep = sigmoid(block_params["gate"]["gate"])
         recurrent = keep * recurrent + (1 - keep) * block.left
     records.append(block.routed)
   if not records[0]:
@@ -298,13 +298,13 @@ def rotate(x, theta=10_000.0):
 def causal_attention(query, key, value):
   """Grouped-query attention on [B, T, H, K] and [B, T, G, K]."""
   batch, length, heads, width = query.shape
-  each = heads // key.shape[2]
+  heads_per_group = heads // key.shape[2]
   out = np.zeros_like(query)
   for b in range(batch):
     for h in range(heads):
       for t in range(length):
-        scores = key[b, : t + 1, h // each] @ query[b, t, h] / np.sqrt(width)
-        out[b, t, h] = softmax(scores) @ value[b, : t + 1, h // each]
+        scores = key[b, : t + 1, h // heads_per_group] @ query[b, t, h] / np.sqrt(width)
+        out[b, t, h] = softmax(scores) @ value[b, : t + 1, h // heads_per_group]
   return out
 
 

@@ -23,10 +23,10 @@ D_IN, D_OUT, RANK, ATOMS = 6, 7, 3, 5
 
 
 def build(name):
-  """(adapted map, its random variables, x, what the network shares)."""
+  """(adapted map, its random variables, x, the network's shared parameters)."""
   method = name.split(",")[0]
   adapter = config.AdapterConfig(method=method, rank=RANK, atoms=ATOMS, alpha=5.0, **METHODS[name])
-  module = dense.AdaptedDense(adapter, "up", D_IN, D_OUT, 1)
+  module = dense.AdaptedDense(adapter, "up", D_IN, D_OUT)
   rng = np.random.default_rng(5)
   x = rng.normal(size=(4, D_IN)).astype("f")
   shared = {"lily_b_up": rng.normal(size=(ATOMS, RANK, D_OUT)).astype("f")}
@@ -37,7 +37,7 @@ def build(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_one_adapted_map_follows_its_equation(name):
   module, variables, x, shared = build(name)
-  actual, own = module.apply(variables, x, None, shared)
+  actual, routed = module.apply(variables, x, None, shared)
   trees = {key: reference.double(tree) for key, tree in variables.items()}
   block = reference.Block(module.config, {}, reference.double(shared), [], None, None, None)
   expected = reference.adapted_map(
@@ -51,11 +51,11 @@ def test_one_adapted_map_follows_its_equation(name):
   )
   # float32 against float64, sums of at most seven terms of order one.
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-  assert (own is None) == (not block.routed)
-  if own is not None:
+  assert (routed is None) == (not block.routed)
+  if routed is not None:
     weights, logits = block.routed[0]
-    np.testing.assert_allclose(own.weights, weights, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(own.logits, logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(routed.weights, weights, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(routed.logits, logits, rtol=1e-5, atol=1e-6)
 
 
 def test_the_frozen_factors_of_lora_xs_are_the_best_low_rank_part_of_the_kernel():
@@ -119,7 +119,7 @@ def drawn_atoms(kind, noise=0.3):
     atom_init=kind,
     atom_noise=noise,
   )
-  module = dense.AdaptedDense(comol, "up", 12, 12, 1)
+  module = dense.AdaptedDense(comol, "up", 12, 12)
   cores = module.init(jax.random.key(1), np.ones((1, 12), "f"), None, {})["params"]
   return params, np.asarray(nn.meta.unbox(cores)["branch"]["cores"], float)
 

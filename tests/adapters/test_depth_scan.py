@@ -1,4 +1,4 @@
-"""The scan that keeps the depth history once has the gradient of the one that keeps it N times."""
+"""The scan that keeps one depth history has the gradient of the scan that keeps N of them."""
 
 import dataclasses
 
@@ -51,9 +51,9 @@ def test_the_gradient_is_that_of_the_plain_scan(fields):
   value, grads = jax.jit(jax.value_and_grad(loss))(params, base)
   expected_value, expected = jax.jit(jax.value_and_grad(plain))(params, base)
   np.testing.assert_allclose(value, expected_value, rtol=1e-5)
-  for own, other in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+  for grad, other in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
     assert np.abs(other).max() > 0
-    np.testing.assert_allclose(own, other, rtol=2e-4, atol=2e-4 * np.abs(other).max())
+    np.testing.assert_allclose(grad, other, rtol=2e-4, atol=2e-4 * np.abs(other).max())
 
 
 def test_no_array_holds_a_history_for_every_block():
@@ -71,7 +71,7 @@ def test_going_back_one_array_holds_states_and_gradients():
   loss, params, base = gradient(adapter_config.AdapterConfig(rank=4, atoms=8), "full")
   (back,) = scans(jax.make_jaxpr(jax.grad(loss))(params, base).jaxpr, reverse=True)
   carried = back.invars[back.params["num_consts"] :][: back.params["num_carry"]]
-  shapes = [each.aval.shape for each in carried]
+  shapes = [variable.aval.shape for variable in carried]
   assert shapes.count((SHAPE.blocks, ROWS, LENGTH, 4)) == 1
 
 

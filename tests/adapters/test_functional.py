@@ -81,8 +81,8 @@ def test_no_summary_carries_and_reads_nothing():
 
 
 @pytest.mark.parametrize("leading", LEADING)
-@pytest.mark.parametrize("given", ["state", "summary", "instruction", "bias", "all"])
-def test_query_sums_the_terms_that_have_kernels(leading, given):
+@pytest.mark.parametrize("term", ["state", "summary", "instruction", "bias", "all"])
+def test_query_sums_the_terms_that_have_kernels(leading, term):
   state, running, instruction = draw(*leading, 3), draw(*leading, 3, seed=1), draw(*leading, 5)
   kernels = {
     "state": draw(3, 4),
@@ -90,7 +90,7 @@ def test_query_sums_the_terms_that_have_kernels(leading, given):
     "instruction": draw(5, 4),
     "bias": draw(4),
   }
-  used = {k: v if given in (k, "all") else None for k, v in kernels.items()}
+  used = {k: v if term in (k, "all") else None for k, v in kernels.items()}
   actual = functional.query(state, running, instruction, *used.values())
   expected = np.zeros((len(tokens(state, 1)), 4))
   for name, values in (("state", state), ("summary", running), ("instruction", instruction)):
@@ -132,9 +132,9 @@ def test_router_logits_scale_by_the_root_of_the_query_width(leading, weight):
 
 def reference_weights(logits, k):
   order = sorted(range(len(logits)), key=lambda m: (-logits[m], m))  # ties: the lowest index
-  kept = sorted(order[:k])
+  winners = sorted(order[:k])
   weights = np.zeros(len(logits))
-  weights[kept] = softmax(np.asarray(logits)[kept])
+  weights[winners] = softmax(np.asarray(logits)[winners])
   return weights
 
 

@@ -24,8 +24,10 @@ def test_a_gathered_operator_is_the_dense_one(k, equal):
     return jnp.sum(operator * grad), functional.dense_weights(values, chosen, 70)
 
   (value, weights), grads = jax.value_and_grad(dense, (0, 1), has_aux=True)(logits, atoms)
-  (own, own_weights), own_grads = jax.value_and_grad(sparse, (0, 1), has_aux=True)(logits, atoms)
-  np.testing.assert_allclose(own, value, rtol=1e-5)
-  np.testing.assert_allclose(own_weights, weights, atol=1e-6)
-  for mine, other in zip(own_grads, grads, strict=True):
+  (sparse_value, sparse_weights), sparse_grads = jax.value_and_grad(sparse, (0, 1), has_aux=True)(
+    logits, atoms
+  )
+  np.testing.assert_allclose(sparse_value, value, rtol=1e-5)
+  np.testing.assert_allclose(sparse_weights, weights, atol=1e-6)
+  for mine, other in zip(sparse_grads, grads, strict=True):
     np.testing.assert_allclose(mine, other, atol=1e-5)

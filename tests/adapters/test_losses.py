@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from qlora_jax.adapters import block, config, losses, statistics
+from qlora_jax.adapters import config, losses, routing, statistics
 
 BLOCKS, ROUTERS, ROWS, TOKENS, ATOMS = 2, 3, 4, 5, 6
 RNG = np.random.default_rng(1)
@@ -69,7 +69,7 @@ def test_z_loss_is_the_mean_squared_logsumexp(mask):
 
 
 def test_the_penalty_adds_what_the_config_switches_on():
-  record = block.RoutingRecord(WEIGHTS, LOGITS, LOG_PRIOR)
+  record = routing.RoutingRecord(WEIGHTS, LOGITS, LOG_PRIOR)
   base = config.AdapterConfig(instruction_dim=3)
   assert losses.penalty(base, record) == 0.0
   for field, value in (
@@ -79,12 +79,12 @@ def test_the_penalty_adds_what_the_config_switches_on():
   ):
     adapter = dataclasses.replace(base, **{field: 0.3})
     np.testing.assert_allclose(losses.penalty(adapter, record, MASK), 0.3 * value, rtol=1e-6)
-  assert losses.penalty(base, block.RoutingRecord(None, None)) == 0.0
+  assert losses.penalty(base, routing.RoutingRecord(None, None)) == 0.0
 
 
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_routing_statistics_are_means_over_the_masked_tokens(mask):
-  found = statistics.routing_statistics(WEIGHTS, mask)
+  result = statistics.routing_statistics(WEIGHTS, mask)
   support, entropy, share, count = [], [], np.zeros((BLOCKS, ATOMS)), 0
   for cell in cells(mask):
     w = WEIGHTS[cell].astype(np.float64)
@@ -93,10 +93,10 @@ def test_routing_statistics_are_means_over_the_masked_tokens(mask):
     share[cell[0]] += w
     count += 1
   share /= count / BLOCKS
-  np.testing.assert_allclose(found["effective_support"], np.mean(support), **CLOSE)
-  np.testing.assert_allclose(found["entropy"], np.mean(entropy), **CLOSE)
-  np.testing.assert_allclose(found["share"], share, **CLOSE)
-  np.testing.assert_allclose(found["max_share"], share.mean(0).max(), **CLOSE)
+  np.testing.assert_allclose(result["effective_support"], np.mean(support), **CLOSE)
+  np.testing.assert_allclose(result["entropy"], np.mean(entropy), **CLOSE)
+  np.testing.assert_allclose(result["share"], share, **CLOSE)
+  np.testing.assert_allclose(result["max_share"], share.mean(0).max(), **CLOSE)
 
 
 def test_effective_support_is_one_when_collapsed_and_m_when_uniform():
@@ -104,18 +104,18 @@ def test_effective_support_is_one_when_collapsed_and_m_when_uniform():
   collapsed[..., 2] = 1.0
   assert statistics.routing_statistics(collapsed)["effective_support"] == 1.0
   uniform = np.full((1, 1, 3, ATOMS), 1 / ATOMS, "f")
-  found = statistics.routing_statistics(uniform)
-  np.testing.assert_allclose(found["effective_support"], ATOMS, rtol=1e-6)
-  np.testing.assert_allclose(found["entropy"], np.log(ATOMS), rtol=1e-6)
+  result = statistics.routing_statistics(uniform)
+  np.testing.assert_allclose(result["effective_support"], ATOMS, rtol=1e-6)
+  np.testing.assert_allclose(result["entropy"], np.log(ATOMS), rtol=1e-6)
 
 
 def test_share_by_group_averages_each_group_alone():
   weights, group = WEIGHTS[:, :, :, 0], np.array([0, 2, 0, 2])
-  found = statistics.share_by_group(weights, group, 3)
+  result = statistics.share_by_group(weights, group, 3)
   for index in range(3):
     members = weights[:, :, group == index]
     expected = members.mean((1, 2)) if members.size else np.zeros((BLOCKS, ATOMS))
-    np.testing.assert_allclose(found[index], expected, **CLOSE)
+    np.testing.assert_allclose(result[index], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("routed", [False, True])
@@ -136,7 +136,7 @@ def test_update_norms_equal_the_dense_matrices(routed):
   if not routed:
     del params["stack"]["memory"]
   weights = WEIGHTS[:, :1]
-  found = statistics.update_norms(adapter, params, weights if routed else None)
+  result = statistics.update_norms(adapter, params, weights if routed else None)
   largest, bound = 0.0, 0.0
   top = max(np.linalg.norm(atom, 2) for atom in atoms) if routed else 1.0
   for name in maps:
@@ -146,9 +146,9 @@ def test_update_norms_equal_the_dense_matrices(routed):
       for w in weights[b, 0].reshape(-1, ATOMS) if routed else [None]:
         core = np.einsum("m,mrs->rs", w, atoms) if routed else np.eye(rank)
         largest = max(largest, 2 * np.linalg.norm(lora_a @ core @ lora_b, 2))
-  np.testing.assert_allclose(found["certified"], bound, rtol=1e-4)
-  np.testing.assert_allclose(found["measured"], largest, rtol=1e-4)
-  assert found["slack"] >= 0
+  np.testing.assert_allclose(result["certified"], bound, rtol=1e-4)
+  np.testing.assert_allclose(result["measured"], largest, rtol=1e-4)
+  assert result["slack"] >= 0
   if routed:  # the forward pass overflowed
     diverged = statistics.update_norms(adapter, params, np.full_like(weights, np.nan))
     assert np.isnan(list(diverged.values())).all()

@@ -76,7 +76,7 @@ def theirs(name, base):
       values[f"layers.{index}.{place}.bias"] = blocks[place]["bias"][index]
   model.load_state_dict({key: torch.tensor(value) for key, value in values.items()})
   targets = {"target_modules": list(mlp.MAPS), "r": RANK}
-  if name == "lily":  # stride_A = 1: every layer has an A of its own, as ours
+  if name == "lily":  # stride_A = 1: one A per layer, as ours
     settings = peft.LilyConfig(**targets, stride_A=1, num_B=EXPERTS, scaling=ALPHA / RANK)
   else:
     settings = peft.LoraConfig(
@@ -105,10 +105,10 @@ def trained(model, name, read, write=None):
     return value.T
 
   for place in mlp.MAPS:
-    own = None if write is None else write["stack"]["blocks"]["layer_0"][place]["branch"]
+    branch = None if write is None else write["stack"]["blocks"]["layer_0"][place]["branch"]
 
-    def leaf(key, index, parameter, own=own, unit=1.0, layout=transpose):
-      source = None if own is None else own[key][index]
+    def leaf(key, index, parameter, branch=branch, unit=1.0, layout=transpose):
+      source = None if branch is None else branch[key][index]
       return visit(parameter, layout, layout, source, unit)
 
     rows = []
@@ -190,10 +190,10 @@ def make_pair(name, unit_columns=False):
 def agree(ours, others, tolerance):
   """Every leaf within `tolerance` of its largest entry."""
   assert jax.tree.structure(ours) == jax.tree.structure(others)
-  for (path, own), other in zip(
+  for (path, leaf), other in zip(
     jax.tree_util.tree_flatten_with_path(ours)[0], jax.tree.leaves(others), strict=True
   ):
-    error = np.abs(np.asarray(own, np.float64) - other).max() / np.abs(other).max()
+    error = np.abs(np.asarray(leaf, np.float64) - other).max() / np.abs(other).max()
     assert error < tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
 
 

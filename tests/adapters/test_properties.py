@@ -25,7 +25,7 @@ VARIED = {
   "an operator a map": {"operator": "map"},
   "a memory a map": {"operator": "map", "memory": "map"},
 }
-NAMES = (*factory.PRESETS, *VARIED)
+NAMES = (*factory.names(), *VARIED)
 
 
 def build(name, shape=SHAPE, **fields):

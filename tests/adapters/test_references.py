@@ -77,7 +77,7 @@ def random_tree(abstract, seed):
 
   def draw(path, leaf):
     around_one = path[-1].key in ("scale", "magnitude")
-    # Base kernels keep the size of what they map, so that all branches stay visible.
+    # Base kernels keep the size of their input, so that all branches stay visible.
     size = leaf.shape[-2] ** -0.5 if path[-1].key == "kernel" else 0.4
     return (around_one + size * rng.normal(size=leaf.shape)).astype(np.float32)
 
@@ -90,13 +90,13 @@ def randomised(model, init, seed=0):
   variables = random_tree({name: abstract[name] for name in ("base", "params")}, seed)
   if "frozen" in abstract:
     with jax.disable_jit():
-      _, made = model.apply(
+      _, drawn = model.apply(
         {"base": variables["base"]},
         *init.inputs,
         mutable=["params", "frozen"],
         rngs={"params": jax.random.key(0)},
       )
-    variables["frozen"] = nn.meta.unbox(made["frozen"])
+    variables["frozen"] = nn.meta.unbox(drawn["frozen"])
   return variables
 
 

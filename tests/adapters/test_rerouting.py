@@ -35,11 +35,13 @@ def whole(model, variables):
   return jax.jit(model.apply)(variables, BATCH.features, BATCH.instruction)
 
 
-def removed(model, variables, kept):
+def removed(model, variables, kept_atoms):
   apply = jax.jit(
-    lambda kept: rerouting.without_atoms(model, variables, kept, BATCH.features, BATCH.instruction)
+    lambda kept_atoms: rerouting.without_atoms(
+      model, variables, kept_atoms, BATCH.features, BATCH.instruction
+    )
   )
-  return apply(kept)
+  return apply(kept_atoms)
 
 
 def delete(variables, atom):
@@ -66,24 +68,24 @@ def delete(variables, atom):
 def test_an_atom_removed_everywhere_is_an_atom_that_was_never_there(name, fields):
   model, variables = build(name, **fields)
   smaller, _ = build(name, **fields, atoms=4)
-  kept = np.ones((3, 5), bool)
-  kept[:, 1] = False
-  found, expected = removed(model, variables, kept), whole(smaller, delete(variables, 1))
-  np.testing.assert_allclose(found.values, expected.values, rtol=1e-3, atol=1e-4)
+  kept_atoms = np.ones((3, 5), bool)
+  kept_atoms[:, 1] = False
+  actual, expected = removed(model, variables, kept_atoms), whole(smaller, delete(variables, 1))
+  np.testing.assert_allclose(actual.values, expected.values, rtol=1e-3, atol=1e-4)
   np.testing.assert_allclose(
-    np.delete(found.routing.weights, 1, -1), expected.routing.weights, rtol=1e-3, atol=1e-5
+    np.delete(actual.routing.weights, 1, -1), expected.routing.weights, rtol=1e-3, atol=1e-5
   )
 
 
 def test_removal_in_one_block_renormalises_there_and_nowhere_before():
   model, variables = build("queryable")
-  kept = np.ones((3, 5), bool)
-  same = removed(model, variables, kept)
-  kept = kept.copy()  # the call before may still be reading it
-  kept[1, 2] = False
+  kept_atoms = np.ones((3, 5), bool)
+  same = removed(model, variables, kept_atoms)
+  kept_atoms = kept_atoms.copy()  # the call before may still be reading it
+  kept_atoms[1, 2] = False
   before = whole(model, variables)
   np.testing.assert_allclose(same.values, before.values, rtol=1e-4)  # nothing is out, nothing new
-  before, part = before.routing.weights, removed(model, variables, kept).routing.weights
+  before, part = before.routing.weights, removed(model, variables, kept_atoms).routing.weights
   np.testing.assert_allclose(part[0], before[0], rtol=1e-4)
   np.testing.assert_array_equal(part[1, ..., 2], 0.0)
   rest = np.delete(before[1], 2, -1)
@@ -130,9 +132,9 @@ def test_uniform_weights_are_a_memory_of_its_mean_atom(name, fields):
   uniform = np.full((blocks, routers, atoms), 1 / atoms, "f")
   params = jax.tree_util.tree_map_with_path(_mean_atom, variables["params"])
   expected = whole(model, {**variables, "params": params}).values
-  found = replaced(model, variables, uniform).values
-  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
-  assert np.abs(found - whole(model, variables).values).max() > 1e-3
+  actual = replaced(model, variables, uniform).values
+  np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
+  assert np.abs(actual - whole(model, variables).values).max() > 1e-3
 
 
 def _mean_atom(path, leaf):
@@ -157,10 +159,10 @@ def test_weights_of_other_rows_make_other_rows():
   )
   weights = whole(model, variables).routing.weights
   other = np.roll(np.arange(len(BATCH.features)), 1)
-  found = replaced(model, variables, weights[:, :, other]).values
+  actual = replaced(model, variables, weights[:, :, other]).values
   apply = jax.jit(model.apply)
   expected = apply(variables, BATCH.features, BATCH.instruction[other]).values
-  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "lora_xs", "full"])

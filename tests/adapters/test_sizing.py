@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from qlora_jax import errors
-from qlora_jax.adapters import config, contraction, factory, sizing
+from qlora_jax.adapters import config, contraction, factory, registry, sizing
 
 NETWORK = sizing.Network(
   maps=(("up", 64, 64), ("down", 64, 64)), layers=4, blocks=4, width=64, base_parameters=35_265
@@ -17,9 +17,7 @@ DECODER = sizing.Network(
   width=96,
   base_parameters=10**6,
 )
-SIZED = [
-  name for name, preset in factory.PRESETS.items() if preset.get("method") not in ("none", "full")
-]
+SIZED = [name for name in factory.names() if registry.family_of(name).branch is not None]
 
 
 @pytest.mark.parametrize(
@@ -105,10 +103,10 @@ def test_a_budget_that_nothing_meets_says_what_is_nearest(name):
 
 
 def test_a_given_rank_is_kept_and_a_given_number_of_atoms_too():
-  kept = factory.make("queryable", {"rank": 5}, NETWORK, budget=8192, instruction_dim=0)
-  assert kept.rank == 5 and kept.atoms == config.AdapterConfig().atoms
-  kept = factory.make("queryable", {"atoms": 12}, NETWORK, budget=8400, instruction_dim=0)
-  assert kept.atoms == 12
+  adapter = factory.make("queryable", {"rank": 5}, NETWORK, budget=8192, instruction_dim=0)
+  assert adapter.rank == 5 and adapter.atoms == config.AdapterConfig().atoms
+  adapter = factory.make("queryable", {"atoms": 12}, NETWORK, budget=8400, instruction_dim=0)
+  assert adapter.atoms == 12
 
 
 @pytest.mark.parametrize(("name", "rank"), [("queryable", 6), ("static", 7), ("comol", 5)])

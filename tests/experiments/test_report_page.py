@@ -12,6 +12,7 @@ from experiments import report
 from experiments.report import __main__ as command
 from experiments.report import figures, inputs, panels, style, tables
 from qlora_jax import errors
+from qlora_jax.adapters import registry
 from qlora_jax.studies import statistics
 
 _FIGURES = {
@@ -202,7 +203,7 @@ def test_the_command_refuses_a_baseline_without_method(tmp_path, make_study, cap
 
 
 def test_methods_of_one_colour_differ_in_line_and_marker():
-  looks = [style.method(m) for m in style.ordered(style._BY_KEY)]
+  looks = [style.method(m) for m in style.ordered(registry.presets())]
   assert len({(look.color, str(look.line)) for look in looks}) == len(looks)
   assert len({look.marker for look in looks}) == len(looks)
   assert style.method("something_new").label == "something_new"

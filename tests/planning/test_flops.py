@@ -62,7 +62,7 @@ def test_llama3_70b_costs_what_six_and_four_flops_a_parameter_say():
   full = flops.step(shape, adapter_config.AdapterConfig(method="full"), 1, tokens, tokens)
   assert work.base == pytest.approx(4 * parameters * tokens, rel=1e-6)
   assert full.base == pytest.approx(6 * parameters * tokens, rel=1e-6)
-  factors = 16 * 80 * sum(sum(each) for each in shape.map_shapes.values())
+  factors = 16 * 80 * sum(sum(widths) for widths in shape.map_shapes.values())
   assert work.adapter == 6.0 * factors * tokens
   assert work.hardware > work.model + work.base / 2
 

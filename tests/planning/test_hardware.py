@@ -1,4 +1,4 @@
-"""Topologies are told from their names, and a wrong name is one line that lists the known."""
+"""Topologies are parsed from their names; the error for a wrong name lists the known ones."""
 
 import math
 
@@ -11,14 +11,14 @@ from qlora_jax.planning import hardware
 def test_every_listed_layout_is_a_topology_of_its_chip():
   for chip in hardware.CHIPS.values():
     for layout in chip.layouts:
-      found = hardware.parse(f"{chip.name}:{layout}")
-      assert found.chips == math.prod(int(size) for size in layout.split("x")) <= chip.pod
-      assert found.name == f"{chip.name}:{layout}"
+      topology = hardware.parse(f"{chip.name}:{layout}")
+      assert topology.chips == math.prod(int(size) for size in layout.split("x")) <= chip.pod
+      assert topology.name == f"{chip.name}:{layout}"
 
 
 def test_slices_multiply_chips_and_hosts():
-  found = hardware.parse("v5p:4x4x4", slices=2)
-  assert (found.chips_a_slice, found.chips, found.hosts) == (64, 128, 32)
+  topology = hardware.parse("v5p:4x4x4", slices=2)
+  assert (topology.chips_a_slice, topology.chips, topology.hosts) == (64, 128, 32)
 
 
 @pytest.mark.parametrize(

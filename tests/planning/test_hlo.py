@@ -41,20 +41,25 @@ condition=%cond, body=%body, metadata={op_name="stack/while"}
 
 
 def test_every_kind_is_counted_with_its_bytes_groups_and_trips():
-  found = {each.kind: each for each in hlo.collectives(TEXT)}
-  assert set(found) == {"all-gather", "reduce-scatter", "collective-permute", "all-reduce"}
-  assert all(each.times == 80 for each in found.values())
-  assert (found["all-gather"].bytes, found["all-gather"].group) == (2048, 4)
-  assert found["all-gather"].wire == 2048 * 3 / 4
-  assert found["reduce-scatter"].bytes == 4096 and found["reduce-scatter"].wire == 4096 * 15 / 16
-  assert found["collective-permute"].wire == 64
-  assert found["all-reduce"].bytes == 72 and found["all-reduce"].wire == 72.0
-  assert "router" in found["all-reduce"].source
+  collectives = {collective.kind: collective for collective in hlo.collectives(TEXT)}
+  assert set(collectives) == {"all-gather", "reduce-scatter", "collective-permute", "all-reduce"}
+  assert all(collective.times == 80 for collective in collectives.values())
+  assert (collectives["all-gather"].bytes, collectives["all-gather"].group) == (2048, 4)
+  assert collectives["all-gather"].wire == 2048 * 3 / 4
+  assert (
+    collectives["reduce-scatter"].bytes == 4096
+    and collectives["reduce-scatter"].wire == 4096 * 15 / 16
+  )
+  assert collectives["collective-permute"].wire == 64
+  assert collectives["all-reduce"].bytes == 72 and collectives["all-reduce"].wire == 72.0
+  assert "router" in collectives["all-reduce"].source
   assert estimate.by_kind(hlo.collectives(TEXT))["all-gather"] == {"count": 80, "bytes": 122_880.0}
 
 
 def test_groups_that_span_slices_use_the_network_between_them():
-  across = {each.kind for each in hlo.collectives(TEXT, chips_a_slice=8) if each.across}
+  across = {
+    collective.kind for collective in hlo.collectives(TEXT, chips_a_slice=8) if collective.across
+  }
   assert across == {"reduce-scatter", "all-reduce", "all-gather"}
 
 

@@ -1,4 +1,4 @@
-"""Plans of a config: what is compiled is the training step, and what does not fit gets advice."""
+"""Plans of a config: they compile the training step, and advise when it does not fit."""
 
 import io
 import json
@@ -51,11 +51,11 @@ def tiny_job(**mesh):
 
 
 def answer(job, topology=CHIPS, fits=True, **more):
-  """What a worker would say."""
-  own = search.estimated(job, topology)
-  kinds = {name: getattr(own, name) for name in ("base", "adapter", "optimizer", "batch")}
+  """A worker's answer."""
+  usage = search.estimated(job, topology)
+  kinds = {name: getattr(usage, name) for name in ("base", "adapter", "optimizer", "batch")}
   if fits:
-    kinds |= {"activations": own.activations, "temporaries": own.temporaries}
+    kinds |= {"activations": usage.activations, "temporaries": usage.temporaries}
   else:
     more |= {"used": 3 * int(CHIPS.chip.hbm) // 2, "limit": int(CHIPS.chip.hbm)}
   times = {"trace_seconds": 1.0, "compile_seconds": 2.0, "host_peak_bytes": 3}
@@ -103,11 +103,11 @@ def test_a_step_that_does_not_fit_gets_a_compiled_suggestion(monkeypatch):
     return answer(job, topology, fits=len(asked) > 1)
 
   monkeypatch.setattr(compile, "run", run)
-  found = plan.make(tiny_job(fsdp=4), CHIPS)
-  assert not found["fits"] and found["suggestion"]["verified"]
+  result = plan.make(tiny_job(fsdp=4), CHIPS)
+  assert not result["fits"] and result["suggestion"]["verified"]
   assert len(asked) == 2 and asked[1] != asked[0]
-  told = plan.verdict(found)
-  assert "8.0 GiB more than there is of 16.0 GiB a chip; fits with --" in told
+  verdict = plan.verdict(result)
+  assert "8.0 GiB more than there is of 16.0 GiB a chip; fits with --" in verdict
 
 
 def test_the_nearest_change_comes_first_and_fits_by_the_estimate():
@@ -212,22 +212,22 @@ def test_the_compilers_words_on_memory_are_read():
 def test_the_tpu_compiler_takes_the_training_step():
   """The one real compilation: a tiny decoder on four v5e chips, over fsdp and tensor."""
   job = tiny_job(fsdp=2, tensor=2)
-  found = plan.make(job, CHIPS, suggest=False)
-  kinds = found["hbm"]["kinds"]
-  assert found["fits"] and found["hbm"]["needed"] == sum(kinds.values()) < 2**30
+  result = plan.make(job, CHIPS, suggest=False)
+  kinds = result["hbm"]["kinds"]
+  assert result["fits"] and result["hbm"]["needed"] == sum(kinds.values()) < 2**30
   guess = search.estimated(job, CHIPS)
   for name in ("base", "adapter"):
     assert kinds[name] == getattr(guess, name)
   assert kinds["optimizer"] == pytest.approx(guess.optimizer, rel=1e-3)  # and its counters
   states = 4 // 2 * 256 * TINY.width * 2 * TINY.blocks  # the inputs of the blocks, bfloat16
   assert states <= kinds["activations"] < 3 * states
-  assert found["collectives"]["all-gather"]["count"] >= TINY.blocks  # weights, a layer at a time
-  assert found["collectives_of_routing"] == 0
+  assert result["collectives"]["all-gather"]["count"] >= TINY.blocks  # weights, a layer at a time
+  assert result["collectives_of_routing"] == 0
 
 
 def test_a_compiler_that_ends_says_how_in_one_line():
   trace = b"a line\nhttps://symbolize.domain/r/?trace=7f1,7f2\n"
   assert compile._ended(-11, trace) == "crashed (SIGSEGV)"
-  told = compile._ended(1, b"first\nthe reason \n\n" + trace[7:])
-  assert told == "stopped with code 1: the reason"
+  message = compile._ended(1, b"first\nthe reason \n\n" + trace[7:])
+  assert message == "stopped with code 1: the reason"
   assert compile._ended(1, b"") == "stopped with code 1"

@@ -4,16 +4,15 @@ import pytest
 
 from configs import llm
 from qlora_jax import errors, sweeps
-from qlora_jax.adapters import config as adapter_config
-from qlora_jax.adapters import factory
+from qlora_jax.adapters import factory, registry
 from qlora_jax.studies import study
 
 
 def test_every_method_has_a_default_and_full_fine_tunings_is_a_tenth_of_loras():
-  assert factory.LEARNING_RATES.keys() == adapter_config.METHODS.keys()
-  assert {factory.learning_rate(name) for name in factory.PRESETS} <= set(
-    factory.LEARNING_RATES.values()
-  )
+  for family in registry.families():
+    assert 0 < family.learning_rate <= 1e-3
+    for preset in family.presets:
+      assert factory.learning_rate(preset.name) == family.learning_rate
   assert factory.learning_rate("full_input") == factory.learning_rate("lora_input") / 10
   assert factory.learning_rate("rslora") == pytest.approx(1e-3 / 8**0.5, rel=0.02)
 

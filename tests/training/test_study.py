@@ -14,7 +14,7 @@ import pytest
 
 from experiments import report
 from qlora_jax import errors, sweeps
-from qlora_jax.adapters import factory, rerouting
+from qlora_jax.adapters import registry, rerouting
 from qlora_jax.studies import study
 from qlora_jax.training import checkpoint, loop, progress, step
 from qlora_jax.workloads import cohort_program, regression, workload
@@ -195,7 +195,7 @@ def test_every_point_of_every_variant_resolves_within_two_percent(variant):
   config = REGRESSION.get_config(variant)
   for own, _ in study.expand(config, REGRESSION.get_hyper(sweeps, variant)):
     resolved = settings.resolve(own)
-    if factory.PRESETS[own.adapter.name].get("method") not in ("none", "full"):
+    if registry.family_of(own.adapter.name).branch is not None:
       assert abs(resolved.trainable_params / own.adapter.budget - 1) <= 0.02
 
 
