@@ -345,7 +345,7 @@ FAULTS = (
   Fault(
     "a checkpoint of another config is taken",
     _T + "checkpoint.py",
-    '      if found:\n        raise errors.UserError(\n          f"--config: the checkpoint',
+    '      if differing:\n        raise errors.UserError(\n          f"--config: the checkpoint',
     '      if False:\n        raise errors.UserError(\n          f"--config: the checkpoint',
     (CHECKPOINT,),
   ),
