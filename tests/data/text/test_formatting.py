@@ -1,4 +1,4 @@
-"""Tokens and masks: answers and their end are trained on, prompts never."""
+"""Tokens and masks: the mask covers answers and their end tokens, never prompts."""
 
 import dataclasses
 
@@ -82,7 +82,7 @@ def test_template_that_rewrites_its_prompt_is_refused(tokenizer):
   def dropping(messages, add_generation_prompt):
     return formatting.plain_render(messages[:1], True)
 
-  with pytest.raises(errors.UserError, match="leaves the answer out"):
+  with pytest.raises(errors.UserError, match="omits the answer"):
     _encode(EXAMPLE, tokenizer, dropping)
 
 

@@ -1,4 +1,4 @@
-"""The user's own files: three forms, and one line that names file and line of a mistake."""
+"""The user's own files: three forms, and one-line messages that name file and line."""
 
 import json
 import re
@@ -78,7 +78,7 @@ def test_a_byte_order_mark_and_line_separators_inside_a_text_are_no_mistake(tmp_
   ("line", "message"),
   [
     ("{", "is not JSON"),
-    ('[{"prompt": "a"},', "write one object a line"),
+    ('[{"prompt": "a"},', "write one object per line"),
     ("3", "is a number, must be an object"),
     ({"prompt": "a"}, "has no field 'completion'; has: prompt"),
     ({"prompt": 3, "completion": "a"}, "'prompt' is a number, must be a text"),

@@ -16,17 +16,17 @@ def data():
 
 def _units(examples):
   """Words, number values and unordered pairs that occur in the inputs."""
-  found = set()
-  for one in examples:
-    if one.task in word_tasks.KINDS["pair"]:
-      found.add(tuple(sorted(map(int, one.prompt.split()))))
-    elif one.task == "words_to_number":
-      found.add(int(one.answers[0]))
-    elif one.task in word_tasks.KINDS["number"]:
-      found.add(int(one.prompt))
+  units = set()
+  for example in examples:
+    if example.task in word_tasks.KINDS["pair"]:
+      units.add(tuple(sorted(map(int, example.prompt.split()))))
+    elif example.task == "words_to_number":
+      units.add(int(example.answers[0]))
+    elif example.task in word_tasks.KINDS["number"]:
+      units.add(int(example.prompt))
     else:
-      found.update(one.prompt.split())
-  return found
+      units.update(example.prompt.split())
+  return units
 
 
 def test_no_input_of_one_split_occurs_in_another_in_any_task_or_seed():
@@ -71,20 +71,20 @@ def test_seen_and_heldout_wordings_are_kept_apart(data):
 
 
 def test_exchanged_rows_keep_their_words_and_lose_their_task(data):
-  given = records.exchanged(data, seed=1)
-  for split, examples in given.splits.items():
-    own = data.splits[split]
+  exchanged = records.exchanged(data, seed=1)
+  for split, examples in exchanged.splits.items():
+    original = data.splits[split]
     assert [(o.prompt, o.answers, o.task) for o in examples] == [
-      (o.prompt, o.answers, o.task) for o in own
+      (o.prompt, o.answers, o.task) for o in original
     ]
-    assert sorted(o.paraphrase_id for o in examples) == sorted(o.paraphrase_id for o in own)
+    assert sorted(o.paraphrase_id for o in examples) == sorted(o.paraphrase_id for o in original)
     assert all(data.instruction_texts[o.paraphrase_id] == o.instruction for o in examples)
     seen = data.seen_ids if split != "test" else data.heldout_ids
     still = np.mean([o.paraphrase_id in seen[o.task] for o in examples])
     assert still < 3 / len(word_tasks.TASKS)
   other = records.exchanged(data, seed=2)
-  assert other.splits["test"] == given.splits["test"]
-  assert other.splits["train"] != given.splits["train"]
+  assert other.splits["test"] == exchanged.splits["test"]
+  assert other.splits["train"] != exchanged.splits["train"]
 
 
 def test_test_rows_are_the_same_for_every_seed_and_training_rows_are_not(data):
