@@ -1,4 +1,4 @@
-"""Generates answers of a fine-tuned model in the terminal.
+"""Prompts a fine-tuned model in the terminal.
 
   python -m qlora_jax.generate --adapter=DIR --instruction="Write the plural." --prompt=otter
   python -m qlora_jax.generate --adapter=DIR

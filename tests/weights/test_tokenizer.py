@@ -229,7 +229,7 @@ def _tables(backend):
 
 
 PUBLISHED = {
-  # Each as the model's own tokenizer.json has it.
+  # The same pipeline as in the model's tokenizer.json.
   "gpt-2": pre_tokenizers.ByteLevel(False),
   "smollm": pre_tokenizers.Sequence(
     [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]

@@ -50,7 +50,8 @@ def test_induction_keeps_the_published_splits_and_every_answer(induction_folder,
   data = _induction(induction_folder, tmp_path / "data")
   assert data.task_names == TASKS and len(TASKS) == 24
   prompts = {
-    split: {(one.task, one.prompt) for one in examples} for split, examples in data.splits.items()
+    split: {(example.task, example.prompt) for example in examples}
+    for split, examples in data.splits.items()
   }
   assert not prompts["train"] & prompts["validation"]
   assert prompts["test"] == prompts["test_seen"]
@@ -77,9 +78,9 @@ def test_induction_wordings_are_split_into_seen_and_heldout(induction_folder, tm
   # "Do sum" and "do sum." are one wording; one of the remaining four is held out
   assert texts[0] == ["Do sum", "Perform sum", "Please sum"]
   assert [data.instruction_texts[i] for i in data.heldout_ids["diff"]] == ["Now diff"]
-  assert {one.instruction for one in data.splits["test"]} == {"Now sum", "Now diff"}
+  assert {example.instruction for example in data.splits["test"]} == {"Now sum", "Now diff"}
   for split in ("train", "validation", "test_seen"):
-    assert not {one.instruction for one in data.splits[split]} & {"Now sum", "Now diff"}
+    assert not {example.instruction for example in data.splits[split]} & {"Now sum", "Now diff"}
 
 
 def test_induction_choice_of_tasks_cap_and_seed(induction_folder, tmp_path):
@@ -209,7 +210,7 @@ def test_published_gsm8k(tmp_path):
   data = pipeline.load("gsm8k", manual_folder=folder, data_dir=tmp_path)
   assert len(data.splits["train"]) + len(data.splits["validation"]) == 7473
   assert len(data.splits["test"]) == 1319
-  assert not any("<<" in one.answers[0] for split in data.splits.values() for one in split)
+  assert not any("<<" in example.answers[0] for split in data.splits.values() for example in split)
 
 
 @needs_published
@@ -228,7 +229,8 @@ def test_published_induction(tmp_path):
   for task in TASKS:
     orders = 2 if task == "cause_and_effect" else 1
     counts = {
-      split: sum(one.task == task for one in examples) for split, examples in data.splits.items()
+      split: sum(example.task == task for example in examples)
+      for split, examples in data.splits.items()
     }
     assert counts["train"] + counts["validation"] == orders * len(raw["induce"][task])
     assert counts["test"] == counts["test_seen"] == orders * len(raw["execute"][task])
@@ -237,4 +239,6 @@ def test_published_induction(tmp_path):
   seen = {data.instruction_texts[i].casefold() for ids in data.seen_ids.values() for i in ids}
   heldout = {data.instruction_texts[i].casefold() for ids in data.heldout_ids.values() for i in ids}
   assert not seen & heldout
-  assert all(one.answers and one.prompt for split in data.splits.values() for one in split)
+  assert all(
+    example.answers and example.prompt for split in data.splits.values() for example in split
+  )

@@ -116,8 +116,8 @@ def test_parts_of_all_processes_are_the_batch_of_one(split, pack):
     shares = [p[step][:6] for p in parts]
     joined = [np.concatenate(arrays) for arrays in zip(*shares, strict=True)]
     _equal(packing.TextBatch(*joined), batch)
-    for one in (batch, *(p[step] for p in parts)):  # every process has the global batch's counts
-      np.testing.assert_array_equal(one.row_answers, batch.loss_mask.sum(axis=1))
+    for part in (batch, *(p[step] for p in parts)):  # every process has the global batch's counts
+      np.testing.assert_array_equal(part.row_answers, batch.loss_mask.sum(axis=1))
 
 
 def test_seed_decides_the_order(split):
@@ -139,7 +139,7 @@ def test_state_of_other_settings_is_refused(split):
 
 def test_instruction_id_of_every_token_names_its_examples_text(split):
   data = pipeline.load("word_tasks", tasks=["plural", "sum", "sort_words"])
-  by_tokens = {tuple(one.tokens.tolist()): one.instruction_id for one in split.examples}
+  by_tokens = {tuple(example.tokens.tolist()): example.instruction_id for example in split.examples}
   for batch in _take(pipeline.batches(split, batch_size=4, seed=0), 5):
     assert 0 <= batch.instruction_id.min() <= batch.instruction_id.max() < 27
     for row in range(4):
