@@ -1,4 +1,4 @@
-"""A fine-tuned model: an adapter folder on the base that it was trained on, ready to generate."""
+"""A fine-tuned model for generation: an adapter folder and its base model."""
 
 import pathlib
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ class FineTuned:
   """Answers prompts with the adapter on or off.
 
   Args:
-    directory: an adapter's folder, as a run writes it.
-    weights: the base, if it is elsewhere than when the adapter was trained: a built-in name, a
-      folder, a hub id or a .gguf file.
+    directory: an adapter's folder, written by a run.
+    weights: the base model: a built-in name, a folder, a hub id or a .gguf file. None uses the
+      name that is stored in the adapter.
 
   Raises:
-    UserError: no adapter there, or it was trained on another base.
+    UserError: there is no adapter, or it was trained on another base.
   """
 
   def __init__(self, directory: str | pathlib.Path, weights: str | None = None):
@@ -49,16 +49,16 @@ class FineTuned:
       "base": base,
       "frozen": jax.device_put(tree.get("frozen", {})),
     }
-    fitted = tree.get("projection")
-    self.projection = fitted and projection.Projection(**fitted)
+    projection_arrays = tree.get("projection")
+    self.projection = projection_arrays and projection.Projection(**projection_arrays)
 
   @property
   def uses_instruction(self) -> bool:
-    """Whether the router or the input reads the instruction's embedding."""
+    """Whether the router or the input uses the instruction's embedding."""
     return self.adapted.adapter.uses_instruction
 
   def tokens_of(self, prompt: str, instruction: str = "") -> np.ndarray:
-    """The prompt as tokens [n], in the form that the adapter was trained on."""
+    """The prompt as int32 tokens [n], rendered as in training."""
     example = records.Example(instruction, prompt, ("",), "chat", 0)
     render = formatting.renderer(
       self.tokenizer, self.metadata.get("system"), self.metadata.get("template")
@@ -72,12 +72,16 @@ class FineTuned:
     return encoded.prompt
 
   def embedding_of(self, instruction: str) -> np.ndarray | None:
-    """The instruction's embedding [1, E], or None where the adapter reads none."""
+    """The instruction's embedding, float32 [1, E]; None if the adapter uses none.
+
+    Raises:
+      UserError: the adapter uses an embedding, and the instruction is empty.
+    """
     if not self.uses_instruction:
       return None
     if not instruction.strip():
       raise errors.UserError(
-        "--instruction: missing; this adapter is routed by an instruction, such as"
+        "--instruction: missing; this adapter needs an instruction, such as"
         " --instruction='Write the first letter of the word.'"
       )
     embedded = cache.embed(
@@ -92,10 +96,10 @@ class FineTuned:
     sampling: generation.SamplingConfig | None = None,
     adapter_on: bool = True,
   ) -> Iterator[str]:
-    """Yields the answer piece by piece; the pieces together are the whole text.
+    """Yields the answer in pieces; the concatenated pieces are the whole text.
 
     Raises:
-      UserError: an adapter that is routed by an instruction is given none; an empty prompt.
+      UserError: an empty prompt; an empty instruction for an adapter that uses one.
     """
     if not prompt.strip():
       raise errors.UserError("--prompt: empty; give some text")
@@ -103,18 +107,18 @@ class FineTuned:
     embedding = self.embedding_of(instruction) if adapter_on else None
     if not adapter_on:
       model, variables = self.base, {"base": self.variables["base"]}
-    stop, made, told = set(chat.stop_ids(self.tokenizer)), [], ""
+    stop_ids, generated, yielded = set(chat.stop_ids(self.tokenizer)), [], ""
     for tokens in generation.stream(
-      model, variables, [self.tokens_of(prompt, instruction)], sorted(stop), sampling, embedding
+      model, variables, [self.tokens_of(prompt, instruction)], sorted(stop_ids), sampling, embedding
     ):
-      if int(tokens[0]) in stop:
+      if int(tokens[0]) in stop_ids:
         break
-      made.append(int(tokens[0]))
-      text = self.tokenizer.decode(made, skip_special_tokens=True)
+      generated.append(int(tokens[0]))
+      text = self.tokenizer.decode(generated, skip_special_tokens=True)
       if text.endswith("\ufffd"):
-        continue  # the middle of a character
-      yield text[len(told) :]
-      told = text
-    text = self.tokenizer.decode(made, skip_special_tokens=True)
-    if text[len(told) :]:
-      yield text[len(told) :]
+        continue  # incomplete UTF-8 character
+      yield text[len(yielded) :]
+      yielded = text
+    text = self.tokenizer.decode(generated, skip_special_tokens=True)
+    if text[len(yielded) :]:
+      yield text[len(yielded) :]

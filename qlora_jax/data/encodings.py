@@ -1,4 +1,4 @@
-"""Turns columns of a table into named float features; every feature is declared."""
+"""Declared features of a table: each turns named columns into named float features."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,11 +9,11 @@ import pandas as pd
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-  """Features made from some columns.
+  """One or more features that are computed from columns.
 
   Attributes:
-    names: names of the features made.
-    columns: names of the columns read, and no others.
+    names: names of the features.
+    columns: names of all columns that `encode` reads.
     encode: maps a frame of n rows to float64 [n, len(names)].
   """
 
@@ -23,7 +23,7 @@ class Encoding:
 
 
 def numeric(*columns: str) -> list[Encoding]:
-  """One feature a column, as it is."""
+  """One feature per column: the column's value, unchanged."""
   return [
     Encoding((column,), (column,), lambda frame, column=column: _floats(frame[column])[:, None])
     for column in columns
@@ -47,12 +47,12 @@ def cyclic(
   columns: Sequence[str],
   phase: Callable[[pd.DataFrame], np.ndarray],
 ) -> list[Encoding]:
-  """Sine and cosine of 2π phase, so that the last hour is next to the first.
+  """Sine and cosine of 2π phase, so that the last hour is close to the first.
 
   Args:
     name: stem of the two features' names.
     columns: columns that `phase` reads.
-    phase: maps a frame to [n], in turns (1 is a whole cycle).
+    phase: maps a frame of n rows to [n], in cycles (1 is a whole cycle).
   """
 
   def encode(frame):
@@ -63,7 +63,7 @@ def cyclic(
 
 
 def one_hot(column: str, values: Sequence[str]) -> list[Encoding]:
-  """One indicator for each listed value; all zero for any other value."""
+  """One indicator per listed value; any other value gives all zeros."""
 
   def encode(frame):
     return np.stack([(frame[column] == value).to_numpy(np.float64) for value in values], axis=1)

@@ -1,8 +1,8 @@
 """Source and target functions of the synthetic regression tasks, in plain NumPy.
 
 Every function maps inputs `x` in the unit cube, float64 [n, d], to float64 [n]. A task has one
-clean *source* function, on which the base network is pre-trained, and one or more *shifted*
-targets, which the adapters have to learn. Friedman's functions are those of Friedman (1991),
+clean *source* function and one or more *shifted* targets. The base network is pre-trained on the
+source, and the adapters learn the targets. Friedman's functions come from Friedman (1991),
 "Multivariate adaptive regression splines", and Breiman (1996), "Bagging predictors".
 """
 
@@ -15,7 +15,7 @@ from qlora_jax import errors
 
 Function = Callable[[np.ndarray], np.ndarray]
 
-# Standard deviation of Friedman-1 over the unit cube; corrections are given in this unit.
+# Standard deviation of Friedman-1 over the unit cube; the unit of all corrections.
 FRIEDMAN1_STD = 4.88
 NUM_REGIONS = 8
 _REGION_SEED = 2605
@@ -29,8 +29,8 @@ class SyntheticTask:
     num_features: d, the width of the unit cube.
     source_name: tasks with the same source name share their source rows.
     source: the function that the base network learns.
-    targets: name and function of every target; an example's `target_id` is its position here.
-    default_noise: the noise kind used when a caller names none.
+    targets: the targets' functions by name; `target_id` is a position in this dictionary.
+    default_noise: the noise kind when the caller names none.
   """
 
   num_features: int
@@ -102,16 +102,16 @@ def _sines(x: np.ndarray, frequency: float, phase: float) -> np.ndarray:
 
 
 def region(x: np.ndarray) -> np.ndarray:
-  """Returns int64 [n], the corner of the cube of the first three features an example is in."""
+  """Returns int64 [n]: the octant, 0 to 7, of the first three features."""
   return (x[:, :3] > 0.5) @ np.array([1, 2, 4])
 
 
 def regimes_shifted(x: np.ndarray) -> np.ndarray:
-  """Friedman-1 plus a smooth correction of its own in each of the eight regions.
+  """Friedman-1 plus a smooth correction; each of the eight regions has a different one.
 
-  Region r adds s (√12 w_r·(x - ½) + √2 sin(π u_r·x + φ_r)) / √2 over the five relevant features:
-  w_r a unit vector, u_r standard normal, φ_r uniform, all drawn once from a fixed seed, and s the
-  standard deviation of Friedman-1.
+  Region r adds s (√12 w_r·(x - ½) + √2 sin(π u_r·x + φ_r)) / √2 over the five relevant features.
+  w_r is a unit vector, u_r is standard normal, φ_r is uniform, and s is the standard deviation of
+  Friedman-1. w, u and φ are drawn once from a fixed seed.
   """
   rng = np.random.default_rng(_REGION_SEED)
   w = rng.standard_normal((NUM_REGIONS, 5))
@@ -157,16 +157,16 @@ TASKS: dict[str, SyntheticTask] = {
 
 
 def synthetic_task(name: str) -> SyntheticTask:
-  """Returns a task; an unknown name is a UserError that lists the known ones."""
+  """Returns a task. Raises UserError for an unknown name; the message lists the known names."""
   if name not in TASKS:
     raise errors.UserError(f"unknown synthetic task {name!r}; known: {', '.join(TASKS)}")
   return TASKS[name]
 
 
 def target_values(task: SyntheticTask, x: np.ndarray, target_id: np.ndarray) -> np.ndarray:
-  """Evaluates the target that each example's `target_id` names; returns float64 [n]."""
+  """Evaluates the target of each example, selected by `target_id`; returns float64 [n]."""
   values = np.empty(len(x))
   for position, function in enumerate(task.targets.values()):
-    chosen = target_id == position
-    values[chosen] = function(x[chosen])
+    target_rows = target_id == position
+    values[target_rows] = function(x[target_rows])
   return values

@@ -1,10 +1,10 @@
-"""Instructions in words: twelve paraphrases for every target and every domain.
+"""Instruction texts: twelve paraphrases per target and per domain.
 
-The first eight are *seen* (training and validation rows carry them), the last four are
-*held out* (only test rows carry them). `multi_target` and `regimes` are written by hand, because
-there the instruction is what tells targets apart; for the others each text is a frame filled with
-a name of the quantity and of the circumstances, where the held-out texts use frames and a name of
-the circumstances that no seen text uses.
+The first eight are *seen*: training and validation rows use them. The last four are *held out*:
+only test rows use them. The texts of `multi_target` and `regimes` are written by hand, because
+there only the instruction identifies the target. All other texts are sentence frames, filled with a
+name of the quantity and a name of the circumstances. Held-out texts use frames and a name of the
+circumstances that no seen text uses.
 """
 
 import numpy as np
@@ -32,7 +32,7 @@ _HELDOUT_FRAMES = (
 
 
 def _compose(quantities: tuple[str, ...], circumstances: tuple[str, ...]) -> tuple[str, ...]:
-  """Fills the frames; the last circumstance is kept for the held-out texts."""
+  """Fills the frames; only held-out texts use the last circumstance."""
   texts = []
   for position, frame in enumerate(_SEEN_FRAMES + _HELDOUT_FRAMES):
     what = quantities[position % len(quantities)]
@@ -353,15 +353,15 @@ def target_paraphrases(target_name: str) -> tuple[str, ...]:
 def draw_paraphrases(
   target_id: np.ndarray, rng: np.random.Generator, *, heldout: bool
 ) -> np.ndarray:
-  """Draws one text for each row, out of the seen or out of the held-out texts of its target.
+  """Draws one text per row, from the seen or the held-out texts of the row's target.
 
   Args:
     target_id: int [n], position in `Task.target_names + Task.source_names`.
-    rng: generator.
-    heldout: whether these are test rows.
+    rng: generator, advanced by the draw.
+    heldout: True draws held-out texts (for test rows), False seen texts.
 
   Returns:
-    int32 [n], row of `Task.paraphrases`: twelve for each target, then twelve for each source.
+    int32 [n], row of `Task.paraphrases`: twelve per target, then twelve per source.
   """
   first, count = (NUM_SEEN, NUM_HELDOUT) if heldout else (0, NUM_SEEN)
   text = first + rng.integers(count, size=len(target_id))

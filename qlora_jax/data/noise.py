@@ -1,8 +1,8 @@
-"""Noise draws of unit standard deviation, one for every kind, paired on one normal draw.
+"""Noise of unit standard deviation: one column per kind, all from the same normal draw.
 
-A noisy target is `clean + level * noise[kind]`, with the level in units of the source target's
-standard deviation. All kinds of one example share the same standard normal z, so that differences
-between kinds and levels are not differences between draws.
+A noisy target is `clean + level * noise[kind]`, where the unit of the level is the source
+target's standard deviation. All kinds of one example share the same standard normal z, so that
+differences between kinds and levels do not include differences between draws.
 
   gaussian               z
   heteroscedastic        h(x) z,  h(x) = (1 + 6 x₁) / √19
@@ -26,9 +26,9 @@ def draw(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Draws every kind of noise for every example.
 
   Args:
-    x: inputs in the unit cube, float [n, d]; the scale of the heteroscedastic kinds grows seven
-      times along the first feature.
-    rng: generator; the draw is a pure function of its state and of x.
+    x: inputs in the unit cube, float [n, d]. The scale of the heteroscedastic kinds grows by a
+      factor of seven along the first feature.
+    rng: generator; the result is a pure function of the generator's state and x.
 
   Returns:
     float32 [n, len(KINDS)], each column of mean zero and (population) standard deviation one.
@@ -51,12 +51,12 @@ def draw(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def heteroscedastic_scale(x: np.ndarray) -> np.ndarray:
-  """Returns (1 + 6 x₁) / √19 [n]: its square has mean one for a uniform x₁."""
+  """Returns (1 + 6 x₁) / √19, [n]; the square has mean 1 for a uniform x₁."""
   return (1 + 6 * x[:, 0]) / np.sqrt(19)
 
 
 def kind_index(kind: str) -> int:
-  """Returns the column of a noise kind; an unknown kind is a UserError that lists the known."""
+  """Returns the column of a noise kind. Raises UserError for an unknown kind."""
   if kind not in KINDS:
     raise errors.UserError(f"unknown noise_kind {kind!r}; known: {', '.join(KINDS)}")
   return KINDS.index(kind)

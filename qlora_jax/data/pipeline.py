@@ -1,9 +1,9 @@
-"""What training reads: whole splits as arrays, and the order of their rows.
+"""Regression data for training: whole splits as arrays, and the order of their rows.
 
     stored blocks --Grain--> columns --source statistics--> standardised, padded `Arrays`
 
-Every statistic comes from the source's training rows, so that a mean squared error of 1 is the
-source target's variance, for training and test rows alike.
+All statistics come from the source's training rows. A mean squared error of 1 therefore equals the
+source target's variance, for training rows and for test rows.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from qlora_jax.data import (
 batch_order = order.batch_order
 
 SOURCE_NOISE_LEVEL = 0.05
-# Standardised features are clipped here: a category that is rare in the source domain would
-# otherwise be a huge number in the target domain.
+# Bound of standardised features. Without it, a category that is rare in the source domain would be
+# a very large number in the target domain.
 FEATURE_CLIP = 8.0
 
 
@@ -37,8 +37,8 @@ class Arrays:
   """One split in memory.
 
   Attributes:
-    features: float32 [n, feature_dim], standardised, zero past the task's own features.
-    targets: float32 [n], what training sees: clean + level * noise; observed for a real table.
+    features: float32 [n, feature_dim], standardised; columns past the task's features are 0.
+    targets: float32 [n], training target: clean + level * noise; observed for a real table.
     clean: float32 [n], noise-free target; equal to `targets` for a real table.
     target_id: int32 [n], position in `Task.target_names + Task.source_names`.
     paraphrase_id: int32 [n], row of `Task.paraphrases`.
@@ -54,25 +54,25 @@ class Arrays:
     return len(self.targets)
 
   def take(self, rows: np.ndarray) -> "Arrays":
-    """The given rows: their positions, or a mask [n]."""
+    """Selects rows by their positions [k], or by a mask [n]."""
     return Arrays(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-  """What is known about a task without reading its rows.
+  """The facts of a task that need no rows.
 
   Attributes:
     name: the task or table.
     feature_names: names of the d features.
-    target_names: targets or target domains; `target_id` counts through these first.
-    source_names: source function or source domains; `target_id` continues through these.
-    source_key: tasks with the same key have the same source rows, and may share a base network.
-    paraphrases: every text; twelve for each target, then twelve for each source.
+    target_names: targets or target domains; `target_id` numbers these first.
+    source_names: source function or source domains; `target_id` numbers these next.
+    source_key: tasks with the same key have the same source rows and can share a base network.
+    paraphrases: all texts; twelve per target, then twelve per source.
     seen_paraphrases: int32 [targets + sources, 8], rows that training and validation use.
     heldout_paraphrases: int32 [targets + sources, 4], rows that only the test split uses.
     has_clean: whether the noise-free target is known.
-    default_noise: noise kind used when none is named; None for a real table.
+    default_noise: noise kind when the caller names none; None for a real table.
   """
 
   name: str
@@ -103,10 +103,10 @@ def task_names() -> tuple[str, ...]:
 
 
 def describe_task(name: str) -> Task:
-  """Describes a task; reads nothing.
+  """Describes a task; reads no files.
 
   Raises:
-    UserError: an unknown name; the message lists the known ones.
+    UserError: an unknown name; the message lists the known names.
   """
   if name in functions.TASKS:
     task = functions.TASKS[name]
@@ -140,7 +140,7 @@ def describe_task(name: str) -> Task:
 def source_arrays(
   name: str, *, data_dir: str | pathlib.Path, feature_dim: int
 ) -> dict[str, Arrays]:
-  """Reads the rows that the base network is trained on, preparing them on first use.
+  """Reads the rows that the base network is trained on; the first use prepares them.
 
   Returns:
     'train' and 'validation'; synthetic targets carry Gaussian noise of level 0.05.
@@ -168,24 +168,24 @@ def target_arrays(
   noise_level: float = 0.0,
   train_rows: int | None = None,
 ) -> dict[str, Arrays]:
-  """Reads the rows that adapters are trained and tested on, preparing them on first use.
+  """Reads the rows that adapters are trained and tested on; the first use prepares them.
 
   Args:
     name: task or table.
-    seed: data seed: an independent draw of training and validation rows, noise and paraphrases.
-      The test rows are the same for every seed.
+    seed: data seed. Each seed is an independent draw of training and validation rows, noise and
+      paraphrases. All seeds have the same test rows.
     data_dir: directory of all prepared data sets.
-    feature_dim: width to pad to, so that all tasks share compiled programs.
+    feature_dim: width to which features are padded, so that all tasks share compiled programs.
     noise_kind: one of `noise.KINDS`; None for the task's default. Ignored for a real table.
-    noise_level: standard deviation of the noise, in units of the source target's.
-    train_rows: keep only the first so many training rows; None for all.
+    noise_level: standard deviation of the noise, in standard deviations of the source target.
+    train_rows: number of training rows to use, from the first one on; None for all.
 
   Returns:
     'train', 'validation' and 'test'.
 
   Raises:
-    UserError: an unknown name or noise kind, a negative level, a level above zero for a real
-      table (whose noise is its own), or more `train_rows` than there are.
+    UserError: an unknown name or noise kind, a negative level, a level above 0 for a real table
+      (its targets are observed with noise), or `train_rows` above the number of training rows.
   """
   task = _checked_task(name, feature_dim)
   kind = noise_kind or task.default_noise or noise.KINDS[0]
@@ -220,20 +220,20 @@ def target_arrays(
 
 
 def known_wordings(task: Task, arrays: Arrays) -> Arrays:
-  """The same rows with instructions in wordings that training has seen, each of a row's own target.
+  """The same rows with seen wordings; each row keeps an instruction of the row's target.
 
-  The eight seen wordings take turns down the rows, so that the choice is the same everywhere.
+  Row i has seen wording i mod 8, so that the choice is the same in every run.
   """
-  turn = np.arange(len(arrays)) % task.seen_paraphrases.shape[1]
-  return dataclasses.replace(arrays, paraphrase_id=task.seen_paraphrases[arrays.target_id, turn])
+  wording = np.arange(len(arrays)) % task.seen_paraphrases.shape[1]
+  return dataclasses.replace(arrays, paraphrase_id=task.seen_paraphrases[arrays.target_id, wording])
 
 
 def shuffled_wordings(splits: dict[str, Arrays], seed: int) -> dict[str, Arrays]:
-  """The control of the instruction: within each split the rows' wordings change places at random.
+  """Control of the instruction: permutes the wordings within each split at random.
 
-  The wordings and how often each occurs stay the same; that a row's wording is of its own target
-  is left to chance, so that the instruction says nothing about the row. Test rows are shuffled
-  alike for every seed.
+  The wordings and their counts stay the same. A row's wording no longer depends on the row's
+  target, so that the instruction has no information about the row. The permutation of the test
+  rows is the same for every seed.
   """
 
   def shuffled(split, arrays):
@@ -244,9 +244,10 @@ def shuffled_wordings(splits: dict[str, Arrays], seed: int) -> dict[str, Arrays]
 
 
 def fit_statistics(source_train: storage.Columns) -> Statistics:
-  """Fits feature and (noise-free, where known) target statistics to source training rows.
+  """Computes feature and target statistics of the source's training rows.
 
-  A feature that is constant in the source keeps its scale.
+  The target statistics are noise-free where the noise-free target is known. A feature that is
+  constant in the source has the standard deviation 1.
   """
   features = source_train["features"].astype(np.float64)
   target = source_train["clean"].astype(np.float64)

@@ -1,8 +1,8 @@
-"""How examples are stored: blocks of rows in array_record files, written once per configuration.
+"""Storage of examples: blocks of rows in array_record files, written once per configuration.
 
-TFDS spends about 150 microseconds to write a record and as much to read one, whatever its size; a
-row here is a hundred bytes. A record therefore holds a block of up to 256 consecutive rows, and
-the rows of a split keep their order.
+TFDS needs about 150 microseconds to write or read a record of any size, and a row has only about a
+hundred bytes. A record is therefore a block of up to 256 consecutive rows. The rows of a split
+keep their order.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ def dataset_info(
   """Declares the features of a block.
 
   features       float32 [rows, d], raw (not standardised)
-  clean          float32 [rows], noise-free target, or the observed one of a real table
-  noise          float32 [rows, kinds], absent if there are no kinds
+  clean          float32 [rows], noise-free target; the observed target of a real table
+  noise          float32 [rows, kinds]; absent without noise kinds
   target_id      int32 [rows], position in `Task.target_names + Task.source_names`
   paraphrase_id  int32 [rows], position in `Task.paraphrases`
   """
@@ -60,7 +60,7 @@ def dataset_info(
 
 
 def blocks(columns: Columns) -> Iterator[tuple[int, Columns]]:
-  """Cuts columns of equal length into consecutive blocks, keyed by their position."""
+  """Divides columns of equal length into consecutive blocks; yields (block number, block)."""
   num_rows = len(columns["clean"])
   for position, start in enumerate(range(0, num_rows, BLOCK_ROWS)):
     yield position, {name: column[start : start + BLOCK_ROWS] for name, column in columns.items()}
@@ -72,23 +72,23 @@ def read(
   data_dir: str | pathlib.Path,
   splits: tuple[str, ...],
 ) -> dict[str, Columns]:
-  """Reads whole splits through Grain, preparing the configuration first if nobody has yet.
+  """Reads whole splits through Grain; the first use prepares the configuration.
 
-  Processes that ask for the same configuration at once take turns on a lock file: the first
-  prepares it, the others find it ready.
+  A lock file serialises processes that read the same configuration: the first process prepares it,
+  the others wait and then read it.
 
   Args:
     builder_class: the TFDS builder.
-    config: its configuration; need not be registered in `BUILDER_CONFIGS`.
+    config: configuration of the builder; it may be missing from `BUILDER_CONFIGS`.
     data_dir: directory of all prepared data sets; created if missing.
     splits: names of the splits to read.
 
   Returns:
-    For every split its columns in stored order.
+    The columns of each split, in stored order.
   """
-  place = pathlib.Path(data_dir) / f"{builder_class.name}-{config.name}"
-  with files.lock(place), _quiet():
-    # Built inside the lock: a builder looks for prepared data once, when it is made.
+  prepared_folder = pathlib.Path(data_dir) / f"{builder_class.name}-{config.name}"
+  with files.lock(prepared_folder), _quiet():
+    # Created inside the lock: a builder looks for prepared data only in its constructor.
     builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare(file_format="array_record")  # returns at once if prepared
   return {split: _read_split(builder, split) for split in splits}
@@ -96,13 +96,15 @@ def read(
 
 def _read_split(builder: tfds.core.DatasetBuilder, split: str) -> Columns:
   records = grain.MapDataset.source(builder.as_data_source(split=split))
-  stored = [records[position] for position in range(len(records))]
-  return {name: np.concatenate([block[name] for block in stored]) for name in stored[0]}
+  stored_blocks = [records[position] for position in range(len(records))]
+  return {
+    name: np.concatenate([block[name] for block in stored_blocks]) for name in stored_blocks[0]
+  }
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Holds back what TFDS prints and warns of for every configuration it has not seen before."""
+  """Suppresses the output and the warnings that TFDS prints for every new configuration."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   tfds.disable_progress_bar()

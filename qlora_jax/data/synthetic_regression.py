@@ -1,7 +1,7 @@
 """TFDS builder of the synthetic tasks; every row is a pure function of (task, seed).
 
-A task's own configuration (`regimes`) holds what all seeds share: the source's training and
-validation rows and the target's test rows. A seed's configuration (`regimes-seed003`) holds an
+A task's configuration (`regimes`) has the splits that all seeds share: the source's training and
+validation rows, and the target's test rows. A seed's configuration (`regimes-seed003`) has an
 independent draw of target inputs, noise and paraphrases for training and validation.
 """
 
@@ -26,11 +26,11 @@ SEED_SPLITS = ("train", "validation")
 
 
 class SyntheticRegression(tfds.core.GeneratorBasedBuilder):
-  """Noise-free targets and unit noise draws of every kind; see docs/data.md."""
+  """Noise-free targets, and unit noise of every kind; see docs/data.md."""
 
-  # Said outright, because TFDS finds it through importlib_resources, which it does not require.
+  # Set here: TFDS finds it with importlib_resources, which is not one of its dependencies.
   code_path = pathlib.Path(__file__)
-  VERSION = tfds.core.Version("1.0.0")  # raise it whenever a draw changes
+  VERSION = tfds.core.Version("1.0.0")  # increase it when a draw changes
   BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=task) for task in functions.TASKS]  # noqa: RUF012
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -54,7 +54,7 @@ class SyntheticRegression(tfds.core.GeneratorBasedBuilder):
 
 
 def config(task: str, seed: int | None = None) -> tfds.core.BuilderConfig:
-  """Returns the configuration of the shared splits, or that of one seed."""
+  """Returns the configuration of the shared splits, or of one seed's splits."""
   functions.synthetic_task(task)
   if seed is None:
     return next(c for c in SyntheticRegression.BUILDER_CONFIGS if c.name == task)
@@ -64,7 +64,7 @@ def config(task: str, seed: int | None = None) -> tfds.core.BuilderConfig:
 
 
 def parse_config(name: str) -> tuple[str, int | None]:
-  """Splits a configuration's name into task and seed (None for the shared splits)."""
+  """Splits a configuration's name into task and seed; the seed of shared splits is None."""
   task, _, seed = name.partition("-seed")
   return task, int(seed) if seed else None
 
@@ -72,8 +72,8 @@ def parse_config(name: str) -> tuple[str, int | None]:
 def draw_rows(task_name: str, split: str, seed: int | None = None) -> storage.Columns:
   """Draws the rows of one split.
 
-  The source's rows depend on the source function alone, so tasks with the same source share them
-  and one pre-trained base network serves all.
+  The source's rows depend only on the source function. Tasks with the same source therefore share
+  these rows and one pre-trained base network.
 
   Args:
     task_name: a key of `functions.TASKS`.
@@ -88,7 +88,7 @@ def draw_rows(task_name: str, split: str, seed: int | None = None) -> storage.Co
   is_source = split.startswith("source_")
   stream = f"{task.source_name if is_source else task_name}/{split}"
   rng = np.random.default_rng([zlib.crc32(stream.encode()), seed if split in SEED_SPLITS else 0])
-  # float32 first: the stored input is the one that the target is a function of.
+  # Drawn as float32, so that the target is a function of exactly the stored input.
   x = rng.random((num_rows, task.num_features), dtype=np.float32).astype(np.float64)
   noise_draw = noise.draw(x, rng)
   if is_source:

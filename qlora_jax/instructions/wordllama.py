@@ -1,9 +1,9 @@
-"""WordLlama: the mean of static token vectors, L2-normalised; the cheap encoder.
+"""WordLlama: the L2-normalised mean of static token vectors; the fast encoder.
 
 The table (32,000 x 256, stored as float16) and the tokeniser come from the wheel `wordllama`.
-Its own `WordLlamaInference.embed(texts, norm=True)` is matched: float32 arithmetic, no special
-tokens, no truncation, padding left out of the mean. The one deviation: a text without a token
-gives zeros where the original divides zero by zero.
+The result equals the wheel's `WordLlamaInference.embed(texts, norm=True)`: float32 arithmetic, no
+special tokens, no truncation, no padding in the mean. One deviation: a text without tokens gives
+zeros, where the original divides zero by zero.
 """
 
 import pathlib
@@ -22,7 +22,7 @@ _PACKAGE = "wordllama"
 
 
 def files() -> tuple[pathlib.Path, ...]:
-  """Paths of the table and the tokeniser. Raises UserError when the wheel is missing."""
+  """Paths of the table and the tokeniser. Raises UserError if the wheel is missing."""
   return (
     wheels.find(_PACKAGE, "weights/l2_supercat_256.safetensors"),
     wheels.find(_PACKAGE, "tokenizers/l2_supercat_tokenizer_config.json"),

@@ -1,12 +1,12 @@
 """A trained adapter as one folder: `adapter.safetensors` and `adapter.json`.
 
-The tensors are the tree's leaves under their paths, joined by '/'. The JSON says what the adapter
-is, which base it was trained on, and lists every tensor, so that a folder which lost something is
-refused with a list of what it lost.
+A tensor's name is the path of its leaf in the tree, joined by '/'. The JSON file describes the
+adapter and its base model, and lists every tensor. Loading therefore detects missing and damaged
+tensors, and the error message lists them.
 
-Saving writes a temporary folder beside the target, moves the old adapter aside and the new one in.
-If the process dies between the two moves, the next `load` or `save` puts the old adapter back:
-what is read is always the whole old or the whole new adapter.
+Saving writes a temporary folder beside the target, renames the old adapter's folder, and then
+renames the new folder to the target. If the process dies between the two renames, the next `load`
+or `save` restores the old adapter. A reader sees the complete old or the complete new adapter.
 """
 
 import hashlib
@@ -34,17 +34,17 @@ REQUIRED = ("adapter", "model_name", "model_config", "base_fingerprint")
 
 
 def save(directory: str | pathlib.Path, params: PyTree, metadata: Mapping[str, Any]) -> None:
-  """Writes an adapter, replacing the one in `directory` whole or not at all.
+  """Writes an adapter; replaces an adapter in `directory` completely or not at all.
 
   Args:
-    directory: the adapter's folder; its parents are made.
-    params: nested mappings of arrays of any float or integer type, bfloat16 included. Whatever is
-      needed beside the adapter's own parameters, such as an instruction projection, goes in here.
-    metadata: JSON values with the keys of `REQUIRED`: the adapter's config, the base's name,
-      config and `Source.fingerprint`; others, such as a summary of the training, are kept.
+    directory: the adapter's folder; parent folders are created.
+    params: nested mappings of arrays of any float or integer dtype, including bfloat16. They
+      include other arrays that the adapter needs, such as an instruction projection.
+    metadata: JSON values with the keys of `REQUIRED`: the adapter's config, and the base's name,
+      config and `Source.fingerprint`. Other keys, such as a training summary, are stored too.
 
   Raises:
-    UserError: `directory` holds something that is not an adapter, or cannot be written.
+    UserError: `directory` contains other files, or cannot be written.
     ValueError: a key is missing from `metadata`, or `params` is not a tree of named arrays.
   """
   missing = [key for key in REQUIRED if key not in metadata]
@@ -59,7 +59,7 @@ def save(directory: str | pathlib.Path, params: PyTree, metadata: Mapping[str, A
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
     try:
       _write(temporary, tensors, metadata)
-      _swap(temporary, target)
+      _replace_target(temporary, target)
     finally:
       shutil.rmtree(temporary, ignore_errors=True)
   except OSError as error:
@@ -77,43 +77,47 @@ def load(
 
   Args:
     directory: the adapter's folder.
-    expected_fingerprint: `Source.fingerprint` of the base it is to run on; None does not ask.
-    base_name: that base's name, for the message.
-    expected: a tree of arrays or `jax.ShapeDtypeStruct`, the parameters that the caller's model
-      has; None does not ask.
+    expected_fingerprint: `Source.fingerprint` of the base to run on; None skips this check.
+    base_name: the name of this base, for the error message.
+    expected: a tree of arrays or `jax.ShapeDtypeStruct`, the parameters of the caller's model;
+      None skips this check.
 
   Returns:
-    The tree of NumPy arrays in the types they were saved in, and the metadata.
+    The tree of NumPy arrays with their saved dtypes, and the metadata.
 
   Raises:
-    UserError: no adapter there; it belongs to another base; tensors are missing, extra, damaged or
-      of another shape or type (all are listed).
+    UserError: there is no adapter; it was trained on another base; tensors are missing, extra,
+      damaged or have another shape or dtype (the message lists all of them).
   """
   target = pathlib.Path(directory).absolute()
   _recover(target)
   description = _read_description(target)
   metadata = description["metadata"]
-  theirs = metadata["base_fingerprint"]
-  if expected_fingerprint is not None and theirs != expected_fingerprint:
+  base_fingerprint = metadata["base_fingerprint"]
+  if expected_fingerprint is not None and base_fingerprint != expected_fingerprint:
     raise errors.UserError(
-      f"adapter {directory}: was trained on {metadata['model_name']} (fingerprint {theirs[:16]}), "
-      f"not on {base_name} (fingerprint {expected_fingerprint[:16]})"
+      f"adapter {directory}: was trained on {metadata['model_name']} (fingerprint"
+      f" {base_fingerprint[:16]}), not on {base_name} (fingerprint {expected_fingerprint[:16]})"
     )
   tensors = _read_tensors(target / TENSORS)
-  listed = description["tensors"]
-  found = {name: _signature(value) for name, value in tensors.items()}
-  _compare(f"adapter {directory}: {TENSORS}", found, listed)
-  damaged = [name for name, value in tensors.items() if _digest(value) != listed[name]["sha256"]]
-  if damaged:
-    raise errors.UserError(f"adapter {directory}: {TENSORS} is damaged in {', '.join(damaged)}")
+  listed_tensors = description["tensors"]
+  signatures = {name: _signature(value) for name, value in tensors.items()}
+  _compare(f"adapter {directory}: {TENSORS}", signatures, listed_tensors)
+  damaged_tensors = [
+    name for name, value in tensors.items() if _digest(value) != listed_tensors[name]["sha256"]
+  ]
+  if damaged_tensors:
+    raise errors.UserError(
+      f"adapter {directory}: {TENSORS} is damaged in {', '.join(damaged_tensors)}"
+    )
   if expected is not None:
-    wanted = {name: _signature(leaf) for name, leaf in _leaves(expected)}
-    _compare(f"adapter {directory}: does not fit the model", found, wanted)
+    expected_signatures = {name: _signature(leaf) for name, leaf in _leaves(expected)}
+    _compare(f"adapter {directory}: does not fit the model", signatures, expected_signatures)
   return unflatten(tensors), metadata
 
 
 def flatten(params: PyTree) -> dict[str, np.ndarray]:
-  """Leaves by path, joined by '/'. Raises ValueError for anything but nested mappings of arrays."""
+  """Leaves by path, joined by '/'. Raises ValueError if a leaf is not an array."""
   tensors = {}
   for name, leaf in _leaves(params):
     value = np.asarray(jax.device_get(leaf))
@@ -126,7 +130,7 @@ def flatten(params: PyTree) -> dict[str, np.ndarray]:
 
 
 def unflatten(tensors: Mapping[str, Any]) -> dict[str, Any]:
-  """Nested dictionaries from names joined by '/'."""
+  """Nested dictionaries from names that are joined by '/'."""
   tree: dict[str, Any] = {}
   for name, value in tensors.items():
     *parents, last = name.split("/")
@@ -151,51 +155,54 @@ def _leaves(tree: PyTree, prefix: str = "") -> list[tuple[str, Any]]:
 def _write(
   folder: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> None:
-  listed = {name: {**_signature(v), "sha256": _digest(v)} for name, v in tensors.items()}
+  listed_tensors = {
+    name: {**_signature(value), "sha256": _digest(value)} for name, value in tensors.items()
+  }
   description = {
     "format": FORMAT,
     "library": {"name": "qlora_jax", "version": qlora_jax.__version__},
     "metadata": dict(metadata),
-    "tensors": listed,
+    "tensors": listed_tensors,
   }
   (folder / TENSORS).write_bytes(safetensors_numpy.save(dict(tensors)))
   (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-  folder.chmod(0o755)  # mkdtemp makes it private
+  folder.chmod(0o755)  # mkdtemp creates it private
   for path in (folder / TENSORS, folder / DESCRIPTION, folder):
     _flush(path)
 
 
-def _swap(new: pathlib.Path, target: pathlib.Path) -> None:
-  aside = _aside(target)
+def _replace_target(new: pathlib.Path, target: pathlib.Path) -> None:
+  renamed = _renamed_path(target)
   if target.exists():
-    target.rename(aside)
+    target.rename(renamed)
   new.rename(target)
   _flush(target.parent)
-  shutil.rmtree(aside, ignore_errors=True)
+  shutil.rmtree(renamed, ignore_errors=True)
 
 
 def _recover(target: pathlib.Path) -> None:
-  """Finishes what a killed `save` left: the adapter that was moved aside comes back."""
-  aside = _aside(target)
+  """Cleans up after a killed `save`: restores or deletes the renamed old adapter."""
+  renamed = _renamed_path(target)
   try:
     if not target.exists():
-      aside.rename(target)
-    elif aside.exists():
-      shutil.rmtree(aside, ignore_errors=True)
+      renamed.rename(target)
+    elif renamed.exists():
+      shutil.rmtree(renamed, ignore_errors=True)
   except FileNotFoundError:
-    pass  # nothing was aside
+    pass  # there is no renamed adapter
 
 
-def _aside(target: pathlib.Path) -> pathlib.Path:
+def _renamed_path(target: pathlib.Path) -> pathlib.Path:
   return target.with_name(f".{target.name}.replaced")
 
 
 def _check_replaceable(target: pathlib.Path) -> None:
   if target.is_dir():
-    others = sorted({path.name for path in target.iterdir()} - {TENSORS, DESCRIPTION})
-    if others:
+    other_files = sorted({path.name for path in target.iterdir()} - {TENSORS, DESCRIPTION})
+    if other_files:
       raise errors.UserError(
-        f"adapter {target}: the folder holds other files ({others[0]}); choose another folder"
+        f"adapter {target}: the folder contains other files ({other_files[0]}); choose another"
+        " folder"
       )
   elif target.exists():
     raise errors.UserError(f"adapter {target}: is a file; choose a folder")
@@ -210,20 +217,24 @@ def _read_description(target: pathlib.Path) -> dict[str, Any]:
   except ValueError as error:
     raise errors.UserError(f"adapter {path}: is damaged or truncated: {error}") from None
   if not isinstance(description, dict) or description.get("format") != FORMAT:
-    found = description.get("format") if isinstance(description, dict) else None
-    raise errors.UserError(f"adapter {path}: has the format {found!r}; this version reads {FORMAT}")
+    stored_format = description.get("format") if isinstance(description, dict) else None
+    raise errors.UserError(
+      f"adapter {path}: has the format {stored_format!r}; this version reads {FORMAT}"
+    )
   metadata, tensors = description.get("metadata"), description.get("tensors")
-  lacking = [key for key in REQUIRED if not isinstance(metadata, dict) or key not in metadata]
-  entries = tensors.values() if isinstance(tensors, dict) else [None]
-  if lacking or not all(isinstance(e, dict) and "sha256" in e for e in entries):
-    what = f"lacks {', '.join(lacking)}" if lacking else "does not list its tensors"
-    raise errors.UserError(f"adapter {path}: {what}")
+  missing_keys = [key for key in REQUIRED if not isinstance(metadata, dict) or key not in metadata]
+  tensor_entries = tensors.values() if isinstance(tensors, dict) else [None]
+  if missing_keys or not all(
+    isinstance(entry, dict) and "sha256" in entry for entry in tensor_entries
+  ):
+    problem = f"lacks {', '.join(missing_keys)}" if missing_keys else "does not list its tensors"
+    raise errors.UserError(f"adapter {path}: {problem}")
   return description
 
 
 def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
-    return safetensors_numpy.load_file(path)  # `load` does not know bfloat16
+    return safetensors_numpy.load_file(path)  # `load` does not support bfloat16
   except OSError as error:
     raise errors.UserError(f"adapter {path}: cannot be read: {error.strerror}") from None
   except safetensors.SafetensorError as error:
@@ -231,14 +242,15 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise errors.UserError(f"adapter {path}: is damaged or truncated: {reason}") from None
 
 
-def _compare(subject: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-  problems = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())]
-  problems += [f"extra {name}" for name in sorted(found.keys() - wanted.keys())]
-  for name in sorted(found.keys() & wanted.keys()):
-    have, want = found[name], wanted[name]
-    if any(have[key] != want.get(key) for key in ("shape", "dtype")):
+def _compare(subject: str, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+  problems = [f"missing {name}" for name in sorted(expected.keys() - actual.keys())]
+  problems += [f"extra {name}" for name in sorted(actual.keys() - expected.keys())]
+  for name in sorted(actual.keys() & expected.keys()):
+    actual_signature, expected_signature = actual[name], expected[name]
+    if any(actual_signature[key] != expected_signature.get(key) for key in ("shape", "dtype")):
       problems.append(
-        f"{name} is {have['dtype']} {have['shape']}, not {want.get('dtype')} {want.get('shape')}"
+        f"{name} is {actual_signature['dtype']} {actual_signature['shape']}, not"
+        f" {expected_signature.get('dtype')} {expected_signature.get('shape')}"
       )
   if problems:
     raise errors.UserError(f"{subject}: {'; '.join(problems)}")

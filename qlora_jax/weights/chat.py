@@ -1,8 +1,8 @@
-"""Chat templates: Jinja programs that come with a model, rendered in a sandbox.
+"""Chat templates: Jinja programs from a model's files, rendered in a sandbox.
 
-A template is somebody else's code. It runs in Jinja's immutable sandbox, sees plain JSON values
-only, and has the filters, globals and options that transformers gives it, so that the text is the
-one the model was trained on. Jinja bounds `range`, not the total work: a template can be slow.
+A template is untrusted code. It runs in Jinja's immutable sandbox and gets only plain JSON values.
+Filters, globals and options are those of transformers, so that the rendered text equals the text of
+the model's training. Jinja limits `range`, but not the total work: a template can be slow.
 """
 
 import datetime
@@ -25,17 +25,18 @@ def render(
   eos_token: str | None = None,
   tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-  """The text of a conversation.
+  """Renders a conversation as text.
 
   Args:
-    template: Jinja source, as `Tokenizer.chat_template` has it.
-    messages: one mapping a turn, with `role` and `content`.
-    add_generation_prompt: ends with the opening of the assistant's turn.
-    bos_token, eos_token: what the template may write; None leaves the name undefined.
-    tools: JSON schemas of functions, for templates that know them.
+    template: Jinja source, such as `Tokenizer.chat_template`.
+    messages: one mapping per turn, with `role` and `content`.
+    add_generation_prompt: True appends the start of an assistant turn.
+    bos_token, eos_token: values of these names in the template; None leaves a name undefined.
+    tools: JSON schemas of functions, for templates with tool support.
 
   Raises:
-    UserError: the template is damaged, refuses these messages, or does what the sandbox forbids.
+    UserError: the template is damaged, rejects the messages, or does something that the sandbox
+      forbids.
   """
   special = {"bos_token": bos_token, "eos_token": eos_token}
   try:
@@ -60,7 +61,7 @@ def render(
 
 @functools.lru_cache(maxsize=32)
 def compiled(template: str) -> jinja2.Template:
-  """The compiled template, in an environment of its own. Raises `jinja2.TemplateSyntaxError`."""
+  """The compiled template, in a new environment. Raises `jinja2.TemplateSyntaxError`."""
   environment = sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
   )
@@ -73,9 +74,9 @@ def compiled(template: str) -> jinja2.Template:
 
 
 class _Generation(ext.Extension):
-  """`{% generation %}` marks the assistant's words for training masks; here it is transparent."""
+  """`{% generation %}` marks assistant text for training masks; here it has no effect."""
 
-  tags = {"generation"}  # noqa: RUF012 - Jinja's own way to name tags
+  tags = {"generation"}  # noqa: RUF012 - the form that Jinja requires
 
   def parse(self, parser: Any) -> nodes.Node:
     line = next(parser.stream).lineno
@@ -98,10 +99,10 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-  """`namespace(...)` that takes no name beginning with an underscore."""
+  """`namespace(...)` that refuses names with a leading underscore."""
 
   def __init__(*args: Any, **kwargs: Any) -> None:
-    # No named `self`, so that a template may write `namespace(self=...)`.
+    # No parameter `self`, so that a template can write `namespace(self=...)`.
     attributes = dict(*args[1:], **kwargs)
     for name in attributes:
       _check_name(name)
@@ -124,7 +125,7 @@ def _tojson(
   separators: tuple[str, str] | None = None,
   sort_keys: bool = False,
 ) -> str:
-  # Jinja's own filter escapes HTML, which no model was trained on.
+  # Jinja's filter escapes HTML. Models are trained on unescaped text.
   return json.dumps(
     value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
   )
@@ -139,7 +140,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _plain(value: Any, where: str) -> Any:
-  """A copy made of plain JSON types: methods of richer objects are not the sandbox's to judge."""
+  """A copy of plain JSON types: the sandbox does not restrict the methods of other objects."""
   if value is None or type(value) in (str, int, float, bool):
     return value
   if isinstance(value, Mapping):
@@ -156,6 +157,8 @@ def _line(error: Exception) -> str:
 
 
 def stop_ids(tokenizer) -> list[int]:
-  """Tokens that end an answer."""
-  named = (tokenizer.token_id(name) for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>"))
-  return sorted({token for token in (tokenizer.eos_id, *named) if token is not None})
+  """Sorted ids of the tokens that end an answer."""
+  end_of_turn_ids = (
+    tokenizer.token_id(name) for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+  )
+  return sorted({token for token in (tokenizer.eos_id, *end_of_turn_ids) if token is not None})

@@ -1,9 +1,9 @@
-"""GGUF metadata, names and layouts as Hugging Face config, names and layouts.
+"""Converts GGUF metadata, names and layouts to Hugging Face config, names and layouts.
 
-What llama.cpp's converter did to each architecture is undone here: the rows of Llama's query and
-key maps go from interleaved to half-split rotary order, Gemma's norm scales lose the 1 that was
-added, GPT-2's linear maps go back to `[in, out]`, and Llama 3's rotary factors become a
-`rope_scaling` entry again.
+The changes that llama.cpp's converter makes per architecture are undone. The rows of Llama's query
+and key maps return from interleaved to half-split rotary order. The 1 that was added to Gemma's
+norm scales is subtracted. GPT-2's linear maps return to `[in, out]`. Llama 3's rotary factors
+become a `rope_scaling` entry.
 
 Reference: https://github.com/ggml-org/llama.cpp, `convert_hf_to_gguf.py`.
 """
@@ -18,7 +18,7 @@ from qlora_jax import errors
 from qlora_jax.weights import gguf_header
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2")
-ROPE_FACTORS = "rope_freqs.weight"  # becomes part of the config
+ROPE_FACTORS = "rope_freqs.weight"  # converted to a config entry
 
 _CLASSES = {
   "llama": "LlamaForCausalLM",
@@ -71,14 +71,15 @@ _ROTARY = re.compile(r"blk\.\d+\.attn_([qk])\.(weight|bias)")
 
 
 def architecture(header: gguf_header.Header) -> str:
-  """One of `ARCHITECTURES`. Raises UserError for another one, experts, or a split file."""
+  """One of `ARCHITECTURES`. Raises UserError for others, for experts and for a split file."""
   name = header.get("general.architecture", str)
   if name not in ARCHITECTURES:
     raise errors.UserError(
-      f"{header.path}: the architecture {name!r} is not known; known are {', '.join(ARCHITECTURES)}"
+      f"{header.path}: the architecture {name!r} is not supported; supported:"
+      f" {', '.join(ARCHITECTURES)}"
     )
   if header.get(f"{name}.expert_count", int, 0) > 0:
-    raise errors.UserError(f"{header.path}: mixtures of experts are not known")
+    raise errors.UserError(f"{header.path}: mixtures of experts are not supported")
   if (parts := header.get("split.count", int, 1)) > 1:
     raise errors.UserError(
       f"{header.path}: is one of {parts} parts; join them with `llama-gguf-split --merge`"
@@ -87,32 +88,33 @@ def architecture(header: gguf_header.Header) -> str:
 
 
 def names(header: gguf_header.Header) -> dict[str, str]:
-  """Hugging Face name -> GGUF name. Raises UserError for tensors of no known place."""
+  """Hugging Face name -> GGUF name. Raises UserError for unknown tensors."""
   kind = architecture(header)
   top = _GPT2_TOP if kind == "gpt2" else _TOP
   block = {"gpt2": _GPT2_BLOCK, "gemma2": _GEMMA_BLOCK, "gemma3": _GEMMA_BLOCK}.get(kind, _BLOCK)
   layers = "transformer.h" if kind == "gpt2" else "model.layers"
-  result, unknown = {}, []
+  gguf_names, unknown_tensors = {}, []
   for name in header.tensors:
     if name == ROPE_FACTORS:
       continue
     stem, _, suffix = name.rpartition(".")
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     if match and match[2] in block and suffix in ("weight", "bias"):
-      result[f"{layers}.{match[1]}.{block[match[2]]}.{suffix}"] = name
+      gguf_names[f"{layers}.{match[1]}.{block[match[2]]}.{suffix}"] = name
     elif stem in top and suffix in ("weight", "bias"):
-      result[f"{top[stem]}.{suffix}"] = name
+      gguf_names[f"{top[stem]}.{suffix}"] = name
     else:
-      unknown.append(name)
-  if unknown:
+      unknown_tensors.append(name)
+  if unknown_tensors:
     raise errors.UserError(
-      f"{header.path}: {len(unknown)} tensors have no place in {kind}, such as {unknown[0]}"
+      f"{header.path}: {len(unknown_tensors)} tensors are unknown in {kind}, such as"
+      f" {unknown_tensors[0]}"
     )
-  return result
+  return gguf_names
 
 
 def transposed(kind: str, name: str) -> bool:
-  """Whether the Hugging Face layout is the transpose: GPT-2's linear maps."""
+  """Whether the Hugging Face layout is the transpose; only for GPT-2's linear maps."""
   return kind == "gpt2" and _GPT2_LINEAR.fullmatch(name) is not None
 
 
@@ -121,15 +123,15 @@ def restore(kind: str, config: dict[str, Any], name: str, value: np.ndarray) -> 
 
   Args:
     kind: the architecture.
-    config: its Hugging Face config.
+    config: the Hugging Face config.
     name: GGUF name of the tensor.
-    value: its numbers, in the GGUF layout.
+    value: the tensor in the GGUF layout, dequantised.
   """
   if transposed(kind, name):
     return value.T
   if kind == "llama" and (match := _ROTARY.fullmatch(name)):
     heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
-    # Rows of a head: (pair, half) as stored, (half, pair) as Hugging Face has them.
+    # Row order within a head: GGUF stores (pair, half), Hugging Face (half, pair).
     paired = value.reshape(heads, -1, 2, *value.shape[1:])
     return paired.swapaxes(1, 2).reshape(value.shape)
   if kind.startswith("gemma") and name.endswith("norm.weight"):
@@ -138,18 +140,18 @@ def restore(kind: str, config: dict[str, Any], name: str, value: np.ndarray) -> 
 
 
 def config(header: gguf_header.Header) -> dict[str, Any]:
-  """The config as Hugging Face's config.json would have it.
+  """The config in the form of Hugging Face's config.json.
 
   Raises:
-    UserError: a key is missing or has another type, or the rotary scaling is not known.
+    UserError: a key is missing or has another type, or the rotary scaling is not supported.
   """
   kind = architecture(header)
 
-  def number(key: str, of: type = int, default: Any = None) -> Any:
-    return header.get(f"{kind}.{key}", of, default)
+  def number(key: str, value_type: type = int, default: Any = None) -> Any:
+    return header.get(f"{kind}.{key}", value_type, default)
 
   if "token_embd.weight" not in header.tensors:
-    raise errors.UserError(f"{header.path}: there is no tensor token_embd.weight")
+    raise errors.UserError(f"{header.path}: has no tensor token_embd.weight")
   common = {
     "architectures": [_CLASSES[kind]],
     "model_type": {"gemma3": "gemma3_text"}.get(kind, kind),
@@ -194,14 +196,16 @@ def config(header: gguf_header.Header) -> dict[str, Any]:
 
 def _gemma(header: gguf_header.Header, kind: str, decoder: dict[str, Any]) -> dict[str, Any]:
   layers, head_dim = decoder["num_hidden_layers"], decoder["head_dim"]
-  # The file does not say how queries are scaled: by the head dim, except in the largest models,
-  # told by their depth (as llama.cpp does), by the width per head.
-  largest = {"gemma2": 46, "gemma3": 62}[kind]
+  # The file does not contain the scale of queries. It is the head dimension; in the largest model
+  # of a family it is the width per head. As in llama.cpp, the depth identifies the largest model.
+  largest_depth = {"gemma2": 46, "gemma3": 62}[kind]
   scale = (
-    decoder["hidden_size"] // decoder["num_attention_heads"] if layers == largest else head_dim
+    decoder["hidden_size"] // decoder["num_attention_heads"]
+    if layers == largest_depth
+    else head_dim
   )
   period = {"gemma2": 2, "gemma3": 6}[kind]
-  result = {
+  gemma_config = {
     "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": scale,
     "sliding_window": header.get(f"{kind}.attention.sliding_window", int),
@@ -212,10 +216,10 @@ def _gemma(header: gguf_header.Header, kind: str, decoder: dict[str, Any]) -> di
   }
   if kind == "gemma2":
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-      result[key] = header.get(f"gemma2.{key}", float)
+      gemma_config[key] = header.get(f"gemma2.{key}", float)
   else:
-    result["rope_local_base_freq"] = header.get("gemma3.rope.freq_base_swa", float, 1e4)
-  return result
+    gemma_config["rope_local_base_freq"] = header.get("gemma3.rope.freq_base_swa", float, 1e4)
+  return gemma_config
 
 
 def _rope_scaling(header: gguf_header.Header, kind: str, head_dim: int) -> dict[str, Any] | None:
@@ -225,23 +229,24 @@ def _rope_scaling(header: gguf_header.Header, kind: str, head_dim: int) -> dict[
   if scaling == "none":
     return None
   if scaling not in ("linear", "yarn"):
-    raise errors.UserError(f"{header.path}: the rotary scaling {scaling!r} is not known")
-  result: dict[str, Any] = {
+    raise errors.UserError(f"{header.path}: the rotary scaling {scaling!r} is not supported")
+  rope_config: dict[str, Any] = {
     "rope_type": scaling,
     "factor": header.get(f"{kind}.rope.scaling.factor", float),
   }
   if scaling == "yarn":
-    result["original_max_position_embeddings"] = header.get(
+    rope_config["original_max_position_embeddings"] = header.get(
       f"{kind}.rope.scaling.original_context_length", int
     )
-  return result
+  return rope_config
 
 
 def _llama3_scaling(header: gguf_header.Header, kind: str, head_dim: int) -> dict[str, Any]:
-  """Llama 3.1's scaling, found again from the factors that the converter computed from it.
+  """Llama 3.1's scaling, recovered from the factors that the converter stored.
 
-  With wavelength l of a frequency, s the factor and o = 8192 the original context: 1 for
-  l < o / 4, s for l > o, and between them 1 / ((1 - m) / s + m), m = (o / l - 1) / 3.
+  With l the wavelength of a frequency, s the factor and o = 8192 the original context, the stored
+  factor is 1 for l < o / 4, s for l > o, and otherwise 1 / ((1 - m) / s + m) with
+  m = (o / l - 1) / 3.
   """
   tensor = header.tensors[ROPE_FACTORS]
   if tensor.type.name != "F32":
@@ -263,5 +268,5 @@ def _llama3_scaling(header: gguf_header.Header, kind: str, head_dim: int) -> dic
 
 
 def _epsilon(stored: float) -> float:
-  """1e-5 is stored as float32, 9.99999974e-06: the shortest decimal with that float32 is meant."""
+  """The shortest decimal of a float32: 1e-5 is stored as 9.99999974e-06."""
   return float(np.format_float_positional(np.float32(stored), unique=True))

@@ -1,4 +1,4 @@
-"""A GGUF file, read as Hugging Face weights: quantised tensors come back as float32."""
+"""A GGUF file, read as Hugging Face weights; quantised tensors become float32."""
 
 import functools
 import pathlib
@@ -19,7 +19,7 @@ _PLAIN: dict[gguf.GGMLQuantizationType, Any] = {
   _KINDS.F16: np.float16,
   _KINDS.BF16: ml_dtypes.bfloat16,
 }
-# Those that the package can take apart; Q8_1 and Q8_K exist only inside llama.cpp's products.
+# Types that the package can dequantise; Q8_1 and Q8_K exist only inside llama.cpp's products.
 _QUANTISED = (
   *(_KINDS.Q4_0, _KINDS.Q4_1, _KINDS.Q5_0, _KINDS.Q5_1, _KINDS.Q8_0),
   *(_KINDS.Q2_K, _KINDS.Q3_K, _KINDS.Q4_K, _KINDS.Q5_K, _KINDS.Q6_K),
@@ -28,7 +28,7 @@ _QUANTISED = (
 
 
 class GgufSource(source.Source):
-  """See `source.Source`. The header is checked at opening: every tensor's type, name and place."""
+  """See `source.Source`. Opening checks the type, name and byte range of every tensor."""
 
   def __init__(self, path: pathlib.Path, name: str):
     self.name = name
@@ -36,29 +36,29 @@ class GgufSource(source.Source):
     self._kind = gguf_layout.architecture(self._header)
     self.config = gguf_layout.config(self._header)
     self._names = gguf_layout.names(self._header)
-    for theirs in self._names.values():
-      kind = self._header.tensors[theirs].type
+    for gguf_name in self._names.values():
+      kind = self._header.tensors[gguf_name].type
       if kind not in _PLAIN and kind not in _QUANTISED:
-        known = ", ".join(known.name for known in (*_PLAIN, *_QUANTISED))
+        supported = ", ".join(supported_kind.name for supported_kind in (*_PLAIN, *_QUANTISED))
         raise errors.UserError(
-          f"{path}: tensor {theirs} has the type {kind.name}; known are {known}"
+          f"{path}: tensor {gguf_name} has the type {kind.name}; supported: {supported}"
         )
 
   def names(self) -> list[str]:
     return sorted(self._names)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    theirs, tensor = self._entry(name)
-    return tensor.shape[::-1] if gguf_layout.transposed(self._kind, theirs) else tensor.shape
+    gguf_name, tensor = self._entry(name)
+    return tensor.shape[::-1] if gguf_layout.transposed(self._kind, gguf_name) else tensor.shape
 
   def read(self, name: str) -> np.ndarray:
-    theirs, tensor = self._entry(name)
+    gguf_name, tensor = self._entry(name)
     _, stored = self.stored(name)
     if tensor.type in _PLAIN:
       value = stored.view(_PLAIN[tensor.type]).reshape(tensor.shape)
     else:
       value = gguf.dequantize(stored.reshape(*tensor.shape[:-1], -1), tensor.type)
-    return gguf_layout.restore(self._kind, self.config, theirs, value)
+    return gguf_layout.restore(self._kind, self.config, gguf_name, value)
 
   def stored(self, name: str) -> tuple[str, np.ndarray]:
     _, tensor = self._entry(name)

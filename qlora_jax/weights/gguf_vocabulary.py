@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF file's metadata describe.
+"""Builds the tokenizer that a GGUF file's metadata describe.
 
-`tokenizer.ggml.model` says which kind: `gpt2` is byte-level BPE, whose way of cutting a text before
-merging is named by `tokenizer.ggml.pre`; `llama` is SentencePiece BPE, whose merges follow from the
-pieces' scores (Llama) or their order (Gemma).
+`tokenizer.ggml.model` is the kind. `gpt2` is byte-level BPE; `tokenizer.ggml.pre` names the way it
+splits text before merging. `llama` is SentencePiece BPE; its merges follow from the scores of the
+pieces (Llama) or from their order (Gemma).
 """
 
 from typing import Any
@@ -16,16 +16,16 @@ from qlora_jax.weights import tokenizer as tokenizer_lib
 
 # Token types.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
-_SPACE = "\u2581"  # SentencePiece's letter for a space
+_SPACE = "\u2581"  # SentencePiece's character for a space
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
 _QWEN2 = rf"{_WORDS}|\p{{N}}|{_REST}"
 
-# Names of `tokenizer.ggml.pre`, by the way they cut.
+# Values of `tokenizer.ggml.pre`, grouped by their way of splitting.
 _GPT2_NAMES = ("gpt-2", "gpt2")
-_DIGIT_NAMES = ("smollm", "starcoder", "refact")  # GPT-2's words, every digit by itself
+_DIGIT_NAMES = ("smollm", "starcoder", "refact")  # GPT-2's words, each digit separate
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen")
 _PRE = (*_GPT2_NAMES, *_DIGIT_NAMES, *_LLAMA3_NAMES, *_QWEN2_NAMES)
@@ -35,7 +35,7 @@ def tokenizer(header: gguf_header.Header) -> tokenizer_lib.Tokenizer:
   """Builds the tokenizer.
 
   Raises:
-    UserError: the metadata lack a vocabulary, contradict themselves, or name an unknown kind.
+    UserError: the metadata have no vocabulary, are inconsistent, or name an unsupported kind.
   """
   kind = header.get("tokenizer.ggml.model", str)
   tokens = header.get("tokenizer.ggml.tokens", list)
@@ -60,33 +60,37 @@ def tokenizer(header: gguf_header.Header) -> tokenizer_lib.Tokenizer:
       backend, add_bos = _sentencepiece(header, tokens, types, roles["unk_token"]), True
     else:
       raise errors.UserError(
-        f"{header.path}: the tokenizer model {kind!r} is not known; known are gpt2 and llama"
+        f"{header.path}: the tokenizer model {kind!r} is not supported; supported: gpt2, llama"
       )
   except errors.UserError:
     raise
-  except Exception as error:  # the library raises bare Exceptions
+  except Exception as error:  # the library raises plain Exceptions
     raise errors.UserError(f"{header.path}: damaged vocabulary: {error}") from None
-  for special, wanted in ((True, _CONTROL), (False, _USER_DEFINED)):
-    added = [token for token, of in zip(tokens, types, strict=True) if of == wanted and token]
+  for special, added_type in ((True, _CONTROL), (False, _USER_DEFINED)):
+    added_tokens = [
+      token
+      for token, token_type in zip(tokens, types, strict=True)
+      if token_type == added_type and token
+    ]
     backend.add_tokens(
-      [tokenizers.AddedToken(token, normalized=False, special=special) for token in added]
+      [tokenizers.AddedToken(token, normalized=False, special=special) for token in added_tokens]
     )
-  add = [
+  add_bos_eos = [
     header.get(f"tokenizer.ggml.add_{token}_token", bool, default)
     for token, default in (("bos", add_bos), ("eos", False))
   ]
   template = header.metadata.get("tokenizer.chat_template")
-  return tokenizer_lib.finish(backend, str(header.path), roles, template, add)
+  return tokenizer_lib.finish(backend, str(header.path), roles, template, add_bos_eos)
 
 
 def _byte_level(header: gguf_header.Header, tokens: list[str]) -> tuple[tokenizers.Tokenizer, bool]:
-  """The pipeline, and whether a text begins with bos when the file does not say."""
+  """The pipeline, and the default of adding bos, for files without that key."""
   architecture = header.get("general.architecture", str)
   default = "gpt-2" if architecture == "gpt2" else None
   pre = header.get("tokenizer.ggml.pre", str, default)
   if pre not in _PRE:
     raise errors.UserError(
-      f"{header.path}: the pre-tokenizer {pre!r} is not known; known are {', '.join(_PRE)}"
+      f"{header.path}: the pre-tokenizer {pre!r} is not supported; supported: {', '.join(_PRE)}"
     )
   merges = [tuple(merge.split(" ")) for merge in header.get("tokenizer.ggml.merges", list)]
   llama3 = pre in _LLAMA3_NAMES
@@ -94,7 +98,7 @@ def _byte_level(header: gguf_header.Header, tokens: list[str]) -> tuple[tokenize
     models.BPE(
       vocab={token: index for index, token in enumerate(tokens)},
       merges=merges,
-      ignore_merges=llama3,  # a word that is a token by itself is taken whole
+      ignore_merges=llama3,  # a word that is one token is not merged from parts
     )
   )
   backend.decoder = decoders.ByteLevel()
@@ -120,7 +124,7 @@ def _sentencepiece(
 ) -> tokenizers.Tokenizer:
   gemma = header.get("general.architecture", str).startswith("gemma")
   if gemma:
-    # Runs of spaces are stored as spaces; the order of the pieces is the order of merging.
+    # Runs of spaces are stored as spaces. The order of the pieces is the merge order.
     tokens = [_SPACE * len(t) if " " in t and not t.strip() else t for t in tokens]
     scores = [-float(index) for index in range(len(tokens))]
   else:
@@ -152,14 +156,14 @@ def _sentencepiece(
 def _merges(
   vocab: dict[str, int], tokens: list[str], types: list[int], scores: list[float]
 ) -> list[tuple[str, str]]:
-  """Every way to join two pieces into a third, the best-scored third first."""
+  """All pairs of pieces that join to a third piece, sorted by the third piece's score."""
   pairs = []
   for token, kind, score in zip(tokens, types, scores, strict=True):
     if kind in (_UNKNOWN, _CONTROL, _BYTE):
       continue
-    cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-    joined = [(left, right) for left, right in cuts if left in vocab and right in vocab]
-    for left, right in sorted(joined, key=lambda pair: (vocab[pair[0]], vocab[pair[1]])):
+    splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+    valid_splits = [(left, right) for left, right in splits if left in vocab and right in vocab]
+    for left, right in sorted(valid_splits, key=lambda pair: (vocab[pair[0]], vocab[pair[1]])):
       pairs.append((-score, -len(left), -len(right), left, right))
   pairs.sort(key=lambda pair: pair[:3])
   return [(left, right) for *_, left, right in pairs]

@@ -1,7 +1,7 @@
-"""Where each tensor of a Hugging Face checkpoint goes in the decoder's `base` tree.
+"""Maps the tensors of a Hugging Face checkpoint to the decoder's `base` tree.
 
-Tensors are read one at a time, each straight into the shards that need it, and let go of before
-the next is read: no device and no host ever holds the model twice.
+Tensors are read one at a time, directly into the shards that need them. Each is released before the
+next is read, so that no device and no host holds the model twice.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from qlora_jax.models import decoder
 from qlora_jax.typing import PyTree
 from qlora_jax.weights import source as source_lib
 
-_SHOWN = 8  # names that an error lists
+_SHOWN = 8  # maximum number of names in an error message
 _LLAMA_LAYER = "model.layers.{layer}."
 _LLAMA = {
   "q": "self_attn.q_proj",
@@ -52,18 +52,18 @@ _GPT2 = {
   "attention_norm": "ln_1",
   "feed_forward_norm": "ln_2",
 }
-# Buffers that old checkpoints carry beside their weights.
+# Buffers in old checkpoints that are not weights.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """One checkpoint tensor, or the third of it that is meant.
+  """One checkpoint tensor, or one third of a joint query-key-value tensor.
 
   Attributes:
-    name: in the checkpoint.
-    transposed: whether it is stored [out, in].
-    part: 0, 1 or 2 of a joint query-key-value tensor, else None.
+    name: name in the checkpoint.
+    transposed: whether the checkpoint stores it as [out, in].
+    part: 0, 1 or 2 for query, key or value of a joint tensor, else None.
   """
 
   name: str
@@ -71,7 +71,7 @@ class Tensor:
   part: int | None = None
 
   def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The checkpoint's shape for a leaf of `shape`."""
+    """The shape in the checkpoint of a leaf with shape `shape`."""
     shape = (*shape[:-1], shape[-1] * (1 if self.part is None else 3))
     return shape[::-1] if self.transposed else shape
 
@@ -82,18 +82,18 @@ class Tensor:
 
 
 def layout(config: decoder.DecoderConfig) -> dict[str, tuple[Tensor, ...]]:
-  """Path of each leaf of `base` to its tensors: one, or one a block for the leaves of the scan."""
+  """Tensors by path of each leaf of `base`: one, or one per block for scanned leaves."""
   gpt2 = config.learned_positions > 0
   top = "transformer." if gpt2 else "model."
-  found = {
+  tensors_by_path = {
     "embedding": (Tensor(f"{top}{'wte' if gpt2 else 'embed_tokens'}.weight"),),
     "norm/scale": (Tensor(f"{top}{'ln_f' if gpt2 else 'norm'}.weight"),),
   }
   if gpt2:
-    found["positions"] = (Tensor("transformer.wpe.weight"),)
-    found["norm/bias"] = (Tensor("transformer.ln_f.bias"),)
+    tensors_by_path["positions"] = (Tensor("transformer.wpe.weight"),)
+    tensors_by_path["norm/bias"] = (Tensor("transformer.ln_f.bias"),)
   if not config.tied:
-    found["head"] = (Tensor("lm_head.weight", transposed=True),)
+    tensors_by_path["head"] = (Tensor("lm_head.weight", transposed=True),)
   abstract = nn.unbox(decoder.abstract(config)["base"])
   prefix = top + _GPT2_LAYER if gpt2 else _LLAMA_LAYER
   names = _GPT2 if gpt2 else _LLAMA | (_GEMMA_NORMS if config.post_norms else _LLAMA_NORMS)
@@ -103,7 +103,7 @@ def layout(config: decoder.DecoderConfig) -> dict[str, tuple[Tensor, ...]]:
       continue
     slot, module, kind = int(match[1]), match[2], match[3]
     part = "qkv".index(module) if gpt2 and module in ("q", "k", "v") else None
-    found[path] = tuple(
+    tensors_by_path[path] = tuple(
       Tensor(
         prefix.format(layer=index * config.layers_per_block + slot)
         + f"{names[module]}.{'bias' if kind == 'bias' else 'weight'}",
@@ -112,7 +112,7 @@ def layout(config: decoder.DecoderConfig) -> dict[str, tuple[Tensor, ...]]:
       )
       for index in range(config.blocks)
     )
-  return found
+  return tensors_by_path
 
 
 def load_base(
@@ -120,76 +120,93 @@ def load_base(
   config: decoder.DecoderConfig,
   shardings: PyTree | None = None,
 ) -> PyTree:
-  """The decoder's `base` variables, in `config.base_dtype`, each created in its shards.
+  """Loads the decoder's `base` variables, in `config.base_dtype`, directly into their shards.
 
   Args:
     source: an opened checkpoint.
     config: the decoder; see `families.config_from_hf`.
-    shardings: a tree like the result; the default device unless given.
+    shardings: a tree of shardings with the structure of the result; None for the default device.
 
   Raises:
-    UserError: tensors are missing, unknown or of another shape; all are named.
+    UserError: tensors are missing, unknown or of another shape; the message names them.
   """
-  wanted = layout(config)
+  tensors_by_path = layout(config)
   abstract = traverse_util.flatten_dict(nn.unbox(decoder.abstract(config)["base"]), sep="/")
-  names = _names(source, {tensor.name for tensors in wanted.values() for tensor in tensors})
-  _check(source, names, wanted, abstract, config)
-  placed = traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
-  local = jax_sharding.SingleDeviceSharding(jax.devices()[0])
-  # The largest tensors first: what reading one takes for a moment then has room that the model
-  # fills later.
-  order = sorted(
-    abstract, key=lambda path: -abstract[path].size // (len(wanted[path]) if path in wanted else 1)
+  names = _names(
+    source, {tensor.name for tensors in tensors_by_path.values() for tensor in tensors}
+  )
+  _check(source, names, tensors_by_path, abstract, config)
+  flat_shardings = traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
+  default_sharding = jax_sharding.SingleDeviceSharding(jax.devices()[0])
+  # The largest tensors first: reading a tensor needs temporary memory, and most memory is free at
+  # the start.
+  largest_first = sorted(
+    abstract,
+    key=lambda path: (
+      -abstract[path].size // (len(tensors_by_path[path]) if path in tensors_by_path else 1)
+    ),
   )
   leaves = {
-    path: _leaf(source, names, path, wanted[path], abstract[path], placed.get(path, local))
-    for path in order
+    path: _leaf(
+      source,
+      names,
+      path,
+      tensors_by_path[path],
+      abstract[path],
+      flat_shardings.get(path, default_sharding),
+    )
+    for path in largest_first
   }
   return traverse_util.unflatten_dict({path: leaves[path] for path in abstract}, sep="/")
 
 
 def _names(source: source_lib.Source, wanted: set[str]) -> dict[str, str]:
-  """The layout's name of every tensor, to the checkpoint's own.
+  """Checkpoint name by layout name, for every tensor of the checkpoint.
 
-  Checkpoints of a bare model lack the prefix; those of a multimodal one have a longer one.
+  Checkpoints of a bare model have no prefix; checkpoints of a multimodal model have a longer one.
   """
   names = {}
   for name in source.names():
     if _IGNORED.search(name):
       continue
-    spelled = (name, f"model.{name}", f"transformer.{name}", name.replace("language_model.", "", 1))
-    names[next((each for each in spelled if each in wanted), name)] = name
+    candidates = (
+      name,
+      f"model.{name}",
+      f"transformer.{name}",
+      name.replace("language_model.", "", 1),
+    )
+    names[next((candidate for candidate in candidates if candidate in wanted), name)] = name
   return names
 
 
 def _check(
   source: source_lib.Source,
   names: Mapping[str, str],
-  wanted: Mapping[str, tuple[Tensor, ...]],
+  tensors_by_path: Mapping[str, tuple[Tensor, ...]],
   abstract: Mapping[str, Any],
   config: decoder.DecoderConfig,
 ) -> None:
-  there = set(names)
-  needed = {tensor.name for tensors in wanted.values() for tensor in tensors}
-  extra = there - needed
-  if config.tied:  # some checkpoints keep the tied head
-    extra -= {"lm_head.weight"}
-  shapes = []
-  for path, tensors in wanted.items():
+  available = set(names)
+  needed = {tensor.name for tensors in tensors_by_path.values() for tensor in tensors}
+  unknown = available - needed
+  if config.tied:  # some checkpoints contain the tied head
+    unknown -= {"lm_head.weight"}
+  wrong_shapes = []
+  for path, tensors in tensors_by_path.items():
     stacked = path.startswith("stack/")
     shape = abstract[path].shape[1:] if stacked else abstract[path].shape
     for tensor in tensors:
-      if tensor.name not in there:
+      if tensor.name not in available:
         continue
       stored, expected = source.shape(names[tensor.name]), tensor.stored_shape(shape)
       if stored != expected:
-        shapes.append(f"{tensor.name} is {stored}, not {expected}")
+        wrong_shapes.append(f"{tensor.name} is {stored}, not {expected}")
   problems = [
-    f"{what}: {_listed(names)}"
-    for what, names in (
-      ("missing tensors", sorted(needed - there)),
-      ("unknown tensors", sorted(extra)),
-      ("tensors of another shape", shapes),
+    f"{problem}: {_listed(names)}"
+    for problem, names in (
+      ("missing tensors", sorted(needed - available)),
+      ("unknown tensors", sorted(unknown)),
+      ("tensors of another shape", wrong_shapes),
     )
     if names
   ]
@@ -210,10 +227,11 @@ def _leaf(
   leaf: jax.ShapeDtypeStruct,
   sharding: jax_sharding.Sharding,
 ) -> jax.Array:
-  """One leaf of the tree: each of its tensors is read once, into all shards of this process."""
+  """Loads one leaf: reads each of its tensors once, into all shards of this process."""
   stacked = path.startswith("stack/")
   indices = sharding.addressable_devices_indices_map(leaf.shape).values()
-  shards = {}  # by their place; devices that hold the same share a buffer, which nobody writes to
+  # Buffers by index range. Devices with the same range share a buffer, which is never modified.
+  shards = {}
   for index in indices:
     spans = _spans(index, leaf.shape)
     if spans not in shards:
@@ -221,11 +239,11 @@ def _leaf(
   for block, tensor in enumerate(tensors):
     value = tensor.read(source, names)
     for spans, target in shards.items():
-      own = [slice(span.start, span.stop) for span in spans]
+      ranges = [slice(span.start, span.stop) for span in spans]
       if not stacked:
-        target[...] = value[tuple(own)]
+        target[...] = value[tuple(ranges)]
       elif block in spans[0]:
-        target[block - spans[0].start] = value[tuple(own[1:])]
+        target[block - spans[0].start] = value[tuple(ranges[1:])]
     del value
     source.release(names[tensor.name])
   return jax.make_array_from_callback(
@@ -238,7 +256,7 @@ def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Uninitialised memory that a CPU device can take over without a copy (64-byte aligned)."""
+  """Uninitialised memory, 64-byte aligned, so that a CPU device can use it without a copy."""
   size = math.prod(shape) * dtype.itemsize
   raw = np.empty(size + 64, np.uint8)
   start = -raw.ctypes.data % 64

@@ -1,6 +1,6 @@
 """A Hugging Face folder: config.json, tokenizer files and safetensors, single or sharded.
 
-Headers are read at opening and checked against the sizes of the files; tensors are memory-mapped.
+Opening reads the headers and checks them against the file sizes. Tensors are memory-mapped.
 Reference: https://github.com/huggingface/safetensors#format.
 """
 
@@ -37,7 +37,7 @@ _DTYPES: dict[str, Any] = {
 
 
 class SafetensorsSource(source.Source):
-  """See `source.Source`. The folder is checked at opening: every shard and every tensor's place."""
+  """See `source.Source`. Opening checks every shard and the byte range of every tensor."""
 
   def __init__(self, folder: pathlib.Path, name: str):
     self.name = name
@@ -61,7 +61,7 @@ class SafetensorsSource(source.Source):
     if path not in self._mapped:
       try:
         self._mapped[path] = np.memmap(path, np.uint8, "r")
-      except (OSError, ValueError) as error:  # it was there at opening
+      except (OSError, ValueError) as error:  # it existed at opening
         raise errors.UserError(f"{path}: cannot be read any more: {error}") from None
     if start + size > self._mapped[path].size:
       raise errors.UserError(f"{path}: has become shorter since it was opened")
@@ -77,7 +77,7 @@ class SafetensorsSource(source.Source):
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """An object from a JSON file. Raises UserError: missing, not JSON, or not an object."""
+  """Reads a JSON object. Raises UserError for a missing file, invalid JSON or another value."""
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
@@ -85,7 +85,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   except ValueError as error:
     raise errors.UserError(f"{path}: is not JSON: {error}") from None
   if not isinstance(value, dict):
-    raise errors.UserError(f"{path}: holds a {type(value).__name__}, not a JSON object")
+    raise errors.UserError(f"{path}: contains a {type(value).__name__}, not a JSON object")
   return value
 
 
@@ -93,7 +93,7 @@ def read_header(path: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...], int
   """Tensors of one safetensors file: name -> (storage type, shape, first byte, size in bytes).
 
   Raises:
-    UserError: the file is missing, truncated, of unknown types, or its header is damaged.
+    UserError: the file is missing or truncated, has unknown types, or has a damaged header.
   """
   try:
     size = path.stat().st_size
@@ -124,7 +124,7 @@ def _placed(
     raise errors.UserError(f"{path}: damaged header at tensor {name}") from None
   if kind not in _DTYPES:
     raise errors.UserError(
-      f"{path}: tensor {name} has the type {kind}; known are {', '.join(_DTYPES)}"
+      f"{path}: tensor {name} has the type {kind}; supported: {', '.join(_DTYPES)}"
     )
   expected = math.prod(shape) * np.dtype(_DTYPES[kind]).itemsize
   if first < 0 or min(shape, default=0) < 0 or last - first != expected:
@@ -145,16 +145,16 @@ def _tensors(
     return _sharded(folder)
   path = folder / SINGLE
   if not path.is_file():
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) > 1:
+    safetensors_paths = sorted(folder.glob("*.safetensors"))
+    if len(safetensors_paths) > 1:
       raise errors.UserError(
-        f"{folder}: has {len(found)} safetensors files and neither {SINGLE} nor {INDEX}"
+        f"{folder}: has {len(safetensors_paths)} safetensors files and neither {SINGLE} nor {INDEX}"
       )
-    if not found:
-      other = next(folder.glob("*.bin"), None) or next(folder.glob("*.gguf"), None)
-      hint = f"; {other.name} is not read from a folder" if other else ""
+    if not safetensors_paths:
+      other_path = next(folder.glob("*.bin"), None) or next(folder.glob("*.gguf"), None)
+      hint = f"; {other_path.name} cannot be read from a folder" if other_path else ""
       raise errors.UserError(f"{folder}: has no {SINGLE} and no {INDEX}{hint}")
-    path = found[0]
+    path = safetensors_paths[0]
   return {name: (path, *entry) for name, entry in read_header(path).items()}
 
 
@@ -163,17 +163,19 @@ def _sharded(
 ) -> dict[str, tuple[pathlib.Path, str, tuple[int, ...], int, int]]:
   index = folder / INDEX
   weight_map = read_json(index).get("weight_map")
-  if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+  if not isinstance(weight_map, dict) or not all(
+    isinstance(shard, str) for shard in weight_map.values()
+  ):
     raise errors.UserError(f"{index}: has no weight_map from tensor names to files")
   headers = {}
   for shard in sorted(set(weight_map.values())):
     if pathlib.PurePath(shard).name != shard or shard in (".", ".."):
       raise errors.UserError(f"{index}: the shard {shard!r} lies outside the folder")
     headers[shard] = read_header(folder / shard)
-  missing = [name for name, shard in weight_map.items() if name not in headers[shard]]
-  if missing:
+  missing_tensors = [name for name, shard in weight_map.items() if name not in headers[shard]]
+  if missing_tensors:
     raise errors.UserError(
-      f"{folder / weight_map[missing[0]]}: lacks {len(missing)} tensors that {INDEX} promises, "
-      f"such as {missing[0]}"
+      f"{folder / weight_map[missing_tensors[0]]}: lacks {len(missing_tensors)} tensors"
+      f" that {INDEX} lists, such as {missing_tensors[0]}"
     )
   return {name: (folder / shard, *headers[shard][name]) for name, shard in weight_map.items()}

@@ -1,4 +1,4 @@
-"""What every source of pretrained weights offers."""
+"""The interface of every source of pretrained weights."""
 
 import abc
 import functools
@@ -17,8 +17,8 @@ class Source(abc.ABC):
   """Weights, config and tokenizer of one pretrained model.
 
   Attributes:
-    name: how the user named it.
-    config: the model's config as Hugging Face writes it.
+    name: the name that the user gave.
+    config: the model's config in Hugging Face's form.
   """
 
   name: str
@@ -30,26 +30,26 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def shape(self, name: str) -> tuple[int, ...]:
-    """Shape of a tensor, without reading it. Raises UserError for a name that is not there."""
+    """Shape of a tensor; does not read the tensor. Raises UserError for an unknown name."""
 
   @abc.abstractmethod
   def read(self, name: str) -> np.ndarray:
-    """One tensor in its stored type (bfloat16 included); quantised ones as float32.
+    """One tensor in its stored dtype, including bfloat16; a quantised tensor as float32.
 
-    The array may be a read-only view of the file.
+    The array can be a read-only view of the file.
 
     Raises:
-      UserError: there is no such tensor.
+      UserError: an unknown name.
     """
 
   @abc.abstractmethod
   def stored(self, name: str) -> tuple[str, np.ndarray]:
-    """Storage type of a tensor, and its bytes as they lie in the file: uint8 [n]."""
+    """Storage type of a tensor, and its bytes in the file: uint8 [n]."""
 
   def release(self, name: str) -> None:
-    """Lets go of a tensor's resident pages of the file; arrays of it stay valid, and are read anew.
+    """Drops a tensor's file pages from memory; arrays stay valid and load the pages again.
 
-    The operating system would take them back when it needs memory; until then they count as ours.
+    Without this, the pages count as memory of this process until the operating system needs them.
     """
     stored = self.stored(name)[1]
     mapped = stored
@@ -64,14 +64,14 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def tokenizer(self) -> "tokenizer_lib.Tokenizer":
-    """The model's own tokenizer. Raises UserError when it is missing or unknown."""
+    """The model's tokenizer. Raises UserError if it is missing or not supported."""
 
   @functools.cached_property
   def fingerprint(self) -> str:
     """SHA-256 over sorted names, shapes, storage types and the two ends of every tensor.
 
-    The ends are 4 KiB of stored bytes each, so that a large model is told from another without
-    being read whole; a change in the middle of a large tensor alone is not seen.
+    An end is 4 KiB of stored bytes, so that the fingerprint of a large model does not need all its
+    bytes. A change only in the middle of a large tensor does not change the fingerprint.
     """
     digest = hashlib.sha256()
     for name in self.names():

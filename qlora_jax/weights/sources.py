@@ -1,8 +1,8 @@
-"""One interface over the places pretrained weights come from.
+"""One interface over all kinds of pretrained weights.
 
 `open_source` takes a Hugging Face folder, a hub id, a `.gguf` file or a built-in name. Every source
-speaks Hugging Face: its `config`, its tensor names and its layouts (`[out, in]` for linear maps;
-GPT-2 keeps its own `[in, out]`). Nothing is read before it is asked for, one tensor at a time.
+uses Hugging Face's config, tensor names and layouts. Linear maps are `[out, in]`, except in GPT-2,
+where they are `[in, out]`. Opening reads no tensors; tensors are read one at a time.
 """
 
 import pathlib
@@ -24,7 +24,7 @@ BUILT_IN = {
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
-_HUB_IGNORED = ("*/*", "consolidated*")  # other forms of the same weights
+_HUB_IGNORED = ("*/*", "consolidated*")  # other formats of the same weights
 
 
 def open_source(name_or_path: str | pathlib.Path) -> Source:
@@ -32,10 +32,10 @@ def open_source(name_or_path: str | pathlib.Path) -> Source:
 
   Args:
     name_or_path: a built-in name, a `.gguf` file, a Hugging Face folder, or a hub id `org/name`,
-      optionally `org/name@revision`. What exists on disk comes before a hub id.
+      optionally `org/name@revision`. An existing path takes precedence over a hub id.
 
   Raises:
-    UserError: nothing of that name, no network, or files that are missing, damaged or unknown.
+    UserError: an unknown name, no network, or missing, damaged or unsupported files.
   """
   name = str(name_or_path)
   if name in BUILT_IN:
@@ -47,17 +47,17 @@ def open_source(name_or_path: str | pathlib.Path) -> Source:
     return gguf_source.GgufSource(path, name)
   if path.is_file():
     raise errors.UserError(
-      f"{name}: weights are a folder with config.json and *.safetensors, or a .gguf file"
+      f"{name}: weights must be a folder with config.json and *.safetensors, or a .gguf file"
     )
   if path.suffix != ".gguf" and (match := _HUB_ID.fullmatch(name)):
     return safetensors_source.SafetensorsSource(_download(*match.groups()), name)
   raise errors.UserError(
-    f"weights {name!r}: no such folder or .gguf file; built in are {', '.join(BUILT_IN)}"
+    f"weights {name!r}: no such folder or .gguf file; built-in names: {', '.join(BUILT_IN)}"
   )
 
 
 def _download(repository: str, revision: str | None) -> pathlib.Path:
-  """Files of a hub repository's top folder, in the hub's own cache."""
+  """Downloads a hub repository's top folder to the hub's cache."""
   try:
     folder = huggingface_hub.snapshot_download(
       repository, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
@@ -69,7 +69,7 @@ def _download(repository: str, revision: str | None) -> pathlib.Path:
   except hub_errors.RevisionNotFoundError:
     reason = f"has no revision {revision!r}"
   except (OSError, ValueError, RuntimeError) as error:
-    # The hub's network errors are OSErrors; httpx's own are not, and are named below.
+    # The hub's network errors are OSErrors. The errors of httpx are not; they follow below.
     reason = f"could not be downloaded ({_first_line(error)})"
   except Exception as error:
     if not type(error).__module__.startswith(("httpx", "httpcore")):

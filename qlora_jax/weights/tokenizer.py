@@ -1,7 +1,7 @@
-"""Text to token ids and back, over the `tokenizers` library.
+"""Converts text to token ids and back, with the `tokenizers` library.
 
-A tokenizer is its pipeline (`tokenizer.json`, or what GGUF metadata describe) and the few facts
-that Hugging Face keeps beside it: which tokens begin, end and pad, and the chat template.
+A tokenizer consists of the pipeline (from `tokenizer.json` or GGUF metadata), the special tokens
+(begin, end, padding, unknown) and the chat template.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ class Tokenizer:
   """A tokenizer; never pads and never truncates.
 
   Attributes:
-    backend: the pipeline. Special tokens written out in a text become their ids.
-    origin: the file it came from, for messages.
+    backend: the pipeline. It maps special tokens in a text to their ids.
+    origin: the tokenizer's file, for messages.
     bos_token, eos_token, pad_token, unk_token: text of the special tokens, or None.
     chat_template: Jinja source, or None.
   """
@@ -48,24 +48,24 @@ class Tokenizer:
     """Token ids of a text.
 
     Args:
-      text: any text. Lone surrogates are replaced, since they have no UTF-8.
-      add_special_tokens: adds what the model expects around a text, such as a first `bos_token`.
-        A rendered chat has these tokens already: encode it with False.
+      text: any text. Lone surrogates are replaced, because they have no UTF-8 form.
+      add_special_tokens: True adds the tokens that the model expects around a text, such as a first
+        `bos_token`. A rendered chat already has these tokens: encode it with False.
     """
     return self.backend.encode(_clean(text), add_special_tokens=add_special_tokens).ids
 
   def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-    """Token ids of several texts, as `encode`, on all cores."""
+    """Token ids of several texts, as from `encode`; uses all cores."""
     cleaned = [_clean(text) for text in texts]
     encoded = self.backend.encode_batch(cleaned, add_special_tokens=add_special_tokens)
     return [item.ids for item in encoded]
 
   def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-    """Text of token ids; bytes that are not UTF-8 become U+FFFD. No spaces are tidied away."""
+    """Text of token ids; bytes that are not UTF-8 become U+FFFD. All spaces are kept."""
     return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
   def token_id(self, token: str | None) -> int | None:
-    """Id of one token by its text; None when there is none."""
+    """Id of a token, by its text; None if there is no such token."""
     return None if token is None else self.backend.token_to_id(token)
 
   @property
@@ -82,7 +82,7 @@ class Tokenizer:
 
   @functools.cached_property
   def size(self) -> int:
-    """The highest id plus one, added tokens included."""
+    """The highest id plus one, including added tokens."""
     return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
   @functools.cached_property
@@ -98,26 +98,26 @@ class Tokenizer:
     return hashlib.sha256((self.backend.to_str() + json.dumps(rest)).encode()).hexdigest()
 
   def check_vocab(self, vocab_size: int) -> None:
-    """Refuses a model whose embedding has fewer rows than the tokenizer has ids.
+    """Checks that a model's embedding has a row for every token id.
 
-    More rows are fine: many models pad their vocabulary.
+    More rows are allowed: many models pad their vocabulary.
 
     Raises:
-      UserError: some token would have no row.
+      UserError: `vocab_size` is below `size`.
     """
     if self.size > vocab_size:
       token = self.backend.id_to_token(self.size - 1)
       raise errors.UserError(
         f"{self.origin}: the tokenizer has {self.size} ids (the last is {token!r}), the model a "
-        f"vocabulary of {vocab_size}; they do not belong together"
+        f"vocabulary of {vocab_size}; they do not match"
       )
 
 
 def from_folder(folder: pathlib.Path) -> Tokenizer:
   """The tokenizer of a Hugging Face folder.
 
-  Reads `tokenizer.json`, and beside it, where they exist, `tokenizer_config.json`,
-  `special_tokens_map.json` and `chat_template.jinja`.
+  Reads `tokenizer.json` and, if they exist, `tokenizer_config.json`, `special_tokens_map.json` and
+  `chat_template.jinja`.
 
   Raises:
     UserError: `tokenizer.json` is missing, or one of the files is damaged or contradicts another.
@@ -129,14 +129,14 @@ def from_folder(folder: pathlib.Path) -> Tokenizer:
     )
   try:
     backend = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # the library raises bare Exceptions
+  except Exception as error:  # the library raises plain Exceptions
     raise errors.UserError(f"{path}: is not a tokenizer: {_first_line(error)}") from None
   config = _optional_json(folder / TOKEN_MAP) | _optional_json(folder / CONFIG)
   _add_tokens(backend, config.get("added_tokens_decoder") or {}, folder / CONFIG)
   roles = {role: _content(config.get(role)) for role in _ROLES}
   template = _template(folder, config)
-  # `add_bos_token` beside a tokenizer.json is not read: the pipeline has its own rule, and
-  # transformers follows that too.
+  # `add_bos_token` of the config is ignored: tokenizer.json has a rule for special tokens, and
+  # transformers uses that rule too.
   return finish(backend, str(path), roles, template, None)
 
 
@@ -147,35 +147,35 @@ def finish(
   template: str | None,
   add: Sequence[bool | None] | None,
 ) -> Tokenizer:
-  """Marks the special tokens and sets what is added around a text.
+  """Registers the special tokens and sets the tokens that are added around a text.
 
   Args:
     backend: the pipeline, changed in place.
-    origin: the file it came from.
-    roles: `bos_token` and so on -> text.
-    template: the chat template.
-    add: whether to add bos before and eos after a text; None keeps the pipeline's own rule.
+    origin: the tokenizer's file, for messages.
+    roles: text by role: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
+    template: the chat template, or None.
+    add: whether to add bos before and eos after a text; None keeps the pipeline's rule.
   """
-  known = {token.content for token in backend.get_added_tokens_decoder().values()}
+  known_tokens = {token.content for token in backend.get_added_tokens_decoder().values()}
   backend.add_special_tokens(
     [
       tokenizers.AddedToken(token, normalized=False, special=True)
       for token in dict.fromkeys(roles.values())
-      if token and token not in known
+      if token and token not in known_tokens
     ]
   )
   if add is not None:
-    around = {
+    added_tokens = {
       name: roles[role]
-      for name, role, wanted in (("bos", "bos_token", add[0]), ("eos", "eos_token", add[1]))
-      if wanted and roles.get(role)
+      for name, role, is_added in (("bos", "bos_token", add[0]), ("eos", "eos_token", add[1]))
+      if is_added and roles.get(role)
     }
-    # Named apart from their texts: a text with a colon cannot be written in a template.
+    # "bos" and "eos" replace the token texts: a template cannot contain a text with a colon.
     backend.post_processor = processors.TemplateProcessing(
-      single=[name for name in ("bos", "$A", "eos") if name == "$A" or name in around],
+      single=[name for name in ("bos", "$A", "eos") if name == "$A" or name in added_tokens],
       special_tokens=[
         {"id": name, "ids": [backend.token_to_id(token)], "tokens": [token]}
-        for name, token in around.items()
+        for name, token in added_tokens.items()
       ],
     )
   backend.no_padding()
@@ -186,16 +186,18 @@ def finish(
 def _add_tokens(
   backend: tokenizers.Tokenizer, entries: dict[str, Any], origin: pathlib.Path
 ) -> None:
-  """Tokens that `tokenizer_config.json` lists and `tokenizer.json` lacks."""
-  known = {token.content for token in backend.get_added_tokens_decoder().values()}
+  """Adds the tokens that `tokenizer_config.json` lists and `tokenizer.json` lacks."""
+  known_tokens = {token.content for token in backend.get_added_tokens_decoder().values()}
   try:
     ordered = sorted((int(index), entry["content"], entry) for index, entry in entries.items())
   except (AttributeError, KeyError, TypeError, ValueError):
     raise errors.UserError(f"{origin}: added_tokens_decoder is not a table of tokens") from None
   for index, content, entry in ordered:
-    if content not in known:
+    if content not in known_tokens:
       flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-      token = tokenizers.AddedToken(content, **{f: entry[f] for f in flags if f in entry})
+      token = tokenizers.AddedToken(
+        content, **{flag: entry[flag] for flag in flags if flag in entry}
+      )
       backend.add_tokens([token])
     if backend.token_to_id(content) != index:
       raise errors.UserError(
@@ -209,13 +211,13 @@ def _template(folder: pathlib.Path, config: dict[str, Any]) -> str | None:
   if path.is_file():
     return path.read_text(encoding="utf-8")
   template = config.get("chat_template")
-  if isinstance(template, list):  # several named ones
+  if isinstance(template, list):  # several named templates
     template = next((t.get("template") for t in template if t.get("name") == "default"), None)
   return template
 
 
 def _content(value: Any) -> str | None:
-  """A special token: a text, or a table with its `content`."""
+  """The text of a special token: a string, or a JSON object with the key `content`."""
   return value.get("content") if isinstance(value, dict) else value
 
 
@@ -227,7 +229,7 @@ def _optional_json(path: pathlib.Path) -> dict[str, Any]:
   except (OSError, ValueError) as error:
     raise errors.UserError(f"{path}: is not JSON: {_first_line(error)}") from None
   if not isinstance(value, dict):
-    raise errors.UserError(f"{path}: holds a {type(value).__name__}, not a JSON object")
+    raise errors.UserError(f"{path}: contains a {type(value).__name__}, not a JSON object")
   return value
 
 

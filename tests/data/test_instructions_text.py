@@ -1,4 +1,4 @@
-"""The texts: twelve distinct ones for each target, and disjoint seen and held-out ids."""
+"""The texts: twelve distinct ones per target, and disjoint seen and held-out ids."""
 
 import numpy as np
 import pytest
@@ -31,14 +31,14 @@ def test_multi_target_texts_name_the_right_feature():
     "fifth_feature_step": {"fifth", "five", "5"},
     "second_feature_bowl": {"second", "two", "2"},
   }
-  every = set().union(*ordinals.values())
-  for target, own in ordinals.items():
+  all_words = set().union(*ordinals.values())
+  for target, target_words in ordinals.items():
     for text in instructions_text.target_paraphrases(target):
       words = set(text.lower().replace(".", " ").replace(",", " ").split())
-      # "feature one", "input two": words such as "two-cycle" and "one half" are no feature
-      named = words & every
-      assert named & own, text
-      assert not (named - own) & {"first", "third", "fourth", "fifth"}, text
+      # "feature one", "input two": words such as "two-cycle" and "one half" name no feature
+      named = words & all_words
+      assert named & target_words, text
+      assert not (named - target_words) & {"first", "third", "fourth", "fifth"}, text
 
 
 def test_draws_stay_within_the_texts_of_their_target():

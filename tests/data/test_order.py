@@ -1,4 +1,4 @@
-"""The order of examples equals Grain's, and any step can be asked for by itself."""
+"""The order of examples equals Grain's, and any step can be computed alone."""
 
 import time
 
@@ -15,7 +15,7 @@ from qlora_jax.data import order
 
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(
-  num_examples=st.integers(300, 1500),  # Grain takes milliseconds an index for a smaller n
+  num_examples=st.integers(300, 1500),  # Grain takes milliseconds per index for a smaller n
   batch_size=st.integers(1, 20),
   num_steps=st.integers(0, 8),
   seed=st.integers(0, 2**32 - 1),

@@ -1,4 +1,4 @@
-"""What training reads: standardisation by source rows, padding, pairing and refusals."""
+"""Arrays for training: standardisation by source rows, padding, pairing and refusals."""
 
 import dataclasses
 
@@ -68,7 +68,9 @@ def test_statistics_of_source_training_rows_ignore_every_other_row():
   }
   statistics = pipeline.fit_statistics(columns)
   np.testing.assert_array_equal(statistics.feature_mean, [1, 5])
-  np.testing.assert_array_equal(statistics.feature_std, [1, 1])  # a constant keeps its scale
+  np.testing.assert_array_equal(
+    statistics.feature_std, [1, 1]
+  )  # a constant feature has standard deviation 1
   assert (statistics.target_mean, statistics.target_std) == (3, 2)
 
 
@@ -163,6 +165,6 @@ def test_shuffled_wordings_keep_their_counts_and_say_nothing_of_the_target(data_
       np.sort(first[split].paraphrase_id), np.sort(arrays.paraphrase_id)
     )
     np.testing.assert_array_equal(first[split].paraphrase_id, again[split].paraphrase_id)
-    own = first[split].paraphrase_id // 12 == arrays.target_id
-    assert abs(own.mean() - 1 / 6) < 0.03  # by chance alone, among six targets
+    matches_target = first[split].paraphrase_id // 12 == arrays.target_id
+    assert abs(matches_target.mean() - 1 / 6) < 0.03  # chance level of six targets
     assert (first[split].paraphrase_id == second[split].paraphrase_id).all() == (split == "test")

@@ -1,4 +1,4 @@
-"""Storage: blocks, and two processes that prepare the same data at once."""
+"""Storage: blocks, and two processes that prepare the same data at the same time."""
 
 import subprocess
 import sys

@@ -11,7 +11,7 @@ from qlora_jax.data import encodings, table_regression, tables
 
 _ROWS = {"bikeshare": 8645, "house_prices": 21436, "avocados": 15207, "flights": 40_000}
 
-# Columns that hold the target, parts of it, what is known only after it, or the domain.
+# Columns with the target, parts of it, values that are known only after it, or the domain.
 _FORBIDDEN = {
   "bikeshare": {"bikers", "casual", "registered", "season", "mnth", "day"},
   "house_prices": {"price", "zipcode", "lat", "long", "id"},
@@ -45,10 +45,10 @@ def test_features_are_finite_named_and_at_most_24(encoded, name):
 def test_no_feature_reads_the_target_or_a_leaked_column_or_the_domain(frames, encoded, name):
   spec = tables.TABLES[name]
   assert not set(spec.feature_columns) & _FORBIDDEN[name]
-  # The encodings see nothing but their declared columns: removing the rest changes nothing.
-  kept, _ = spec.select(frames[name])
+  # The encodings read only their declared columns: they work without the other columns.
+  selected_rows, _ = spec.select(frames[name])
   for encoding in spec.encodings:
-    encoding.encode(kept[list(encoding.columns)].head(10))
+    encoding.encode(selected_rows[list(encoding.columns)].head(10))
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
@@ -133,7 +133,7 @@ def test_missing_column_lists_those_present(frames):
 def test_unknown_domain_names_its_row(frames):
   frame = frames["avocados"].copy()
   frame.loc[3, "region"] = "Atlantis"
-  with pytest.raises(errors.UserError, match=r"row 3, column 'region': 'Atlantis' belongs to no"):
+  with pytest.raises(errors.UserError, match=r"row 3, column 'region': 'Atlantis' is in none"):
     tables.encode_table(frame, "avocados")
 
 

@@ -1,4 +1,4 @@
-"""The disk cache: hits load nothing, damage is mended, encoders and processes do not collide."""
+"""The disk cache: hits load no encoder, damaged files are replaced, no collisions."""
 
 import pathlib
 import subprocess
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_unknown_encoder_and_bare_string_are_refused(tmp_path):
-  with pytest.raises(errors.UserError, match="known are"):
+  with pytest.raises(errors.UserError, match="known:"):
     cache.embed(TEXTS, "bert", tmp_path)
   with pytest.raises(TypeError, match="sequence"):
     cache.embed("a text", "wordllama", tmp_path)

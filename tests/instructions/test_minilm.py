@@ -57,7 +57,7 @@ def test_forward_matches_numpy_float64(encode):
   weights = safetensors_numpy.load_file(minilm.files()[0])
   tokenizer = minilm.load_tokenizer()
   expected = np.stack([_reference(weights, tokenizer.encode(text).ids) for text in SENTENCES])
-  # Components are at most 1; six float32 layers leave some 1e-7.
+  # Components are at most 1; the error of six float32 layers is about 1e-7.
   np.testing.assert_allclose(encode(SENTENCES), expected, atol=1e-5)
 
 
@@ -66,7 +66,7 @@ def test_parameter_tree_has_the_published_size():
   assert shapes["tokens"] == (30522, 384)
   assert shapes["layers"]["up"] == {"kernel": (6, 384, 1536), "bias": (6, 1536)}
   count = sum(leaf.size for leaf in jax.tree.leaves(minilm.load_params()))
-  # 22,713,216 published, less the unused pooler (384 * 385) and the second segment (384).
+  # 22,713,216 published, without the unused pooler (384 * 385) and the second segment (384).
   assert count == 22_713_216 - 384 * 385 - 384
 
 
@@ -90,7 +90,7 @@ def test_padding_does_not_change_the_embedding():
 
 
 def test_rows_are_unit_float32_in_the_given_order(encode):
-  texts = ["word " * 20, "cat", "word " * 20, ""]  # lengths that are grouped out of order
+  texts = ["word " * 20, "cat", "word " * 20, ""]  # lengths that grouping reorders
   embeddings = encode(texts)
   assert embeddings.shape == (4, minilm.DIM) and embeddings.dtype == np.float32
   np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)

@@ -58,7 +58,9 @@ def test_largest_entry_of_each_direction_is_positive_and_the_fit_repeats():
   largest = np.abs(fitted.matrix).argmax(axis=0)
   assert (fitted.matrix[largest, np.arange(5)] > 0).all()
   for first, again in zip(fitted, projection.fit(x[::-1], 5), strict=True):
-    np.testing.assert_allclose(first, again, rtol=1e-4, atol=1e-5)  # nor does the order matter
+    np.testing.assert_allclose(
+      first, again, rtol=1e-4, atol=1e-5
+    )  # the order does not matter either
 
 
 @pytest.mark.parametrize("copies", [1, 4])

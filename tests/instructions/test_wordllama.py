@@ -1,4 +1,4 @@
-"""WordLlama against an independent NumPy mean over its own table."""
+"""WordLlama against an independent NumPy mean over the same table."""
 
 import numpy as np
 import pytest

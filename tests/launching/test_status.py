@@ -201,7 +201,7 @@ def test_a_full_disk_ends_a_job_with_its_line(tmp_path, monkeypatch, capsys):
   assert end.value.code == 2
   assert capsys.readouterr().err == (
     f"error: --workdir: {tmp_path}/results.csv cannot be written (No space left on device); make"
-    " room: the same command goes on from the last checkpoint\n"
+    " room: the same command continues from the last checkpoint\n"
   )
 
 

@@ -1,4 +1,4 @@
-"""Small real tokenizers and the texts they are tried on, made once."""
+"""Small real tokenizers and test texts, created once per session."""
 
 import json
 
@@ -63,7 +63,7 @@ def bpe():
 
 @pytest.fixture(scope="session")
 def sentencepiece():
-  """A BPE with byte fallback in the manner of Llama 2, bos added by its own post-processor."""
+  """A BPE with byte fallback as in Llama 2; its post-processor adds bos."""
   backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
   backend.normalizer = normalizers.Sequence(
     [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]

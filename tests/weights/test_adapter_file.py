@@ -1,4 +1,4 @@
-"""Adapters come back as they were saved, whole, and only onto their own base."""
+"""Adapters load as they were saved, completely, and only on the base of their training."""
 
 import json
 import os
@@ -192,14 +192,14 @@ def test_programming_errors_are_value_errors(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-# Every system call of a save after which the process can die, from first to last.
+# Every system call of a save, in order; the process can die after each.
 STEPS = ("tempfile.mkdtemp", "pathlib.Path.write_bytes", "pathlib.Path.write_text", "os.fsync")
 STEPS += ("pathlib.Path.rename",)
 
 
 @pytest.mark.parametrize("existing", [True, False])
 def test_killed_save_leaves_the_old_or_the_new_adapter(tmp_path, existing):
-  """A child kills itself with SIGKILL after the n-th step, for every n until it finishes."""
+  """A child process kills itself after the n-th step, for every n until a save finishes."""
   script = textwrap.dedent(f"""
     import os, pathlib, shutil, signal, sys, tempfile
     import numpy as np
@@ -208,9 +208,9 @@ def test_killed_save_leaves_the_old_or_the_new_adapter(tmp_path, existing):
     def counted(step):
       def call(*args, **kwargs):
         result = step(*args, **kwargs)
-        global left
-        left -= 1
-        if left == 0:
+        global steps_left
+        steps_left -= 1
+        if steps_left == 0:
           os.kill(os.getpid(), signal.SIGKILL)
         return result
       return call
@@ -220,15 +220,15 @@ def test_killed_save_leaves_the_old_or_the_new_adapter(tmp_path, existing):
       owner = eval(owner)
       setattr(owner, attribute, counted(getattr(owner, attribute)))
     metadata = {METADATA!r}
-    for left in range(1, 100):
-      folder = sys.argv[1] + f"/{{left}}"
-      number, pid = left, os.fork()
+    for steps_left in range(1, 100):
+      folder = sys.argv[1] + f"/{{steps_left}}"
+      number, pid = steps_left, os.fork()
       if pid == 0:
         adapter_file.save(folder + "/adapter", {{"new": np.ones(3)}}, metadata)
         os._exit(0)
       _, status = os.waitpid(pid, 0)
       print(number, os.waitstatus_to_exitcode(status), flush=True)
-      left = number
+      steps_left = number
       if os.waitstatus_to_exitcode(status) == 0:
         break
   """)
@@ -259,7 +259,7 @@ def test_killed_save_leaves_the_old_or_the_new_adapter(tmp_path, existing):
       seen.append("none")
     else:
       seen.append("/".join(params))
-    # Whatever was left behind, the next save works and cleans its own target.
+    # Leftover files do not prevent the next save, which cleans up its target.
     adapter_file.save(folder, {"next": np.ones(1)}, METADATA)
     assert list(adapter_file.load(folder, BASE)[0]) == ["next"]
   before = "old" if existing else "none"

@@ -1,4 +1,4 @@
-"""Chat templates: the text of transformers for real templates, and a sandbox that holds."""
+"""Chat templates: the same text as transformers for real templates, and a safe sandbox."""
 
 import datetime
 import json
@@ -185,7 +185,7 @@ def test_text_is_that_of_transformers(theirs, smollm2, name, conversation):
           add_generation_prompt=prompt,
           tokenize=False,
         )
-      except Exception as error:  # a template may refuse; then ours refuses with its words
+      except Exception as error:  # a template can raise; then our message contains its message
         with pytest.raises(errors.UserError) as caught:
           _render(template, messages, tools=tools, add_generation_prompt=prompt)
         assert str(error) in str(caught.value)
@@ -254,7 +254,7 @@ def test_malicious_template_is_refused(template):
   except errors.UserError as error:
     assert "\n" not in str(error)
   else:
-    # Undefined attributes render as nothing: no object of Python's may show.
+    # Undefined attributes render as empty text: no Python object is visible.
     assert text == "", text
 
 

@@ -1,4 +1,4 @@
-"""GGUF files written here by llama.cpp's rules: every architecture, storage type and damage."""
+"""GGUF files, written by llama.cpp's rules: architectures, storage types and damaged files."""
 
 import struct
 
@@ -69,7 +69,7 @@ def _model(name):
     model = getattr(transformers, f"{family}ForCausalLM")(config)
   with torch.no_grad():
     for parameter in model.parameters():
-      parameter.normal_(0, 0.3)  # norms and biases too: a swap must show
+      parameter.normal_(0, 0.3)  # also norms and biases, so that swapped tensors are detected
   return model.eval()
 
 
@@ -80,7 +80,7 @@ def _permuted(value, heads):
 
 
 def _write(path, name, model, without=()):
-  """What convert_hf_to_gguf.py writes, with the gguf package's own table of names."""
+  """Writes the file of convert_hf_to_gguf.py, with the gguf package's table of names."""
   config, architecture = model.config, name.split()[0].replace("llama3", "llama")
   table = gguf.get_tensor_name_map(
     next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture),
@@ -177,12 +177,12 @@ def test_architecture_comes_back_as_it_was(tmp_path, name):
   assert source.names() == sorted(state)
   for key, tensor in state.items():
     assert source.shape(key) == tuple(tensor.shape)
-    # Gemma's norms went up by 1 and down again.
+    # The 1 was added to Gemma's norms and subtracted again.
     np.testing.assert_allclose(source.read(key), tensor.numpy(), rtol=0, atol=2e-7, err_msg=key)
   tokens = torch.arange(2 * 24).reshape(2, 24) % 64
   with torch.no_grad():
     expected, actual = model(tokens).logits, _rebuilt(source)(tokens).logits
-  # Equal configs and weights give equal numbers; only Gemma's norms moved, by one rounding.
+  # Equal configs and weights give equal numbers; Gemma's norms differ by one rounding.
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -214,7 +214,7 @@ BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K"
 
 
 def _one_layer(path, kind, data, shape):
-  """A file whose embedding is stored as given bytes."""
+  """A file with the given bytes as the embedding."""
   writer = gguf.GGUFWriter(path, "llama")
   writer.add_context_length(64)
   writer.add_embedding_length(shape[1])
@@ -257,7 +257,7 @@ def test_storage_type_matches_an_independent_reader(tmp_path, kind):
     data = expected if kind != "BF16" else expected.view(np.uint8)
   else:
     block, size = gguf.GGML_QUANT_SIZES[number]
-    # Any bytes are a block; without this bit no float16 among them is infinite or NaN.
+    # Any bytes are a valid block. Without this bit, no float16 is infinite or NaN.
     data = rng.integers(0, 256, (shape[0], shape[1] // block * size), dtype=np.uint8) & 0xBF
     reference = _five_bits if kind.startswith("Q5_") and kind != "Q5_K" else _transformers
     expected = reference(data, number).reshape(shape)
@@ -265,7 +265,7 @@ def test_storage_type_matches_an_independent_reader(tmp_path, kind):
   value = source.read("model.embed_tokens.weight")
   assert value.shape == source.shape("model.embed_tokens.weight") == shape
   assert value.dtype == (PLAIN.get(kind) or np.float32)
-  # The two sum the parts of a block in different orders of float32.
+  # The two implementations add float32 parts of a block in different orders.
   scale = np.abs(np.asarray(expected, np.float32)).max()
   np.testing.assert_allclose(
     np.asarray(value, np.float32), np.asarray(expected, np.float32), rtol=1e-6, atol=1e-6 * scale
@@ -275,7 +275,7 @@ def test_storage_type_matches_an_independent_reader(tmp_path, kind):
 def test_header_agrees_with_the_package(tmp_path):
   path = wheels.find(*sources.BUILT_IN["smollm2-135m-instruct"])
   ours = gguf_header.read(path)
-  # The package needs seconds for the vocabulary; a small file stands for the value types.
+  # The package needs seconds for a real vocabulary; a small file covers the value types.
   writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
   writer.add_uint8("a", 200)
   writer.add_int8("b", -100)
@@ -336,7 +336,7 @@ def test_every_truncation_is_refused(tmp_path):
 
 
 def test_flipped_bytes_give_one_line_or_a_source(tmp_path):
-  """No other exception, whatever byte of the header is damaged."""
+  """Damage to any byte of the header raises UserError or nothing."""
   _write(tmp_path / "whole.gguf", "llama", _model("llama tied"))
   data = bytearray((tmp_path / "whole.gguf").read_bytes())
   size = sum(t.size for t in gguf_header.read(tmp_path / "whole.gguf").tensors.values())
@@ -363,7 +363,7 @@ def test_what_is_not_known_is_refused(tmp_path):
   _refused(path, "big-endian")
 
   for architecture, fields, reason in (
-    ("mamba", {}, "'mamba' is not known"),
+    ("mamba", {}, "'mamba' is not supported"),
     ("llama", {"expert_count": 8}, "mixtures of experts"),
     ("llama", {"uint16": ("split.count", 3)}, "one of 3 parts"),
     ("llama", {}, "no tensor token_embd.weight"),

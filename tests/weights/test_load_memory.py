@@ -1,4 +1,4 @@
-"""Host memory of reading weights: at most 1.3 times the model, no page that is done with."""
+"""Host memory of reading weights: at most 1.3 times the model; used pages are released."""
 
 import pathlib
 import re
@@ -27,7 +27,7 @@ CONFIG = {
 
 
 class Meter:
-  """Bytes of arrays that are alive, and the most there were."""
+  """Bytes of live arrays, and their maximum."""
 
   def __init__(self):
     self.now = self.peak = 0
@@ -43,11 +43,11 @@ class Meter:
 
 
 class Quantised(source.Source):
-  """A model whose tensors come as float32, as those of a quantised file do."""
+  """A model whose tensors are read as float32, as from a quantised file."""
 
   def __init__(self, config, meter, keeps=False):
     self.name, self.config, self.meter = "quantised", CONFIG, meter
-    self.reads, self.held, self.kept = [], set(), [] if keeps else None
+    self.reads, self.unreleased, self.all_values = [], set(), [] if keeps else None
     abstract = hf_layout.decoder.abstract(config)["base"]
     flat = hf_layout.traverse_util.flatten_dict(hf_layout.nn.unbox(abstract), sep="/")
     self.shapes = {
@@ -63,30 +63,31 @@ class Quantised(source.Source):
     return self.shapes[name]
 
   def read(self, name):
-    assert not self.held, "a tensor is read before the last one is let go of"
+    assert not self.unreleased, "a tensor is read before the previous one is released"
     self.reads.append(name)
-    self.held.add(name)
+    self.unreleased.add(name)
     value = np.full(self.shapes[name], len(self.reads), np.float32)
-    if self.kept is not None:
-      self.kept.append(value)
+    if self.all_values is not None:
+      self.all_values.append(value)
     return self.meter.add(value)
 
   def release(self, name):
-    self.held.remove(name)
+    self.unreleased.remove(name)
 
   def stored(self, name):
-    raise AssertionError("not asked for here")
+    raise AssertionError("not used in this test")
 
   def tokenizer(self):
-    raise AssertionError("not asked for here")
+    raise AssertionError("not used in this test")
 
 
 def peak_of_loading(monkeypatch, keeps):
-  """The most bytes of weights at once, over the model's bytes in bfloat16; and the source."""
+  """Peak bytes of weights divided by the model's bytes in bfloat16, and the source."""
   meter, aligned = Meter(), hf_layout._aligned
 
   def counted(shape, dtype):
-    meter.now += int(np.prod(shape)) * dtype.itemsize  # they become the model: never let go of
+    # These arrays become the model and are never released.
+    meter.now += int(np.prod(shape)) * dtype.itemsize
     meter.peak = max(meter.peak, meter.now)
     return aligned(shape, dtype)
 
@@ -101,13 +102,13 @@ def peak_of_loading(monkeypatch, keeps):
 def test_loading_takes_less_than_1_3_times_the_model_in_its_target_type(monkeypatch):
   ratio, weights = peak_of_loading(monkeypatch, keeps=False)
   assert 1.0 <= ratio < 1.3
-  assert sorted(weights.reads) == weights.names()  # each once
-  assert not weights.held
+  assert sorted(weights.reads) == weights.names()  # each exactly once
+  assert not weights.unreleased
 
 
 def test_a_model_that_is_read_whole_would_be_seen(monkeypatch):
   ratio, _ = peak_of_loading(monkeypatch, keeps=True)
-  assert ratio > 2.5  # float32 beside bfloat16
+  assert ratio > 2.5  # float32 in addition to bfloat16
 
 
 def resident_file_pages():
@@ -115,7 +116,7 @@ def resident_file_pages():
   return 1024 * int(re.search(r"RssFile:\s+(\d+)", status)[1])
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="Linux tells RssFile")
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs RssFile of Linux")
 def test_a_released_tensor_leaves_no_pages_and_can_be_read_again(tmp_path):
   value = np.random.default_rng(0).normal(size=(2048, 2048)).astype(np.float32)
   tensors = {"a": np.ones(3, np.float32), "b": value, "c": np.full(5, 7.0, np.float32)}

@@ -1,4 +1,4 @@
-"""Folders, shards, hub ids and what is wrong with them; SmolLM2 against transformers."""
+"""Folders, shards, hub ids and their errors; SmolLM2 against transformers."""
 
 import json
 import pathlib
@@ -171,7 +171,7 @@ def test_folders_that_lack_something_are_refused(folder, tmp_path):
   _refused(folder, "2 safetensors files")
   (folder / "a.safetensors").unlink()
   (folder / "b.safetensors").rename(folder / "pytorch_model.bin")
-  _refused(folder, "no model.safetensors", "pytorch_model.bin is not read")
+  _refused(folder, "no model.safetensors", "pytorch_model.bin cannot be read")
   (folder / "config.json").write_text("[]")
   _refused(folder, "config.json", "not a JSON object")
   (folder / "config.json").write_text("{")
@@ -220,7 +220,7 @@ def test_hub_id_without_network_is_one_line(monkeypatch, tmp_path):
 
 def test_hub_failures_are_named(monkeypatch):
   class Response:
-    headers: dict = {}  # noqa: RUF012 - stands for the hub's answer
+    headers: dict = {}  # noqa: RUF012 - a fake answer of the hub
     request = None
 
   hub_errors = huggingface_hub.errors

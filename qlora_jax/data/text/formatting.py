@@ -1,13 +1,14 @@
-"""From an example to tokens and a loss mask that covers the answers and nothing else.
+"""Converts an example to tokens and a loss mask that covers only the answers.
 
-The instruction can reach a model in the prompt, in the router's query and as the router's prior.
-The first is `instruction_in_prompt` here; for the other two every example carries its
-`instruction_id`, and the router looks its embedding up.
+An instruction can enter a model through the prompt, the router's query and the router's prior. The
+first is `instruction_in_prompt` here. For the other two, every example has an `instruction_id`,
+with which the router looks up the instruction's embedding.
 
-    tokens = encode(rendered prompt) ++ encode(answer ++ what the template puts after it)
+    tokens = encode(rendered prompt) ++ encode(answer ++ the template's text after it)
 
-The prompt's tokens in training are therefore the very tokens that generation starts from. A chat
-template whose conversation does not begin with its own prompt cannot be trained on and is refused.
+Training and generation therefore use the same prompt tokens. Training needs a chat template that
+only appends: a template is refused if the rendered conversation does not begin with the rendered
+prompt.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ Render = Callable[[Sequence[records.Message], bool], str]
 
 
 class Tokenizer(Protocol):
-  """What is asked of a tokenizer."""
+  """The attributes of a tokenizer that this package uses."""
 
   eos_id: int | None
   bos_id: int | None
@@ -39,10 +40,10 @@ class Encoded:
 
   Attributes:
     tokens: int32 [n].
-    answer_mask: bool [n], True on the tokens of the answers and on the token that ends each.
-    prompt_length: tokens before the last answer: what generation starts from.
+    answer_mask: bool [n], True on the tokens of the answers and on the token that ends each answer.
+    prompt_length: number of tokens before the last answer, the start of generation.
     instruction_id: row of `TextData.instruction_texts`.
-    source: names the example in messages.
+    source: name of the example in messages.
   """
 
   tokens: np.ndarray
@@ -53,18 +54,20 @@ class Encoded:
 
   @property
   def prompt(self) -> np.ndarray:
-    """int32 [prompt_length]."""
+    """The tokens before the last answer: int32 [prompt_length]."""
     return self.tokens[: self.prompt_length]
 
 
 def renderer(tokenizer, system: str | None = None, template: str | None = None) -> Render:
-  """How a conversation becomes text: the model's chat template, or plain lines without one.
+  """Returns the function that renders a conversation as text.
+
+  It uses `template` if one is given, else the model's chat template, else plain lines.
 
   Args:
-    tokenizer: of the model.
-    system: system message of conversations that have none; None leaves it to the template, which
-      may write one of its own.
-    template: text around a prompt instead of the model's chat template, with `{prompt}`.
+    tokenizer: the model's tokenizer.
+    system: system message of conversations that have none. None adds no message; the chat template
+      can then write a default one.
+    template: text with `{prompt}`, used instead of the model's chat template; None uses the latter.
   """
   if template is not None:
     return template_render(template, tokenizer.bos_token or "")
@@ -86,21 +89,21 @@ def renderer(tokenizer, system: str | None = None, template: str | None = None) 
 
 
 def plain_render(messages: Sequence[records.Message], add_generation_prompt: bool) -> str:
-  """A rendering for base models without a chat template: one `Role: text` line a message."""
+  """Renders one `Role: text` line per message, for base models without a chat template."""
   lines = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages]
   return "".join(lines) + ("Assistant:" if add_generation_prompt else "")
 
 
 def template_render(template: str, start: str = "") -> Render:
-  """A rendering in which `template` surrounds each user's message, for base models.
+  """Returns a renderer that inserts each user message into `template`, for base models.
 
   Args:
-    template: text with `{prompt}`; the answer follows it at once.
-    start: text before everything, such as the token that begins a text.
+    template: text with `{prompt}`; the answer follows directly.
+    start: text before the first message, such as the bos token.
   """
 
   def render(messages: Sequence[records.Message], add_generation_prompt: bool) -> str:
-    del add_generation_prompt  # a prompt ends as the template does
+    del add_generation_prompt  # the template's end is already the generation prompt
     parts = []
     for message in messages:
       if message["role"] == "user":
@@ -115,10 +118,10 @@ def template_render(template: str, start: str = "") -> Render:
 def chat_messages(
   example: records.Example, *, instruction_in_prompt: bool
 ) -> tuple[records.Message, ...]:
-  """The conversation that an example stands for; the last message is the answer.
+  """Returns an example as a conversation; the last message is the answer.
 
-  The instruction stands before the input in the user's message, a blank line between them. In a
-  conversation of the user's own it is the system message, which is left out on request.
+  The user message is the instruction, a blank line and the input. In a conversation from the user's
+  data, the instruction is the system message; `instruction_in_prompt=False` removes it.
   """
   if example.messages is not None:
     if instruction_in_prompt:
@@ -140,25 +143,26 @@ def encode_example(
 ) -> Encoded:
   """Tokenises an example; every turn of the assistant is an answer.
 
-  The token that ends a turn is the first `eos_id` that the template puts after the answer; if it
-  puts none, `eos_id` is added. An empty answer gets no mask (`packing.fit` deals with it).
+  The token that ends a turn is the first `eos_id` that the template writes after the answer. If the
+  template writes none, `eos_id` is added. The mask of an empty answer is False (`packing.fit` drops
+  or refuses such an example).
 
   Args:
-    example: what to tokenise.
-    tokenizer: encodes text; special tokens written in the text must become their ids.
+    example: the example.
+    tokenizer: encodes text; it must map special tokens in the text to their ids.
     render: `(messages, add_generation_prompt) -> text`, the chat template.
     instruction_in_prompt: whether the instruction is part of the prompt.
 
   Raises:
-    UserError: the tokenizer has no `eos_id`; the template changes the prompt once an answer follows
-      it, or leaves the answer out.
+    UserError: the tokenizer has no `eos_id`, or the template changes the prompt when an answer
+      follows it, or the template omits the answer.
   """
   messages = chat_messages(example, instruction_in_prompt=instruction_in_prompt)
   if tokenizer.eos_id is None:
     raise errors.UserError("the tokenizer has no end-of-text token; give it an eos_token")
   tokens: list[int] = []
   mask: list[bool] = []
-  written, prompt_length = "", 0
+  rendered, prompt_length = "", 0
 
   def add(ids: list[int], is_answer: bool) -> None:
     tokens.extend(ids)
@@ -169,15 +173,15 @@ def encode_example(
       continue
     before = render(messages[:turn], True)
     after = render(messages[: turn + 1], False)
-    if not (before.startswith(written) and after.startswith(before)):
+    if not (before.startswith(rendered) and after.startswith(before)):
       raise errors.UserError(
         f"{_label(example)}: the chat template's conversation does not begin with its prompt, so "
-        "answers cannot be told from prompts; use a template that appends"
+        "the answer cannot be separated from the prompt; use a template that only appends"
       )
     answer, content = after[len(before) :], message["content"].strip()
     if content not in answer:
-      raise errors.UserError(f"{_label(example)}: the chat template leaves the answer out")
-    add(tokenizer.encode(before[len(written) :], add_special_tokens=False), False)
+      raise errors.UserError(f"{_label(example)}: the chat template omits the answer")
+    add(tokenizer.encode(before[len(rendered) :], add_special_tokens=False), False)
     prompt_length = len(tokens)
     ids = tokenizer.encode(answer, add_special_tokens=False)
     if tokenizer.eos_id in ids:
@@ -187,8 +191,8 @@ def encode_example(
       end = len(ids)
     add(ids[:end], bool(content))
     if any(later["role"] == "assistant" for later in messages[turn + 1 :]):
-      add(ids[end:], False)  # what stands between two turns; after the last it is dropped
-    written = after
+      add(ids[end:], False)  # text between two turns; dropped after the last turn
+    rendered = after
   return Encoded(
     tokens=np.asarray(tokens, np.int32),
     answer_mask=np.asarray(mask, bool),

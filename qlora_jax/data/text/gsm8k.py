@@ -1,8 +1,8 @@
 """TFDS builder of GSM8K: 7473 training and 1319 test problems of grade-school mathematics.
 
-Cobbe et al., "Training Verifiers to Solve Math Word Problems" (arXiv 2110.14168). The answer to
-train on is the whole worked solution, which ends with the number after `####`. The calculator's
-annotations (`<<48/2=24>>`) are removed, because nothing here computes them.
+Cobbe et al., "Training Verifiers to Solve Math Word Problems" (arXiv 2110.14168). The
+training answer is the whole worked solution, which ends with the number after `####`. The
+calculator annotations (`<<48/2=24>>`) are removed, because this package has no calculator.
 """
 
 import json
@@ -44,9 +44,9 @@ _CALCULATION = re.compile(r"<<[^<>]*>>")
 class Gsm8k(tfds.core.GeneratorBasedBuilder):
   """Published problems and solutions, unchanged."""
 
-  # Said outright, because TFDS finds it through importlib_resources, which it does not require.
+  # Set here: TFDS finds it with importlib_resources, which is not one of its dependencies.
   code_path = pathlib.Path(__file__)
-  VERSION = tfds.core.Version("1.0.0")  # raise it whenever a row changes
+  VERSION = tfds.core.Version("1.0.0")  # increase it when a row changes
 
   def _info(self) -> tfds.core.DatasetInfo:
     return published.dataset_info(
@@ -63,7 +63,7 @@ class Gsm8k(tfds.core.GeneratorBasedBuilder):
     return {split: published.blocks(split_rows) for split, split_rows in rows.items()}
 
   def _generate_examples(self):
-    raise NotImplementedError("_split_generators hands over the examples of every split")
+    raise NotImplementedError("_split_generators returns the examples of every split")
 
 
 def load(
@@ -73,22 +73,24 @@ def load(
   manual_folder: str | pathlib.Path | None = None,
   train_rows: int | None = None,
 ) -> records.TextData:
-  """Loads the data set, preparing it on first use; 473 training problems become validation.
+  """Loads the data set; the first use prepares it.
+
+  The validation split has 473 of the published training problems.
 
   Args:
     seed: see `records.assemble`.
     data_dir: directory of all prepared data sets.
     manual_folder: folder with `train.jsonl` and `test.jsonl`; None to download.
-    train_rows: at most so many training rows.
+    train_rows: maximum number of training rows; None for all.
 
   Raises:
     UserError: a missing or malformed file, or a failed download.
   """
   builder_config = published.config(FILES, manual_folder)
   stored = published.read(Gsm8k, builder_config, data_dir, ("train", "test"))
-  clean = {split: [_without_calculations(row) for row in rows] for split, rows in stored.items()}
-  train, validation = records.take_validation(clean["train"], 0.1, NUM_VALIDATION, "gsm8k")
-  rows = {"train": train, "validation": validation, "test": clean["test"]}
+  cleaned = {split: [_without_calculations(row) for row in rows] for split, rows in stored.items()}
+  train, validation = records.take_validation(cleaned["train"], 0.1, NUM_VALIDATION, "gsm8k")
+  rows = {"train": train, "validation": validation, "test": cleaned["test"]}
   return records.assemble("gsm8k", rows, {"gsm8k": WORDINGS}, seed=seed, train_rows=train_rows)
 
 
@@ -110,8 +112,8 @@ def parse(path: pathlib.Path, split: str) -> list[records.Row]:
       fields = json.loads(line)
     except json.JSONDecodeError as error:
       raise errors.UserError(f"{source}: is not JSON ({error})") from error
-    known = fields if isinstance(fields, dict) else {}
-    question, answer = known.get("question"), known.get("answer")
+    json_object = fields if isinstance(fields, dict) else {}
+    question, answer = json_object.get("question"), json_object.get("answer")
     if not isinstance(question, str) or not isinstance(answer, str):
       raise errors.UserError(f"{source}: needs the texts 'question' and 'answer'")
     if "####" not in answer or scoring.final_number(answer) is None:

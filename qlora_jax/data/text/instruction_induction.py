@@ -2,12 +2,12 @@
 
 Honovich et al., "Instruction Induction: From Few Examples to Natural Language Task Descriptions"
 (arXiv 2205.10782). `raw/induce` is the training split and `raw/execute` the test split, as
-published; training rows of one task give the validation split. The human annotations of each task
-are its instructions, the last third of them held out.
+published. The validation split is a part of each task's training rows. The human annotations of a
+task are its instructions; the last third of them is held out.
 
-Inputs and answers are made as the authors' script makes them: `cause_and_effect` asks every pair in
-both orders, `common_concept` joins its items with commas, and every listed answer counts. One
-deviation: a word is no accepted rhyme of itself.
+Inputs and answers follow the authors' script: `cause_and_effect` asks every pair in both orders,
+`common_concept` joins its items with commas, and every listed answer is accepted. One deviation: a
+word is not an accepted rhyme of itself.
 """
 
 import json
@@ -27,7 +27,7 @@ BASE = f"https://raw.githubusercontent.com/{REPOSITORY}/{COMMIT}/data"
 VALIDATION_SHARE = 0.1
 MAX_VALIDATION_PROMPTS = 100
 
-# Where a task lists several accepted answers.
+# The field that lists further accepted answers, per task.
 _ANSWER_FIELDS = {
   "common_concept": "all_common_concepts",
   "rhymes": "other_rhymes",
@@ -40,11 +40,11 @@ _FOLDERS = {"train": "raw/induce", "test": "raw/execute"}
 
 
 class InstructionInduction(tfds.core.GeneratorBasedBuilder):
-  """The published training and test rows of all tasks, and the annotations as a third split."""
+  """Splits: the published training rows, the published test rows, and the annotations."""
 
-  # Said outright, because TFDS finds it through importlib_resources, which it does not require.
+  # Set here: TFDS finds it with importlib_resources, which is not one of its dependencies.
   code_path = pathlib.Path(__file__)
-  VERSION = tfds.core.Version("1.0.0")  # raise it whenever a row changes
+  VERSION = tfds.core.Version("1.0.0")  # increase it when a row changes
 
   def _info(self) -> tfds.core.DatasetInfo:
     return published.dataset_info(
@@ -72,7 +72,7 @@ class InstructionInduction(tfds.core.GeneratorBasedBuilder):
     return {split: published.blocks(split_rows) for split, split_rows in rows.items()}
 
   def _generate_examples(self):
-    raise NotImplementedError("_split_generators hands over the examples of every split")
+    raise NotImplementedError("_split_generators returns the examples of every split")
 
 
 def load(
@@ -83,24 +83,24 @@ def load(
   tasks: Sequence[str] | None = None,
   train_rows: int | None = None,
 ) -> records.TextData:
-  """Loads the data set, preparing it on first use.
+  """Loads the data set; the first use prepares it.
 
   Args:
     seed: see `records.assemble`.
     data_dir: directory of all prepared data sets.
     manual_folder: folder with `raw/induce`, `raw/execute` and `annotations`; None to download.
     tasks: some of `TASKS`; None for all.
-    train_rows: at most so many training rows a task (the published tasks have 15 to 9900).
+    train_rows: maximum number of training rows per task (the published tasks have 15 to 9900).
 
   Raises:
     UserError: an unknown task, a missing or malformed file, or a failed download.
   """
-  chosen = records.choose_tasks(tasks, TASKS, "instruction_induction")
+  selected_tasks = records.choose_tasks(tasks, TASKS, "instruction_induction")
   builder_config = published.config(instruction_induction_files.FILES, manual_folder)
   splits = ("train", "test", "annotations")
   stored = published.read(InstructionInduction, builder_config, data_dir, splits)
   rows: dict[str, list[records.Row]] = {"train": [], "validation": [], "test": []}
-  for task in chosen:
+  for task in selected_tasks:
     train, validation = records.take_validation(
       [row for row in stored["train"] if row.task == task],
       VALIDATION_SHARE,
@@ -111,12 +111,12 @@ def load(
     rows["validation"] += validation
     rows["test"] += [row for row in stored["test"] if row.task == task]
   texts = {row.task: row.answers for row in stored["annotations"]}
-  wordings = {task: records.split_wordings(texts[task]) for task in chosen}
+  wordings = {task: records.split_wordings(texts[task]) for task in selected_tasks}
   return records.assemble("instruction_induction", rows, wordings, seed=seed, train_rows=train_rows)
 
 
 def parse(content: Any, task: str, split: str) -> list[records.Row]:
-  """Turns the content of one published file into rows.
+  """Converts the content of one published file to rows.
 
   Raises:
     UserError: a field is missing or of the wrong type; the message names file and example.
@@ -177,6 +177,6 @@ def _text(fields: dict[str, Any], field: str, source: str) -> str:
 
 def _texts(fields: dict[str, Any], field: str, source: str) -> list[str]:
   value = fields.get(field)
-  if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+  if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
     raise errors.UserError(f"{source}: field {field!r} must be a list of texts, is {value!r}")
   return value

@@ -2,7 +2,7 @@
 
 FOLDERS = ("raw/induce", "raw/execute", "annotations")  # under the repository's `data` folder
 
-# Each task's name, then the checksums of its file in each of the folders.
+# Per task: the name, then the SHA-256 of its file in each of the three folders.
 _LISTING = """
 active_to_passive
   618cb13b9e24559b60d83962fc858f8b9c8643580a4de58baea4a047902951f8

@@ -1,11 +1,11 @@
-"""The user's own data: one JSON object a line, in one of three common forms.
+"""User data: one JSON object per line, in one of three common forms.
 
     {"prompt": ..., "completion": ...}                     completion: a text or a list of texts
     {"instruction": ..., "input": ..., "output": ...}      Alpaca; 'input' may be missing or empty
     {"messages": [{"role": ..., "content": ...}, ...]}     ends with the assistant
 
-A line may also have "task" (scores are reported by it; the file's name otherwise), and in the first
-and third form "instruction". A conversation's instruction is its system message otherwise.
+A line can also have "task"; scores are reported per task, and the default is the file's name. The
+first and the third form can have "instruction"; a conversation's default is its system message.
 """
 
 import json
@@ -23,19 +23,20 @@ ROLES = ("system", "user", "assistant")
 def load(
   path: str | pathlib.Path, *, seed: int = 0, train_rows: int | None = None
 ) -> records.TextData:
-  """Loads a file, or a folder with `train.jsonl` and perhaps `validation.jsonl` and `test.jsonl`.
+  """Loads a file, or a folder with `train.jsonl`.
 
-  Without a validation file a tenth of the different questions becomes the validation split (the
-  same for every seed; none if there is only one question).
+  The files `validation.jsonl` and `test.jsonl` of a folder are optional. Without a validation file,
+  a tenth of the distinct questions becomes the validation split. It is the same for every seed, and
+  absent if there is only one question.
 
   Args:
     path: file or folder.
-    seed: order of the training examples, and which are kept.
-    train_rows: at most so many training examples.
+    seed: draws the order of the training examples and the `train_rows` that are used.
+    train_rows: maximum number of training examples; None for all.
 
   Returns:
-    The splits there are. Every different instruction is one row of `instruction_texts`, "" among
-    them if examples have none; all count as seen.
+    The existing splits. Each distinct instruction is one row of `instruction_texts`, including ""
+    if an example has none. All instructions count as seen.
 
   Raises:
     UserError: a missing, empty or malformed file; the message names file and line.
@@ -65,17 +66,17 @@ def load(
     name=str(path),
     splits={split: tuple(splits[split]) for split in SPLITS if split in splits},
     instruction_texts=tuple(texts),
-    seen_ids={task: tuple(sorted(found)) for task, found in ids.items()},
+    seen_ids={task: tuple(sorted(task_ids)) for task, task_ids in ids.items()},
     heldout_ids={task: () for task in ids},
   )
 
 
 def read(path: pathlib.Path, texts: dict[str, int]) -> list[records.Example]:
-  """Reads one file; blank lines are skipped.
+  """Reads one file; skips blank lines.
 
   Args:
     path: the file.
-    texts: rows of the instructions met so far; new ones are added.
+    texts: row number per instruction text; new instructions are added.
 
   Raises:
     UserError: see `load`.
@@ -104,7 +105,7 @@ def _example(line: str, source: str, task: str, texts: dict[str, int]) -> record
   try:
     fields = json.loads(line)
   except json.JSONDecodeError as error:
-    hint = " (one JSON array? write one object a line)" if line.lstrip()[0] == "[" else ""
+    hint = " (one JSON array? write one object per line)" if line.lstrip()[0] == "[" else ""
     raise errors.UserError(f"{source}: is not JSON: {error.msg}{hint}") from error
   if not isinstance(fields, dict):
     raise errors.UserError(f"{source}: is {_kind(fields)}, must be an object")
@@ -115,7 +116,7 @@ def _example(line: str, source: str, task: str, texts: dict[str, int]) -> record
     messages = _messages(fields["messages"], source)
     system = [message["content"] for message in messages if message["role"] == "system"]
     instruction = instruction or "\n".join(system)
-    # What the conversation asks last; the prompt itself is made of the messages.
+    # The last question; the prompt for the model is rendered from `messages`.
     prompt = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
     answers = [messages[-1]["content"]]
   elif "prompt" in fields or "completion" in fields:
@@ -184,9 +185,10 @@ def _text(fields: dict[str, Any], field: str, source: str, default: str | None =
 def _take_validation(
   examples: list[records.Example],
 ) -> tuple[list[records.Example], list[records.Example]]:
-  # The same division as for published data; rows with one question stay together.
+  # The same division as for published data; rows with the same question stay together.
   rows = [
-    records.Row("", f"{one.instruction}\n{one.prompt}", (str(i),)) for i, one in enumerate(examples)
+    records.Row("", f"{example.instruction}\n{example.prompt}", (str(i),))
+    for i, example in enumerate(examples)
   ]
   parts = records.take_validation(rows, VALIDATION_SHARE, len(rows), "jsonl")
   train, validation = ([examples[int(row.answers[0])] for row in part] for part in parts)

@@ -1,9 +1,9 @@
 """MetaMathQA for training and GSM8K for scoring, as the three .jsonl files of a folder.
 
 Yu et al., "MetaMath" (arXiv 2309.12284): 395,000 questions bootstrapped from the training splits of
-GSM8K and MATH. The splits are those of PEFT's `method_comparison/MetaMathQA/data.py`: training
+GSM8K and MATH. The splits equal those of PEFT's `method_comparison/MetaMathQA/data.py`: training
 examples of at most 1300 characters, the same 50 problems of GSM8K's training split for validation,
-all of its test split.
+and the whole GSM8K test split.
 
   python -m qlora_jax.data.text.metamath --out=data/metamath
 """
@@ -21,14 +21,14 @@ import numpy as np
 from qlora_jax import errors, files
 from qlora_jax.data.text import gsm8k, published
 
-REVISION = "aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18"  # the one of PEFT's published runs
+REVISION = "aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18"  # the revision of PEFT's published runs
 URL = (
   f"https://huggingface.co/datasets/meta-math/MetaMathQA/resolve/{REVISION}/MetaMathQA-395K.json"
 )
 ROWS = 395_000
-MOST_CHARACTERS = 1300  # of question and answer, so that 768 tokens hold them
-VALIDATION = 50
-TASK = "gsm8k"  # whose answers are compared as numbers, see `scoring`
+MAX_CHARACTERS = 1300  # of question and answer together, so that they fit 768 tokens
+NUM_VALIDATION = 50
+TASK = "gsm8k"  # answers are compared as numbers, see `scoring`
 
 
 def convert(metamath: pathlib.Path, problems: pathlib.Path, out: pathlib.Path) -> dict[str, int]:
@@ -37,39 +37,39 @@ def convert(metamath: pathlib.Path, problems: pathlib.Path, out: pathlib.Path) -
   Args:
     metamath: the published `MetaMathQA-395K.json`.
     problems: folder with GSM8K's `train.jsonl` and `test.jsonl`.
-    out: folder of the three files; made if it is not there.
+    out: folder of the three files; created if missing.
 
   Returns:
-    Rows of each.
+    Number of rows per split.
 
   Raises:
-    UserError: a file is missing or not as published.
+    UserError: a file is missing or does not have the published form.
   """
   training = [
     {"prompt": row["query"], "completion": row["response"], "task": TASK}
     for row in _read(metamath)
-    if len(f"{row['query']} {row['response']}") <= MOST_CHARACTERS
+    if len(f"{row['query']} {row['response']}") <= MAX_CHARACTERS
   ]
-  splits = {}
+  gsm8k_splits = {}
   for split in ("train", "test"):
     path = problems / f"{split}.jsonl"
     if not path.is_file():
       raise errors.UserError(f"--gsm8k: {problems} has no file {split}.jsonl")
-    splits[split] = [
+    gsm8k_splits[split] = [
       {"prompt": row.prompt, "completion": row.answers[0], "task": TASK}
       for row in gsm8k.parse(path, split)
     ]
-  order = np.arange(len(splits["train"]))
-  np.random.RandomState(0).shuffle(order)  # PEFT's choice, by NumPy's legacy generator
-  written = {
+  order = np.arange(len(gsm8k_splits["train"]))
+  np.random.RandomState(0).shuffle(order)  # PEFT uses NumPy's legacy generator
+  output_splits = {
     "train": training,
-    "validation": [splits["train"][index] for index in order[:VALIDATION]],
-    "test": splits["test"],
+    "validation": [gsm8k_splits["train"][index] for index in order[:NUM_VALIDATION]],
+    "test": gsm8k_splits["test"],
   }
   out.mkdir(parents=True, exist_ok=True)
-  for name, rows in written.items():
+  for name, rows in output_splits.items():
     _write(out / f"{name}.jsonl", rows)
-  return {name: len(rows) for name, rows in written.items()}
+  return {name: len(rows) for name, rows in output_splits.items()}
 
 
 def _read(path: pathlib.Path) -> list[dict[str, str]]:
@@ -96,7 +96,7 @@ def _write(path: pathlib.Path, rows: Iterable[dict]) -> None:
 
 
 def _download(folder: pathlib.Path) -> pathlib.Path:
-  """The published file (396 MB); again only if it is not there."""
+  """Downloads the published file (396 MB) if it is missing."""
   path = folder / URL.rpartition("/")[2]
   if not path.is_file():
     try:
@@ -111,20 +111,22 @@ def _download(folder: pathlib.Path) -> pathlib.Path:
       raise errors.UserError(
         f"cannot download {URL} ({reason}); check the network, or give the file with --metamath"
       ) from error
-  found = len(_read(path))
-  if found != ROWS:
-    raise errors.UserError(f"{path} has {found} rows, the published file {ROWS}: remove it")
+  num_rows = len(_read(path))
+  if num_rows != ROWS:
+    raise errors.UserError(
+      f"{path} has {num_rows} rows, the published file {ROWS}; delete it to download again"
+    )
   return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs the command; returns its exit code, 2 for a mistake in what it was given."""
+  """Runs the command; returns the exit code, 2 for a user error."""
   parser = argparse.ArgumentParser(
     prog="python -m qlora_jax.data.text.metamath", description=__doc__.split("\n")[0]
   )
   parser.add_argument("--out", default="data/metamath", help="folder of the three files")
-  parser.add_argument("--metamath", help="MetaMathQA-395K.json; downloaded unless given")
-  parser.add_argument("--gsm8k", help="folder with GSM8K's files; downloaded unless given")
+  parser.add_argument("--metamath", help="MetaMathQA-395K.json; downloaded by default")
+  parser.add_argument("--gsm8k", help="folder with GSM8K's files; downloaded by default")
   options = parser.parse_args(arguments)
   out = pathlib.Path(options.out)
   try:
@@ -143,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _gsm8k(out: pathlib.Path) -> pathlib.Path:
-  """GSM8K's published files in a folder of their own, checked by SHA-256."""
+  """Downloads GSM8K's published files to a subfolder and checks their SHA-256."""
   folder = out / "gsm8k"
   folder.mkdir(exist_ok=True)
   for name, sha256 in gsm8k.FILES.items():

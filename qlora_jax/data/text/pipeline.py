@@ -1,10 +1,10 @@
-"""What training reads: a data set by name, tokenised splits, and batches in a fixed order.
+"""Text data for training: a data set by name, tokenised splits, and batches in a fixed order.
 
     load --> TextData --encode--> EncodedSplit --batches--> grain.IterDataset of TextBatch
 
-The order is a pure function of the seed. Rows are formed for the whole batch of all processes and
-each process takes its own part, so the global batches do not depend on the number of processes:
-their parts, one after another, are the batch that a single process would see.
+The order is a pure function of the seed. Every process plans the rows of the global batch, and
+builds only its part. The global batches therefore do not depend on the number of processes: the
+parts of all processes, concatenated, are the batch of a single process.
 """
 
 import dataclasses
@@ -36,9 +36,10 @@ class DataSet:
   """A data set that `load` knows by name.
 
   Attributes:
-    load: called with `seed` and `train_rows`, and those of 'tasks', 'data_dir' and 'manual_folder'
-      that it takes; returns `records.TextData`. `records.assemble` makes that from rows.
-    takes: their names; a user who gives another one is told that it has no meaning here.
+    load: called with `seed`, `train_rows` and the arguments in `takes`; returns
+      `records.TextData`, for instance from `records.assemble`.
+    takes: those of 'tasks', 'data_dir' and 'manual_folder' that `load` accepts. A user who sets
+      another one gets an error.
   """
 
   load: Callable[..., records.TextData]
@@ -49,10 +50,10 @@ _DATA_SETS: dict[str, DataSet] = {}
 
 
 def register(name: str, load: Callable[..., records.TextData], takes: Sequence[str] = ()) -> None:
-  """Makes a data set known by `name`, for `config.data.name` and `load`.
+  """Registers a data set under `name`, for `config.data.name` and `load`.
 
   Raises:
-    ValueError: the name is taken, or `takes` has another name than those of `DataSet`.
+    ValueError: the name is registered already, or `takes` has an unknown argument.
   """
   if name in _DATA_SETS:
     raise ValueError(f"a data set {name!r} is registered already")
@@ -62,7 +63,7 @@ def register(name: str, load: Callable[..., records.TextData], takes: Sequence[s
 
 
 def names() -> tuple[str, ...]:
-  """The data sets that are known by name."""
+  """Names of the registered data sets."""
   return tuple(_DATA_SETS)
 
 
@@ -73,13 +74,13 @@ register("gsm8k", gsm8k.load, takes=("data_dir", "manual_folder"))
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedSplit:
-  """A tokenised split whose examples all fit.
+  """A tokenised split; every example fits a row.
 
   Attributes:
     examples: tokenised examples.
     length: T, the places of a row.
     pad_id: token of padding.
-    report: what was truncated and dropped.
+    report: counts of truncated and dropped examples.
   """
 
   examples: tuple[formatting.Encoded, ...]
@@ -104,28 +105,28 @@ def load(
 
   Args:
     name: one of `names()`, or the path of a `.jsonl` file or of a folder of them.
-    seed: data seed: training rows kept and wordings of the instructions. The test examples are the
-      same for every seed.
-    data_dir: where prepared data sets are kept.
-    manual_folder: folder that holds the published files of `instruction_induction` or `gsm8k`;
-      None to download them.
-    tasks: tasks to use; None for all. For data sets of several tasks only.
-    train_rows: at most so many training rows a task.
+    seed: data seed; draws the training rows and the wordings of the instructions. The test examples
+      are the same for every seed.
+    data_dir: folder of prepared data sets.
+    manual_folder: folder with the published files of `instruction_induction` or `gsm8k`; None to
+      download them.
+    tasks: tasks to use; None for all. Only for data sets of several tasks.
+    train_rows: maximum number of training rows per task; None for all.
 
   Raises:
-    UserError: an unknown name or task (the message lists the known ones), a file that is missing or
-      not as it should be, or an argument that the data set has no use for.
+    UserError: an unknown name or task (the message lists the known ones), a missing or malformed
+      file, or an argument that the data set does not take.
   """
-  given = {"tasks": tasks, "manual_folder": manual_folder}
-  known = _DATA_SETS.get(name)
-  takes = known.takes if known else ()
-  for argument, value in given.items():
+  arguments = {"tasks": tasks, "manual_folder": manual_folder}
+  data_set = _DATA_SETS.get(name)
+  takes = data_set.takes if data_set else ()
+  for argument, value in arguments.items():
     if value is not None and argument not in takes:
       raise errors.UserError(f"data.{argument} has no meaning for {name!r}; leave it out")
-  if known:
-    given["data_dir"] = data_dir
-    return known.load(
-      seed=seed, train_rows=train_rows, **{argument: given[argument] for argument in takes}
+  if data_set:
+    arguments["data_dir"] = data_dir
+    return data_set.load(
+      seed=seed, train_rows=train_rows, **{argument: arguments[argument] for argument in takes}
     )
   if pathlib.Path(name).exists() or str(name).endswith(".jsonl"):
     return jsonl.load(name, seed=seed, train_rows=train_rows)
@@ -143,7 +144,7 @@ def encode(
   instruction_in_prompt: bool,
   on_long: str = "drop",
 ) -> EncodedSplit:
-  """Tokenises a split and makes it fit rows of `length` places.
+  """Tokenises a split and fits it to rows of `length` places.
 
   Raises:
     UserError: see `formatting.encode_example` and `packing.fit`.
@@ -154,9 +155,9 @@ def encode(
     )
     for example in examples
   ]
-  kept, report = packing.fit(encoded, length, on_long)
+  fitting, report = packing.fit(encoded, length, on_long)
   pad_id = 0 if tokenizer.pad_id is None else tokenizer.pad_id
-  return EncodedSplit(tuple(kept), length, pad_id, report)
+  return EncodedSplit(tuple(fitting), length, pad_id, report)
 
 
 def batches(
@@ -171,16 +172,17 @@ def batches(
 ) -> grain.IterDataset:
   """An endless stream of training batches.
 
-  Every epoch is a fresh permutation; a batch may cross from one epoch into the next. The state of
-  its iterator is a small dictionary of integers, and restoring it is independent of the step.
+  Every epoch is a new permutation. A batch may contain the end of one epoch and the start of the
+  next. The iterator's state is a small dictionary of integers, and restoring it takes the same time
+  at every step.
 
   Args:
-    split: what to read.
-    batch_size: rows in the batch of all processes together.
-    seed: decides the order.
-    pack: several examples a row; False gives one example a row, padded.
+    split: the tokenised split.
+    batch_size: rows of the global batch, over all processes.
+    seed: seed of the order.
+    pack: True packs several examples into a row; False gives one padded example per row.
     window: see `packing.plan`.
-    shard_index, shard_count: this process and the number of processes.
+    shard_index, shard_count: index of this process, and number of processes.
 
   Returns:
     A Grain data set of `TextBatch` with B = batch_size / shard_count.
@@ -188,15 +190,15 @@ def batches(
   Raises:
     UserError: a size or a seed out of range, or a batch that the processes cannot share evenly.
   """
-  for field, value, least in (
+  for field, value, minimum in (
     ("batch_size", batch_size, 1),
     ("seed", seed, 0),
     ("window", window, 1),
     ("shard_count", shard_count, 1),
     ("shard_index", shard_index, 0),
   ):
-    if value < least:
-      raise errors.UserError(f"{field} is {value}; it must be at least {least}")
+    if value < minimum:
+      raise errors.UserError(f"{field} is {value}; it must be at least {minimum}")
   if shard_index >= shard_count:
     raise errors.UserError(f"shard_index is {shard_index}; it must be below {shard_count}")
   if batch_size % shard_count:
@@ -207,7 +209,7 @@ def batches(
 def packing_efficiency(
   split: EncodedSplit, *, seed: int, pack: bool = True, window: int = 256
 ) -> float:
-  """Share of the places of the first epoch's rows that are not padding."""
+  """Fraction of places, over the rows of the first epoch, that are not padding."""
   lengths = _lengths(split)
   rows = _epoch_rows(lengths, split.length, seed, 0, window if pack else 1)
   return packing.efficiency(lengths, rows, split.length)
@@ -216,10 +218,10 @@ def packing_efficiency(
 def evaluation_batches(
   split: EncodedSplit, *, batch_size: int, shard_index: int = 0, shard_count: int = 1
 ) -> Iterator[tuple[TextBatch, np.ndarray]]:
-  """Every example once, in order, one a row.
+  """Every example once, in order, one per row.
 
-  All processes get the same number of batches of `batch_size / shard_count` rows; missing rows are
-  all padding.
+  All processes get the same number of batches of `batch_size / shard_count` rows. Missing rows are
+  filled with padding.
 
   Yields:
     The batch, and int32 [B]: the example's position in `split.examples`, or -1 for padding.
@@ -237,17 +239,17 @@ def evaluation_batches(
 def packed_evaluation_batches(
   split: EncodedSplit, *, batch_size: int, window: int = 256
 ) -> Iterator[TextBatch]:
-  """Every example once, several a row: for sums over tokens that need not tell examples apart.
+  """Every example once, several per row: for sums over the tokens of all examples.
 
-  The last batch is filled up with rows of padding.
+  The last batch is completed with rows of padding.
   """
   if batch_size < 1:
     raise errors.UserError(f"batch_size is {batch_size}; it must be at least 1")
   rows = packing.plan(_lengths(split), split.length, window)
   rows += [()] * (-len(rows) % batch_size)
   for start in range(0, len(rows), batch_size):
-    chosen = [[split.examples[i] for i in row] for row in rows[start : start + batch_size]]
-    yield packing.build(chosen, split.length, split.pad_id)
+    batch_examples = [[split.examples[i] for i in row] for row in rows[start : start + batch_size]]
+    yield packing.build(batch_examples, split.length, split.pad_id)
 
 
 class _Batches(grain.IterDataset):
@@ -258,9 +260,9 @@ class _Batches(grain.IterDataset):
     self.split, self.seed, self.window = split, seed, window
     self.batch_size = batch_size
     local = batch_size // shard_count
-    self.own_rows = slice(shard_index * local, (shard_index + 1) * local)
+    self.process_rows = slice(shard_index * local, (shard_index + 1) * local)
     self.lengths = _lengths(split)
-    self.answers = np.array([one.answer_mask[1:].sum() for one in split.examples], np.int32)
+    self.answers = np.array([example.answer_mask[1:].sum() for example in split.examples], np.int32)
     setting = f"{split.length}/{batch_size}/{seed}/{window}".encode()
     self.fingerprint = zlib.crc32(setting + self.lengths.tobytes())
 
@@ -269,7 +271,7 @@ class _Batches(grain.IterDataset):
 
 
 class _BatchIterator(grain.DatasetIterator):
-  """Remembers the epoch and row that the next global batch starts with."""
+  """Holds the epoch and the row with which the next global batch starts."""
 
   def __init__(self, data: _Batches):
     super().__init__()
@@ -278,19 +280,21 @@ class _BatchIterator(grain.DatasetIterator):
     self._rows: list[tuple[int, ...]] | None = None
 
   def __next__(self) -> TextBatch:
-    chosen: list[tuple[int, ...]] = []
-    while len(chosen) < self._data.batch_size:
+    batch_rows: list[tuple[int, ...]] = []
+    while len(batch_rows) < self._data.batch_size:
       rows = self._epoch_rows()
-      taken = rows[self._row : self._row + self._data.batch_size - len(chosen)]
-      chosen += taken
-      self._row += len(taken)
+      next_rows = rows[self._row : self._row + self._data.batch_size - len(batch_rows)]
+      batch_rows += next_rows
+      self._row += len(next_rows)
       if self._row == len(rows):
         self._epoch, self._row, self._rows = self._epoch + 1, 0, None
     self._step += 1
     split = self._data.split
-    own = [[split.examples[i] for i in row] for row in chosen[self._data.own_rows]]
-    answers = np.array([self._data.answers[list(row)].sum() for row in chosen], np.int32)
-    return packing.build(own, split.length, split.pad_id)._replace(row_answers=answers)
+    process_examples = [
+      [split.examples[i] for i in row] for row in batch_rows[self._data.process_rows]
+    ]
+    answers = np.array([self._data.answers[list(row)].sum() for row in batch_rows], np.int32)
+    return packing.build(process_examples, split.length, split.pad_id)._replace(row_answers=answers)
 
   def get_state(self) -> dict[str, int]:
     return {
@@ -304,12 +308,12 @@ class _BatchIterator(grain.DatasetIterator):
     """Continues after the step at which the state was taken.
 
     Raises:
-      UserError: the state is of other data, another seed, length, batch size or packing.
+      UserError: the state has other data, seed, length, batch size or packing.
     """
     if state["fingerprint"] != self._data.fingerprint:
       raise errors.UserError(
         "the data iterator's checkpoint belongs to other data or to another seed, length, "
-        "batch_size or packing window; restore with the settings it was saved with"
+        "batch_size or packing window; restore with the settings of the saved run"
       )
     self._step, self._epoch, self._row = (int(state[key]) for key in ("step", "epoch", "row"))
     self._rows = None
@@ -322,7 +326,7 @@ class _BatchIterator(grain.DatasetIterator):
 
 
 def _lengths(split: EncodedSplit) -> np.ndarray:
-  return np.array([packing.num_places(one) for one in split.examples], np.int64)
+  return np.array([packing.num_places(example) for example in split.examples], np.int64)
 
 
 def _epoch_rows(

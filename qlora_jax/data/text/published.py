@@ -1,7 +1,7 @@
-"""Published files by download or from a folder, and how their rows are stored by TFDS.
+"""Published files, from a download or a folder, and the TFDS storage of their rows.
 
-A record holds a block of rows, as in `qlora_jax.data.storage`, because TFDS spends as much on a
-short record as on a long one. Text is stored as UTF-8.
+A record is a block of rows, as in `qlora_jax.data.storage`, because TFDS needs the same time for a
+short record as for a long one. Text is stored as UTF-8.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from qlora_jax import errors, files
 from qlora_jax.data import storage
 from qlora_jax.data.text import records
 
-Files = Mapping[str, str]  # path of each published file, and its SHA-256
+Files = Mapping[str, str]  # SHA-256 by path of each published file
 
-TIMEOUT = 60  # seconds without a byte
+TIMEOUT = 60  # seconds without data
 
 
 @dataclasses.dataclass
@@ -28,17 +28,17 @@ class Config(tfds.core.BuilderConfig):
   """A builder's configuration.
 
   Attributes:
-    manual_folder: folder that holds the files; None to download them.
+    manual_folder: folder with the files; None to download them.
   """
 
   manual_folder: str | None = None
 
 
 def config(files: Files, manual_folder: str | pathlib.Path | None) -> Config:
-  """Returns the configuration of published files or of a folder.
+  """Returns the configuration for the published files or for a folder.
 
-  A folder with the published content shares its prepared data with the download; any other content
-  is prepared under a name made of its digest, so that prepared data are never mistaken.
+  A folder with the published content uses the same prepared data as the download. Prepared data of
+  any other content have the digest of the content in their name, so that they are never confused.
 
   Raises:
     UserError: the folder or a file in it is missing.
@@ -63,13 +63,13 @@ def locate(
   base: str,
   files: Files,
 ) -> dict[str, pathlib.Path]:
-  """Returns every file's place on disk, after downloading it if no folder is given.
+  """Returns the path of every file; downloads the files if the configuration has no folder.
 
-  A download goes to the manager's folder under the name of its checksum, and is used again if it
-  is there. The manager itself would repeat a failed request ten times and log every one.
+  Downloads are stored in the manager's folder, named by their checksum, and reused. The manager's
+  download function is not used: it repeats a failed request ten times and logs each attempt.
 
   Raises:
-    UserError: a download failed, or has another checksum than the published file.
+    UserError: a download failed, or its checksum differs from the published file's.
   """
   if builder_config is not None and builder_config.manual_folder is not None:
     return {path: pathlib.Path(builder_config.manual_folder, path) for path in files}
@@ -79,10 +79,14 @@ def locate(
 
 
 def download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
-  """A published file in `folder`, named by its checksum; raises a UserError for any other."""
-  place = folder / f"{sha256[:16]}-{url.rpartition('/')[2]}"
-  if place.is_file() and hashlib.sha256(place.read_bytes()).hexdigest() == sha256:
-    return place
+  """Downloads a published file to `folder`, named by its checksum, or reuses it.
+
+  Raises:
+    UserError: the download failed or has another checksum.
+  """
+  path = folder / f"{sha256[:16]}-{url.rpartition('/')[2]}"
+  if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+    return path
   try:
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
       content = response.read()
@@ -90,16 +94,16 @@ def download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
     reason = " ".join(str(getattr(error, "reason", error)).split())
     raise errors.UserError(
       f"cannot download {url} ({reason}); check the network, or put the files into a folder and "
-      "name it as manual_folder"
+      "set manual_folder to it"
     ) from error
-  found = hashlib.sha256(content).hexdigest()
-  if found != sha256:
+  actual = hashlib.sha256(content).hexdigest()
+  if actual != sha256:
     raise errors.UserError(
-      f"{url} has SHA-256 {found[:16]}..., the published file has {sha256[:16]}...; nothing of it "
-      "is used"
+      f"{url} has SHA-256 {actual[:16]}..., the published file has {sha256[:16]}...; the "
+      "download is discarded"
     )
-  files.write_bytes(place, content)
-  return place
+  files.write_bytes(path, content)
+  return path
 
 
 def dataset_info(
@@ -133,7 +137,7 @@ def dataset_info(
 
 
 def blocks(rows: Iterable[records.Row]) -> Iterator[tuple[int, storage.Columns]]:
-  """Cuts rows into consecutive blocks, keyed by their position."""
+  """Divides rows into consecutive blocks; yields (block number, block)."""
   rows = list(rows)
   for position, start in enumerate(range(0, len(rows), storage.BLOCK_ROWS)):
     block = rows[start : start + storage.BLOCK_ROWS]
@@ -155,10 +159,10 @@ def read(
   data_dir: str | pathlib.Path,
   splits: tuple[str, ...],
 ) -> dict[str, tuple[records.Row, ...]]:
-  """Reads whole splits, preparing them first if nobody has yet.
+  """Reads whole splits; the first use prepares them.
 
   Raises:
-    UserError: a download failed or has the wrong checksum, or a file is not as published.
+    UserError: a download failed or has the wrong checksum, or a file is malformed.
   """
   stored = storage.read(builder_class, builder_config, data_dir, splits)
   return {split: _rows(columns) for split, columns in stored.items()}

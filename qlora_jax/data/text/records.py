@@ -1,9 +1,9 @@
-"""The common record of every text data set, and how instructions are dealt out to its rows.
+"""The common record of every text data set, and the assignment of instructions to rows.
 
-A *row* is a question with its accepted answers. An *example* is a row with one wording of its
-task's instruction. Training and validation examples carry *seen* wordings, `test` carries
-*held-out* ones, and `test_seen` repeats the test rows with seen wordings, so that the cost of a
-new wording can be told from the cost of a new input.
+A *row* is a question with its accepted answers. An *example* is a row with one wording of the
+task's instruction. Training and validation examples have *seen* wordings, and `test` examples have
+*held-out* ones. `test_seen` repeats the test rows with seen wordings, which separates the effect of
+a new wording from the effect of a new input.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 from qlora_jax import errors
 
-Message = Mapping[str, str]  # 'role' and 'content', as chat templates expect them
+Message = Mapping[str, str]  # keys 'role' and 'content', as chat templates expect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Example:
   """One question, one instruction and every accepted answer.
 
   Attributes:
-    instruction: the instruction's text; may be empty for a user's own data.
+    instruction: the instruction's text; can be empty in user data.
     prompt: the input without the instruction.
-    answers: accepted answers, at least one; the first is the one to train on.
+    answers: accepted answers, at least one; the first is the training target.
     task: name of the task, under which scores are reported.
-    paraphrase_id: row of `TextData.instruction_texts` that holds `instruction`.
-    messages: the whole conversation, ending with the assistant, where the data are chats. It
-      takes the place of instruction and prompt.
-    source: where the example came from (file and line), for error messages.
+    paraphrase_id: row of `instruction` in `TextData.instruction_texts`.
+    messages: for chat data the whole conversation, which ends with the assistant. It replaces
+      instruction and prompt.
+    source: origin of the example (file and line), for error messages.
   """
 
   instruction: str
@@ -43,7 +43,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A question and its accepted answers, before an instruction is drawn for it."""
+  """A question and its accepted answers, without an instruction."""
 
   task: str
   prompt: str
@@ -53,7 +53,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Wordings:
-  """The texts of one task's instruction; no text is in both."""
+  """The wordings of one task's instruction; no text is both seen and held out."""
 
   seen: tuple[str, ...]
   heldout: tuple[str, ...]
@@ -64,12 +64,11 @@ class TextData:
   """A data set in memory.
 
   Attributes:
-    name: the data set's name, or the path it was read from.
-    splits: examples by split: 'train', and where there are any 'validation', 'test' and
-      'test_seen'.
-    instruction_texts: every instruction; `Example.paraphrase_id` and the pipeline's
-      `instruction_id` are rows of it. Embed it with `qlora_jax.instructions.cache.embed`.
-    seen_ids, heldout_ids: rows of `instruction_texts` for each task.
+    name: the data set's name, or the path of the file or folder.
+    splits: examples by split: 'train', and optionally 'validation', 'test' and 'test_seen'.
+    instruction_texts: all instructions. `Example.paraphrase_id` and the pipeline's
+      `instruction_id` are row numbers of it. `qlora_jax.instructions.cache.embed` embeds it.
+    seen_ids, heldout_ids: row numbers of `instruction_texts` by task.
   """
 
   name: str
@@ -84,7 +83,7 @@ class TextData:
 
 
 def stream(*keys: str, seed: int = 0) -> np.random.Generator:
-  """A generator that depends on the keys and the seed alone.
+  """A generator that depends only on the keys and the seed.
 
   Raises:
     UserError: a negative seed.
@@ -97,7 +96,11 @@ def stream(*keys: str, seed: int = 0) -> np.random.Generator:
 def choose_tasks(
   tasks: Sequence[str] | None, known: Sequence[str], data_set: str
 ) -> tuple[str, ...]:
-  """Returns the tasks asked for, or all; an unknown or an empty choice is a UserError."""
+  """Returns the selected tasks, or all for None.
+
+  Raises:
+    UserError: an unknown task or an empty selection; the message lists the known tasks.
+  """
   if tasks is None:
     return tuple(known)
   if isinstance(tasks, str):
@@ -111,32 +114,34 @@ def choose_tasks(
 
 
 def split_wordings(texts: Sequence[str]) -> Wordings:
-  """Divides texts into seen and held-out ones: the last third, at least one, is held out.
+  """Divides texts into seen and held-out ones; the last third, at least one, is held out.
 
-  Texts that differ only in case, spaces or final punctuation count as one; the first is kept.
+  Of texts that differ only in case, spaces or final punctuation, the first is used.
 
   Raises:
-    UserError: fewer than two different texts.
+    UserError: fewer than two distinct texts.
   """
-  different = {" ".join(text.casefold().split()).rstrip(" .?!:"): text for text in reversed(texts)}
-  kept = tuple(text for text in texts if text in different.values())
-  kept = tuple(dict.fromkeys(kept))
-  if len(kept) < 2:
-    raise errors.UserError(f"needs two different instructions at least, has {list(texts)!r}")
-  num_heldout = max(1, len(kept) // 3)
-  return Wordings(kept[:-num_heldout], kept[-num_heldout:])
+  first_by_key = {
+    " ".join(text.casefold().split()).rstrip(" .?!:"): text for text in reversed(texts)
+  }
+  distinct = tuple(text for text in texts if text in first_by_key.values())
+  distinct = tuple(dict.fromkeys(distinct))
+  if len(distinct) < 2:
+    raise errors.UserError(f"needs at least two distinct instructions, has {list(texts)!r}")
+  num_heldout = max(1, len(distinct) // 3)
+  return Wordings(distinct[:-num_heldout], distinct[-num_heldout:])
 
 
 def take_validation(
-  rows: Sequence[Row], share: float, most: int, key: str
+  rows: Sequence[Row], share: float, max_prompts: int, key: str
 ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-  """Takes a fixed validation part from training rows; rows with one prompt stay together.
+  """Moves a fixed part of training rows to validation; rows with equal prompts stay together.
 
   Args:
     rows: training rows of one task.
-    share: share of the different prompts to take; at least one where there are two or more.
-    most: at most so many prompts.
-    key: names the draw, which depends on nothing else but the rows.
+    share: fraction of the distinct prompts to move; at least one prompt if there are two or more.
+    max_prompts: maximum number of prompts to move.
+    key: key of the draw, which depends only on the key and the rows.
 
   Returns:
     Training rows and validation rows, in their order.
@@ -144,10 +149,12 @@ def take_validation(
   prompts = tuple(dict.fromkeys(row.prompt for row in rows))
   if len(prompts) < 2:
     return tuple(rows), ()
-  number = min(most, max(1, round(share * len(prompts))))
-  taken = {prompts[i] for i in stream("validation", key).permutation(len(prompts))[:number]}
-  train = tuple(row for row in rows if row.prompt not in taken)
-  return train, tuple(row for row in rows if row.prompt in taken)
+  num_prompts = min(max_prompts, max(1, round(share * len(prompts))))
+  validation_prompts = {
+    prompts[i] for i in stream("validation", key).permutation(len(prompts))[:num_prompts]
+  }
+  train = tuple(row for row in rows if row.prompt not in validation_prompts)
+  return train, tuple(row for row in rows if row.prompt in validation_prompts)
 
 
 def assemble(
@@ -158,27 +165,27 @@ def assemble(
   seed: int,
   train_rows: int | None = None,
 ) -> TextData:
-  """Deals out instructions to rows and shuffles them.
+  """Assigns instructions to rows and shuffles the training examples.
 
   Args:
     name: the data set's name.
     rows: 'train', 'validation' and 'test' rows.
-    wordings: the instructions of each task.
-    seed: draws the training rows kept, their order and the wordings of training and validation.
-      Test examples are the same for every seed.
-    train_rows: at most so many training rows a task; None for all.
+    wordings: the instructions by task.
+    seed: draws the training rows, their order, and the wordings of training and validation. Test
+      examples are the same for every seed.
+    train_rows: maximum number of training rows per task; None for all.
 
   Raises:
-    UserError: a negative seed, or `train_rows` below one.
+    UserError: a negative seed, or `train_rows` below 1.
   """
   if train_rows is not None and train_rows < 1:
     raise errors.UserError(f"train_rows is {train_rows}; it must be at least 1")
   texts, seen_ids, heldout_ids = [], {}, {}
   for task, wording in wordings.items():
-    first, middle = len(texts), len(texts) + len(wording.seen)
+    first_seen, first_heldout = len(texts), len(texts) + len(wording.seen)
     texts += (*wording.seen, *wording.heldout)
-    seen_ids[task] = tuple(range(first, middle))
-    heldout_ids[task] = tuple(range(middle, len(texts)))
+    seen_ids[task] = tuple(range(first_seen, first_heldout))
+    heldout_ids[task] = tuple(range(first_heldout, len(texts)))
   sources = {
     "train": ("train", seen_ids, seed),
     "validation": ("validation", seen_ids, seed),
@@ -186,15 +193,15 @@ def assemble(
     "test_seen": ("test", seen_ids, 0),
   }
   splits = {}
-  for split, (part, ids, split_seed) in sources.items():
+  for split, (row_split, ids, split_seed) in sources.items():
     rng = stream(name, split, seed=split_seed)
-    chosen = []
+    examples = []
     for task in wordings:
-      task_rows = [row for row in rows[part] if row.task == task]
+      task_rows = [row for row in rows[row_split] if row.task == task]
       if split == "train" and train_rows is not None:
         task_rows = [task_rows[i] for i in np.sort(rng.permutation(len(task_rows))[:train_rows])]
-      dealt = rng.permutation(np.arange(len(task_rows)) % len(ids[task]))
-      chosen += [
+      wording_of_row = rng.permutation(np.arange(len(task_rows)) % len(ids[task]))
+      examples += [
         Example(
           instruction=texts[ids[task][i]],
           prompt=row.prompt,
@@ -203,19 +210,20 @@ def assemble(
           paraphrase_id=ids[task][i],
           source=row.source,
         )
-        for row, i in zip(task_rows, dealt, strict=True)
+        for row, i in zip(task_rows, wording_of_row, strict=True)
       ]
     if split == "train":
-      chosen = [chosen[i] for i in rng.permutation(len(chosen))]
-    splits[split] = tuple(chosen)
+      examples = [examples[i] for i in rng.permutation(len(examples))]
+    splits[split] = tuple(examples)
   return TextData(name, splits, tuple(texts), seen_ids, heldout_ids)
 
 
 def exchanged(data: TextData, *, seed: int) -> TextData:
-  """The control of a task's instruction: within each split the rows exchange their wordings.
+  """Control of the instruction: permutes the wordings within each split at random.
 
-  A row's own task is left to chance, so that the instruction says nothing about it, in words or as
-  a vector. Test rows are exchanged alike for every seed.
+  A row's wording no longer depends on the row's task. The instruction, as text or as an embedding,
+  therefore has no information about the task. The permutation of the test rows is the same for
+  every seed.
   """
   splits = {}
   for split, examples in data.splits.items():

@@ -1,13 +1,13 @@
-"""Exact match, by task, with every accepted answer counting.
+"""Exact match per task; a prediction is correct if it equals any accepted answer.
 
-Before comparison both texts are normalised: Unicode NFKC, first line of the prediction only, case
-folded, runs of white space made one space, quotation marks around the whole and punctuation
-(. , ; : ! ?) at its end removed. Exceptions: `uppercase` keeps the case; tasks whose answer is a
-set of words in no particular order compare sets; `gsm8k` compares final numbers.
+Only the first line of a prediction counts. Both texts are normalised before the comparison: Unicode
+NFKC, case folding, one space per run of white space, no quotation marks around the whole text, no
+punctuation (. , ; : ! ?) at its end. Exceptions: `uppercase` keeps the case. Tasks whose answer is
+an unordered set of words compare sets. `gsm8k` compares final numbers.
 
-The benchmark's own script is more lenient in places (it removes all punctuation, gives partial
-credit in two tasks and looks for a synonym anywhere in the prediction), so its numbers are not
-lower than these.
+The authors' script for Instruction Induction is more lenient: it removes all punctuation, gives
+partial credit in two tasks and accepts a synonym anywhere in the prediction. Its scores are
+therefore at least as high as these.
 """
 
 import decimal
@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(?:\d[\d,]*\.?\d*|\.\d+)")
 
 
 def normalise(text: str, keep_case: bool = False) -> str:
-  """Returns the text as it is compared."""
+  """Returns the normalised form of a text that comparisons use."""
   text = " ".join(unicodedata.normalize("NFKC", text).split())
   text = text if keep_case else text.casefold()
   while True:
@@ -33,19 +33,19 @@ def normalise(text: str, keep_case: bool = False) -> str:
     if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "\"'`":
       bare = bare[1:-1].strip()
     if not bare or bare == text:
-      return text  # a text of punctuation only stays as it is
+      return text  # a text of only punctuation stays unchanged
     text = bare
 
 
 def final_number(text: str) -> decimal.Decimal | None:
-  """The number after the last `####`, or else the last number of the text; None without one.
+  """The number after the last `####`, else the last number of the text; None without a number.
 
-  Thousands separators, a dollar sign and trailing zeros do not matter: '$1,200.00' is 1200.
+  Thousands separators, a dollar sign and trailing zeros are ignored: '$1,200.00' is 1200.
   """
   _, mark, marked = text.rpartition("####")
-  found = _NUMBER.findall(marked) if mark else []
-  found = found[:1] or _NUMBER.findall(text)[-1:]
-  return decimal.Decimal(re.sub(r"[$,]", "", found[0]).rstrip(".")) if found else None
+  numbers = _NUMBER.findall(marked) if mark else []
+  numbers = numbers[:1] or _NUMBER.findall(text)[-1:]
+  return decimal.Decimal(re.sub(r"[$,]", "", numbers[0]).rstrip(".")) if numbers else None
 
 
 def is_correct(prediction: str, answers: Sequence[str], task: str = "") -> bool:
@@ -54,26 +54,26 @@ def is_correct(prediction: str, answers: Sequence[str], task: str = "") -> bool:
     number = final_number(prediction)
     return number is not None and any(number == final_number(answer) for answer in answers)
   lines = prediction.strip().splitlines()
-  given = normalise(lines[0] if lines else "", task in CASE_TASKS)
+  predicted = normalise(lines[0] if lines else "", task in CASE_TASKS)
   accepted = [normalise(answer, task in CASE_TASKS) for answer in answers]
   if task in SET_TASKS:
-    return any(_members(given) == _members(answer) for answer in accepted)
-  return given in accepted
+    return any(_members(predicted) == _members(answer) for answer in accepted)
+  return predicted in accepted
 
 
 def accuracy(predictions: Sequence[str], examples: Sequence[records.Example]) -> dict[str, float]:
-  """Shares of correct predictions.
+  """Fractions of correct predictions.
 
   Args:
-    predictions: a text for each example.
-    examples: what they are answers to.
+    predictions: one text per example.
+    examples: the examples, in the same order.
 
   Returns:
-    'accuracy' (the mean of the tasks), 'accuracy_examples' (over all examples), and
-    '<task>/accuracy' for every task; empty without examples.
+    'accuracy' (mean over tasks), 'accuracy_examples' (mean over all examples), and
+    '<task>/accuracy' per task; empty without examples.
 
   Raises:
-    ValueError: as many predictions as examples are needed.
+    ValueError: the numbers of predictions and examples differ.
   """
   by_task: dict[str, list[bool]] = {}
   for prediction, example in zip(predictions, examples, strict=True):
@@ -82,10 +82,10 @@ def accuracy(predictions: Sequence[str], examples: Sequence[records.Example]) ->
   if not by_task:
     return {}
   means = {task: sum(correct) / len(correct) for task, correct in by_task.items()}
-  everything = [one for correct in by_task.values() for one in correct]
+  all_correct = [value for correct in by_task.values() for value in correct]
   return {
     "accuracy": sum(means.values()) / len(means),
-    "accuracy_examples": sum(everything) / len(everything),
+    "accuracy_examples": sum(all_correct) / len(all_correct),
     **{f"{task}/accuracy": mean for task, mean in means.items()},
   }
 

@@ -1,9 +1,9 @@
 """Built-in instruction data: eighteen small tasks over words and numbers, without a download.
 
-Tasks of one *kind* share their inputs ('otter' may ask for its first letter, its plural or its
-length), so that only the instruction tells them apart. The inputs of training, validation and test
-are disjoint across all tasks: a word, number or pair of numbers that occurs in a test input of any
-task occurs in no training input of any task.
+Tasks of one *kind* share their inputs: 'otter' is an input of the first letter, the plural and the
+length. Only the instruction distinguishes these tasks. The inputs of training, validation and test
+are disjoint across all tasks: a word, number or pair of numbers in a test input of any task is in
+no training input of any task.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ import numpy as np
 from qlora_jax.data.text import records, word_tasks_text
 
 ROWS_PER_TASK = {"train": 200, "validation": 40, "test": 60}
-MAX_NUMBER = 1000  # numbers are below
-MAX_TERM = 100  # numbers of a pair are below
+MAX_NUMBER = 1000  # exclusive bound of numbers
+MAX_TERM = 100  # exclusive bound of the numbers of a pair
 _SHARES = {"train": 0.55, "validation": 0.15, "test": 0.3}
 
 _SMALL = (
@@ -37,7 +37,7 @@ def plural(word: str) -> str:
 
 
 def number_words(number: int, joint: str = " ") -> str:
-  """English words for 0 to 999; `joint` stands between the hundreds and the rest."""
+  """English words for 0 to 999; `joint` separates the hundreds and the rest."""
   hundreds, rest = divmod(number, 100)
   tens, units = divmod(rest, 10)
   if rest < 20:
@@ -54,7 +54,7 @@ def _spoken(number: int) -> tuple[str, ...]:
   return tuple(dict.fromkeys((number_words(number), number_words(number, " and "))))
 
 
-# For each kind of input its tasks: from the drawn input to the prompt and the accepted answers.
+# Maps an input to the prompt and the accepted answers.
 _Task = Callable[[object], tuple[str, tuple[str, ...]]]
 
 
@@ -106,36 +106,36 @@ TASKS = tuple(task for tasks in KINDS.values() for task in tasks)
 def load(
   *, seed: int = 0, tasks: Sequence[str] | None = None, train_rows: int | None = None
 ) -> records.TextData:
-  """Makes the data set; reads nothing.
+  """Generates the data set; reads no files.
 
   Args:
-    seed: draws the training and validation inputs and the wordings; test examples are the same for
-      every seed.
-    tasks: some of `TASKS`; None for all. The rows of a task do not depend on the others chosen.
-    train_rows: at most so many training rows a task.
+    seed: draws the training and validation inputs and the wordings. The test examples are the same
+      for every seed.
+    tasks: some of `TASKS`; None for all. The inputs of a task do not depend on the selection.
+    train_rows: maximum number of training rows per task; None for all.
 
   Raises:
     UserError: an unknown task (the message lists the known ones) or a negative seed.
   """
-  chosen = records.choose_tasks(tasks, TASKS, "word_tasks")
+  selected_tasks = records.choose_tasks(tasks, TASKS, "word_tasks")
   rows: dict[str, list[records.Row]] = {split: [] for split in ROWS_PER_TASK}
   for split, number in ROWS_PER_TASK.items():
     for kind, functions in KINDS.items():
-      # One draw for all tasks of a kind: the same inputs, asked differently.
+      # One draw per kind: all tasks of a kind have the same inputs.
       rng = records.stream("word_tasks", split, kind, seed=0 if split == "test" else seed)
       inputs = _inputs(kind, split, number, rng)
       for task in functions:
-        if task in chosen:
+        if task in selected_tasks:
           rows[split] += [
-            records.Row(task, *functions[task](one), f"word_tasks/{split}/{task}, row {i}")
-            for i, one in enumerate(inputs)
+            records.Row(task, *functions[task](task_input), f"word_tasks/{split}/{task}, row {i}")
+            for i, task_input in enumerate(inputs)
           ]
-  wordings = {task: word_tasks_text.WORDINGS[task] for task in chosen}
+  wordings = {task: word_tasks_text.WORDINGS[task] for task in selected_tasks}
   return records.assemble("word_tasks", rows, wordings, seed=seed, train_rows=train_rows)
 
 
 def _inputs(kind: str, split: str, number: int, rng: np.random.Generator) -> list:
-  """Draws different inputs of a kind from the split's own part of all inputs."""
+  """Draws distinct inputs of a kind from the split's part of all inputs."""
   words = (*word_tasks_text.NOUNS, *word_tasks_text.IRREGULAR_PLURALS)
   if kind == "word":
     pool = _part("words", len(words), split)
@@ -145,10 +145,10 @@ def _inputs(kind: str, split: str, number: int, rng: np.random.Generator) -> lis
     return [int(i) for i in rng.permutation(pool)[:number]]
   if kind == "pair":
     larger, smaller = np.tril_indices(MAX_TERM, -1)  # unordered: '3 5' and '5 3' are one input
-    chosen = rng.permutation(_part("pairs", len(larger), split))[:number]
-    turned = rng.random(number) < 0.5
-    pairs = np.stack([larger[chosen], smaller[chosen]], axis=1)
-    pairs = np.where(turned[: len(pairs), None], pairs[:, ::-1], pairs)
+    pair_indices = rng.permutation(_part("pairs", len(larger), split))[:number]
+    swapped = rng.random(number) < 0.5
+    pairs = np.stack([larger[pair_indices], smaller[pair_indices]], axis=1)
+    pairs = np.where(swapped[: len(pairs), None], pairs[:, ::-1], pairs)
     return [(int(a), int(b)) for a, b in pairs]
   pool = _part("words", len(words), split)
   lists: dict[frozenset[str], list[str]] = {}
@@ -158,9 +158,9 @@ def _inputs(kind: str, split: str, number: int, rng: np.random.Generator) -> lis
   return list(lists.values())
 
 
-def _part(what: str, size: int, split: str) -> np.ndarray:
-  """The split's part of `range(size)`; fixed for all time, whatever the seed."""
-  shuffled = records.stream("word_tasks", "parts", what).permutation(size)
+def _part(vocabulary: str, size: int, split: str) -> np.ndarray:
+  """The split's part of `range(size)`; the same for every seed."""
+  shuffled = records.stream("word_tasks", "parts", vocabulary).permutation(size)
   ends = np.round(np.cumsum([0, *_SHARES.values()]) * size).astype(int)
   position = list(_SHARES).index(split)
   return shuffled[ends[position] : ends[position + 1]]

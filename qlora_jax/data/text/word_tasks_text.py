@@ -1,4 +1,4 @@
-"""Words and instructions of the built-in word tasks: six seen and three held-out texts a task."""
+"""Words and instructions of the built-in word tasks: six seen and three held-out texts per task."""
 
 from qlora_jax.data.text import records
 

@@ -12,7 +12,7 @@ from qlora_jax.data.text import instruction_induction_files, word_tasks
 
 @dataclasses.dataclass(frozen=True)
 class SmallTokenizer:
-  """What `formatting.Tokenizer` asks for, over a byte-level BPE."""
+  """A byte-level BPE with the attributes of `formatting.Tokenizer`."""
 
   backend: tokenizers.Tokenizer
   pad_id: int = 0
@@ -33,7 +33,10 @@ def tokenizer():
   backend.decoder = decoders.ByteLevel()
   examples = word_tasks.load().splits["train"][:500]
   backend.train_from_iterator(
-    [f"{one.instruction}\n\n{one.prompt} {one.answers[0]} user assistant" for one in examples],
+    [
+      f"{example.instruction}\n\n{example.prompt} {example.answers[0]} user assistant"
+      for example in examples
+    ],
     trainers.BpeTrainer(
       vocab_size=500,
       special_tokens=["<pad>", "<|im_start|>", "<|im_end|>"],
@@ -46,7 +49,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def render():
-  """ChatML, as a rendered template writes it."""
+  """A renderer for ChatML."""
 
   def chat(messages, add_generation_prompt):
     turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
@@ -57,7 +60,7 @@ def render():
 
 @pytest.fixture
 def induction_folder(tmp_path):
-  """Files in the published format of Instruction Induction, a few rows a task."""
+  """Files in the published format of Instruction Induction, a few rows per task."""
   special = {
     "cause_and_effect": lambda i, part: {"cause": f"Cause {part}{i}.", "effect": f"Effect {i}."},
     "common_concept": lambda i, part: {

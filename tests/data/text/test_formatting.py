@@ -1,4 +1,4 @@
-"""Tokens and masks: answers and their end are trained on, prompts never."""
+"""Tokens and masks: the mask covers answers and their end tokens, never prompts."""
 
 import dataclasses
 
@@ -32,42 +32,42 @@ def _encode(example, tokenizer, render, instruction_in_prompt=True):
 
 
 def test_mask_covers_the_first_answer_and_its_end_and_nothing_else(tokenizer, render):
-  one = _encode(EXAMPLE, tokenizer, render)
-  assert one.tokens.dtype == np.int32 and one.answer_mask.dtype == bool
-  assert tokenizer.decode(one.tokens[one.answer_mask]) == "apples<|im_end|>"
+  example = _encode(EXAMPLE, tokenizer, render)
+  assert example.tokens.dtype == np.int32 and example.answer_mask.dtype == bool
+  assert tokenizer.decode(example.tokens[example.answer_mask]) == "apples<|im_end|>"
   prompt = "<|im_start|>user\nWrite the plural.\n\napple<|im_end|>\n<|im_start|>assistant\n"
-  assert tokenizer.decode(one.tokens[~one.answer_mask]) == prompt
-  assert one.tokens[-1] == tokenizer.eos_id and one.instruction_id == 4
+  assert tokenizer.decode(example.tokens[~example.answer_mask]) == prompt
+  assert example.tokens[-1] == tokenizer.eos_id and example.instruction_id == 4
 
 
 def test_training_prompt_is_exactly_what_generation_starts_from(tokenizer, render):
-  one = _encode(EXAMPLE, tokenizer, render)
+  example = _encode(EXAMPLE, tokenizer, render)
   prompt = render([{"role": "user", "content": "Write the plural.\n\napple"}], True)
-  np.testing.assert_array_equal(one.prompt, tokenizer.encode(prompt))
-  assert not one.answer_mask[: one.prompt_length].any()
-  assert one.answer_mask[one.prompt_length :].all()
+  np.testing.assert_array_equal(example.prompt, tokenizer.encode(prompt))
+  assert not example.answer_mask[: example.prompt_length].any()
+  assert example.answer_mask[example.prompt_length :].all()
 
 
 def test_instruction_can_be_left_out_of_the_prompt_but_stays_known(tokenizer, render):
-  one = _encode(EXAMPLE, tokenizer, render, instruction_in_prompt=False)
-  assert "plural" not in tokenizer.decode(one.tokens) and one.instruction_id == 4
+  example = _encode(EXAMPLE, tokenizer, render, instruction_in_prompt=False)
+  assert "plural" not in tokenizer.decode(example.tokens) and example.instruction_id == 4
 
 
 def test_every_turn_of_the_assistant_is_an_answer(tokenizer, render):
-  one = _encode(CHAT, tokenizer, render)
-  assert tokenizer.decode(one.tokens[one.answer_mask]) == "Rome.<|im_end|>Paris.<|im_end|>"
-  assert tokenizer.decode(one.tokens) == render(CHAT.messages, False).rstrip("\n")
-  assert tokenizer.decode(one.prompt) == render(CHAT.messages[:-1], True)
+  example = _encode(CHAT, tokenizer, render)
+  assert tokenizer.decode(example.tokens[example.answer_mask]) == "Rome.<|im_end|>Paris.<|im_end|>"
+  assert tokenizer.decode(example.tokens) == render(CHAT.messages, False).rstrip("\n")
+  assert tokenizer.decode(example.prompt) == render(CHAT.messages[:-1], True)
   without = _encode(CHAT, tokenizer, render, instruction_in_prompt=False)
   assert "Be brief" not in tokenizer.decode(without.tokens)
 
 
 def test_end_is_added_where_the_template_has_none(tokenizer):
-  one = _encode(EXAMPLE, tokenizer, formatting.plain_render)
-  assert tokenizer.decode(one.tokens) == (
+  example = _encode(EXAMPLE, tokenizer, formatting.plain_render)
+  assert tokenizer.decode(example.tokens) == (
     "User: Write the plural.\n\napple\nAssistant: apples<|im_end|>"
   )
-  assert tokenizer.decode(one.tokens[one.answer_mask]) == " apples<|im_end|>"
+  assert tokenizer.decode(example.tokens[example.answer_mask]) == " apples<|im_end|>"
   chat = _encode(CHAT, tokenizer, formatting.plain_render)
   assert tokenizer.decode(chat.tokens[chat.answer_mask]) == " Rome.<|im_end|> Paris.<|im_end|>"
 
@@ -82,13 +82,13 @@ def test_template_that_rewrites_its_prompt_is_refused(tokenizer):
   def dropping(messages, add_generation_prompt):
     return formatting.plain_render(messages[:1], True)
 
-  with pytest.raises(errors.UserError, match="leaves the answer out"):
+  with pytest.raises(errors.UserError, match="omits the answer"):
     _encode(EXAMPLE, tokenizer, dropping)
 
 
 def test_an_empty_answer_has_no_mask(tokenizer, render):
-  one = _encode(records.Example("", "apple", ("",), "t", 0), tokenizer, render)
-  assert not one.answer_mask.any()
+  example = _encode(records.Example("", "apple", ("",), "t", 0), tokenizer, render)
+  assert not example.answer_mask.any()
 
 
 def test_a_tokenizer_without_an_end_is_refused(tokenizer, render):

@@ -1,4 +1,4 @@
-"""The user's own files: three forms, and one line that names file and line of a mistake."""
+"""User data files: three forms, and one-line messages that name file and line."""
 
 import json
 import re
@@ -12,7 +12,7 @@ PLAIN = {"prompt": "2+2", "completion": "4"}
 
 
 def _write(path, *lines):
-  path.write_text("\n".join(one if isinstance(one, str) else json.dumps(one) for one in lines))
+  path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
   return path
 
 
@@ -34,9 +34,11 @@ def test_the_three_forms_are_read(tmp_path):
   _write(tmp_path / "validation.jsonl", {"instruction": "Add.", "input": "4 4", "output": "8"})
   data = pipeline.load(str(path.parent))
   assert set(data.splits) == {"train", "validation"}
-  train = sorted(data.splits["train"], key=lambda one: int(one.source.split()[-1]))
-  assert [one.source for one in train] == [f"{path} line {n}" for n in (1, 3, 4, 5, 6)]
-  assert [(one.instruction, one.prompt, one.answers, one.task) for one in train] == [
+  train = sorted(data.splits["train"], key=lambda example: int(example.source.split()[-1]))
+  assert [example.source for example in train] == [f"{path} line {n}" for n in (1, 3, 4, 5, 6)]
+  assert [
+    (example.instruction, example.prompt, example.answers, example.task) for example in train
+  ] == [
     ("", "2+2", ("4",), "train"),
     ("", "capital of France", ("Paris", "paris"), "capitals"),
     ("Add.", "1 2", ("3",), "train"),
@@ -53,7 +55,7 @@ def test_a_file_alone_gives_a_tenth_to_validation_and_keeps_questions_together(t
   rows = [{"prompt": f"q{i // 2}", "completion": str(i)} for i in range(60)]
   path = _write(tmp_path / "mine.jsonl", *rows)
   data, other = pipeline.load(str(path)), pipeline.load(str(path), seed=1)
-  prompts = {split: {one.prompt for one in rows} for split, rows in data.splits.items()}
+  prompts = {split: {example.prompt for example in rows} for split, rows in data.splits.items()}
   assert len(prompts["validation"]) == 3 and len(data.splits["validation"]) == 6
   assert not prompts["train"] & prompts["validation"] and len(data.splits["train"]) == 54
   assert data.splits["validation"] == other.splits["validation"]
@@ -71,14 +73,14 @@ def test_a_byte_order_mark_and_line_separators_inside_a_text_are_no_mistake(tmp_
   path = tmp_path / "mine.jsonl"
   content = json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False)
   path.write_bytes(b"\xef\xbb\xbf" + content.encode() + b"\r\n" + content.encode() + b"\r\n")
-  assert {one.prompt for one in pipeline.load(str(path)).splits["train"]} == {"a\u2028b"}
+  assert {example.prompt for example in pipeline.load(str(path)).splits["train"]} == {"a\u2028b"}
 
 
 @pytest.mark.parametrize(
   ("line", "message"),
   [
     ("{", "is not JSON"),
-    ('[{"prompt": "a"},', "write one object a line"),
+    ('[{"prompt": "a"},', "write one object per line"),
     ("3", "is a number, must be an object"),
     ({"prompt": "a"}, "has no field 'completion'; has: prompt"),
     ({"prompt": 3, "completion": "a"}, "'prompt' is a number, must be a text"),

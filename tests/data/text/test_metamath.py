@@ -34,7 +34,7 @@ def run(published, *more):
 
 def test_the_folder_is_read_by_the_loader_and_scored_by_the_number(published, capsys):
   assert run(published) == 0
-  assert "5 train, 50 validation, 3 test" in capsys.readouterr().out  # the long one left out
+  assert "5 train, 50 validation, 3 test" in capsys.readouterr().out  # without the long example
   data = jsonl.load(published / "out")
   assert {name: len(rows) for name, rows in data.splits.items()} == {
     "train": 5,
@@ -46,27 +46,27 @@ def test_the_folder_is_read_by_the_loader_and_scored_by_the_number(published, ca
   assert [row.prompt for row in data.splits["validation"]][:3] == [
     f"train {index}" for index in order[:3]
   ]
-  said = ["2 and 2. The answer is: 0", "#### 1", "The answer is: 7"]
-  found = scoring.accuracy(said, data.splits["test"])
-  assert found["accuracy"] == pytest.approx(2 / 3)
+  predictions = ["2 and 2. The answer is: 0", "#### 1", "The answer is: 7"]
+  scores = scoring.accuracy(predictions, data.splits["test"])
+  assert scores["accuracy"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
-  ("file", "text", "told"),
+  ("file", "text", "message"),
   [
     ("MetaMathQA-395K.json", "[", "is not JSON"),
     ("MetaMathQA-395K.json", '[{"query": "a"}]', "objects with query and response"),
     ("test.jsonl", None, "has no file test.jsonl"),
   ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(published, capsys, file, text, told):
+def test_a_mistake_is_one_line_and_exit_code_2(published, capsys, file, text, message):
   if text is None:
     (published / file).unlink()
   else:
     (published / file).write_text(text)
   assert run(published) == 2
   error = capsys.readouterr().err
-  assert told in error and error.count("\n") == 1
+  assert message in error and error.count("\n") == 1
 
 
 def test_another_file_than_the_published_one_is_refused(published, capsys):

@@ -18,15 +18,15 @@ PAGE = pathlib.Path(__file__).parents[3] / "docs" / "new_data.md"
 
 @pytest.fixture(scope="module")
 def blocks():
-  """The page's modules by name; the data set is forgotten afterwards."""
-  made = {}
+  """The page's modules by name; unregisters the data set afterwards."""
+  modules = {}
   for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
     name = re.match(r'"""(\w+)\.py', code)[1]
-    made[name] = sys.modules[name] = types.ModuleType(name)
-    exec(compile(code, f"{name}.py", "exec"), made[name].__dict__)
+    modules[name] = sys.modules[name] = types.ModuleType(name)
+    exec(compile(code, f"{name}.py", "exec"), modules[name].__dict__)
     assert len(code.splitlines()) < 60
-  yield made
-  for name in made:
+  yield modules
+  for name in modules:
     del sys.modules[name]
   del pipeline._DATA_SETS["roman"]
 

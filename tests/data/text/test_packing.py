@@ -19,13 +19,13 @@ def test_plan_uses_every_example_once_and_no_row_overflows(window):
   rows = packing.plan(lengths, 64, window)
   assert sorted(i for row in rows for i in row) == list(range(300))
   assert all(lengths[list(row)].sum() <= 64 for row in rows)
-  for row in rows:  # examples of different windows never meet
+  for row in rows:  # a row has examples of one window only
     assert len({i // window for i in row}) == 1
   if window == 1:
     assert rows == [(i,) for i in range(300)]
   elif window >= 64:
     assert packing.efficiency(lengths, rows, 64) > 0.9
-    # first-fit-decreasing is within 11/9 of the fewest rows possible, plus a part of a row a window
+    # First-fit-decreasing needs at most 11/9 of the fewest possible rows, plus one per window.
     fewest = -(-lengths.sum() // 64)
     assert len(rows) <= 11 / 9 * fewest + 1 + 300 // window
 

@@ -21,16 +21,14 @@ from qlora_jax.data.text import (
 )
 
 TASKS = instruction_induction.TASKS
-# The published files, where a checkout has them beside it.
+# The published files; optional, in a folder beside the checkout.
 PUBLISHED = pathlib.Path(__file__).parents[4] / "shared" / "data"
-needs_published = pytest.mark.skipif(
-  not PUBLISHED.is_dir(), reason="the published files are not at hand"
-)
+needs_published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs the published files")
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-  """Serves tmp_path and counts requests, in place of the published address."""
+  """A local server that serves tmp_path and records requests; replaces the published address."""
   requests = []
 
   class Handler(http.server.SimpleHTTPRequestHandler):
@@ -52,11 +50,12 @@ def test_induction_keeps_the_published_splits_and_every_answer(induction_folder,
   data = _induction(induction_folder, tmp_path / "data")
   assert data.task_names == TASKS and len(TASKS) == 24
   prompts = {
-    split: {(one.task, one.prompt) for one in examples} for split, examples in data.splits.items()
+    split: {(example.task, example.prompt) for example in examples}
+    for split, examples in data.splits.items()
   }
   assert not prompts["train"] & prompts["validation"]
   assert prompts["test"] == prompts["test_seen"]
-  # one of ten prompts is taken for validation (two of twenty, where both orders are asked)
+  # one of ten prompts is for validation (two of twenty, if both orders are asked)
   assert len(data.splits["train"]) == 23 * 9 + 18 and len(data.splits["validation"]) == 23 + 2
   assert len(data.splits["test"]) == 23 * 3 + 6
   assert all("c" in prompt or "e" in prompt for _, prompt in prompts["test"])
@@ -64,7 +63,7 @@ def test_induction_keeps_the_published_splits_and_every_answer(induction_folder,
   assert answers["translation_en-de", "time e1"] == ("Zeit", "Mal")
   assert answers["word_in_context", "Word: e0"] == ("same", "yes", "true")
   assert answers["common_concept", "e0, roses, blood"] == ("are red.", "have a colour.")
-  assert answers["rhymes", "pige0"] == ("big", "dig")  # not itself
+  assert answers["rhymes", "pige0"] == ("big", "dig")  # not the word itself
   assert answers["cause_and_effect", "Sentence 1: Cause e2. Sentence 2: Effect 2."] == (
     "Cause e2.",
   )
@@ -76,12 +75,12 @@ def test_induction_keeps_the_published_splits_and_every_answer(induction_folder,
 def test_induction_wordings_are_split_into_seen_and_heldout(induction_folder, tmp_path):
   data = _induction(induction_folder, tmp_path / "data", seed=5, tasks=["sum", "diff"])
   texts = [[data.instruction_texts[i] for i in data.seen_ids[task]] for task in ("sum", "diff")]
-  # "Do sum" and "do sum." are one wording; of the four left, one is held out
+  # "Do sum" and "do sum." are one wording; one of the remaining four is held out
   assert texts[0] == ["Do sum", "Perform sum", "Please sum"]
   assert [data.instruction_texts[i] for i in data.heldout_ids["diff"]] == ["Now diff"]
-  assert {one.instruction for one in data.splits["test"]} == {"Now sum", "Now diff"}
+  assert {example.instruction for example in data.splits["test"]} == {"Now sum", "Now diff"}
   for split in ("train", "validation", "test_seen"):
-    assert not {one.instruction for one in data.splits[split]} & {"Now sum", "Now diff"}
+    assert not {example.instruction for example in data.splits[split]} & {"Now sum", "Now diff"}
 
 
 def test_induction_choice_of_tasks_cap_and_seed(induction_folder, tmp_path):
@@ -179,15 +178,17 @@ def test_download_is_checked_and_kept(gsm8k_folder, tmp_path, monkeypatch, serve
   data = load()
   assert len(data.splits["test"]) == 4 and len(requests) == 2
   assert load() == data and len(requests) == 2  # prepared already
-  # a folder with the published content gives the same data, prepared once for both
+  # a folder with the published content shares the prepared data
   assert load(manual_folder=gsm8k_folder) == data
   shutil.rmtree(tmp_path / "data" / "gsm8k")
-  assert load() == data and len(requests) == 2  # prepared anew from the kept files
+  assert load() == data and len(requests) == 2  # prepared again from the downloaded files
 
 
 def test_download_with_another_checksum_is_refused(gsm8k_folder, tmp_path, monkeypatch, server):
   monkeypatch.setattr(gsm8k, "BASE", f"{server[0]}/gsm8k")
-  with pytest.raises(errors.UserError, match=r"train.jsonl has SHA-256 .*nothing of it is used"):
+  with pytest.raises(
+    errors.UserError, match=r"train.jsonl has SHA-256 .*the download is discarded"
+  ):
     pipeline.load("gsm8k", data_dir=tmp_path / "data")
   assert not list((tmp_path / "data").rglob("*train.jsonl*"))
   monkeypatch.setattr(gsm8k, "BASE", f"{server[0]}/elsewhere")
@@ -209,7 +210,7 @@ def test_published_gsm8k(tmp_path):
   data = pipeline.load("gsm8k", manual_folder=folder, data_dir=tmp_path)
   assert len(data.splits["train"]) + len(data.splits["validation"]) == 7473
   assert len(data.splits["test"]) == 1319
-  assert not any("<<" in one.answers[0] for split in data.splits.values() for one in split)
+  assert not any("<<" in example.answers[0] for split in data.splits.values() for example in split)
 
 
 @needs_published
@@ -228,7 +229,8 @@ def test_published_induction(tmp_path):
   for task in TASKS:
     orders = 2 if task == "cause_and_effect" else 1
     counts = {
-      split: sum(one.task == task for one in examples) for split, examples in data.splits.items()
+      split: sum(example.task == task for example in examples)
+      for split, examples in data.splits.items()
     }
     assert counts["train"] + counts["validation"] == orders * len(raw["induce"][task])
     assert counts["test"] == counts["test_seen"] == orders * len(raw["execute"][task])
@@ -237,4 +239,6 @@ def test_published_induction(tmp_path):
   seen = {data.instruction_texts[i].casefold() for ids in data.seen_ids.values() for i in ids}
   heldout = {data.instruction_texts[i].casefold() for ids in data.heldout_ids.values() for i in ids}
   assert not seen & heldout
-  assert all(one.answers and one.prompt for split in data.splits.values() for one in split)
+  assert all(
+    example.answers and example.prompt for split in data.splits.values() for example in split
+  )

@@ -1,4 +1,4 @@
-"""Exact match: what is forgiven, what is not."""
+"""Exact match: differences that count and differences that do not."""
 
 import decimal
 

@@ -32,13 +32,15 @@ def _equal(first, second):
 
 def _segments(batches):
   """Examples as tuples of tokens and last target, in order of appearance."""
-  found = []
+  segments = []
   for batch in batches:
     for row in range(len(batch.tokens)):
       for segment in range(1, batch.segment_ids[row].max() + 1):
-        at = batch.segment_ids[row] == segment
-        found.append((*batch.tokens[row, at].tolist(), int(batch.targets[row, at][-1])))
-  return found
+        in_segment = batch.segment_ids[row] == segment
+        segments.append(
+          (*batch.tokens[row, in_segment].tolist(), int(batch.targets[row, in_segment][-1]))
+        )
+  return segments
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -48,16 +50,16 @@ def test_an_epoch_holds_every_example_once_and_the_next_is_another_order(split, 
   epochs = {0: [], 1: []}
   while (epoch := iterator.get_state()["epoch"]) < 2:
     epochs[epoch].append(next(iterator))
-  expected = collections.Counter(tuple(one.tokens.tolist()) for one in split.examples)
-  found = [_segments(batches) for batches in epochs.values()]
-  assert collections.Counter(found[0]) == collections.Counter(found[1]) == expected
-  assert found[0] != found[1]
+  expected = collections.Counter(tuple(example.tokens.tolist()) for example in split.examples)
+  segments = [_segments(batches) for batches in epochs.values()]
+  assert collections.Counter(segments[0]) == collections.Counter(segments[1]) == expected
+  assert segments[0] != segments[1]
   if rows:
     assert len(epochs[0]) == rows
   else:
     assert len(epochs[0]) < 100
-    taken = sum(int((batch.segment_ids > 0).sum()) for batch in epochs[0])
-    share = taken / (len(epochs[0]) * 96)
+    used_places = sum(int((batch.segment_ids > 0).sum()) for batch in epochs[0])
+    share = used_places / (len(epochs[0]) * 96)
     assert pipeline.packing_efficiency(split, seed=1) == pytest.approx(share)
     assert share > 0.85 > 0.6 > pipeline.packing_efficiency(split, seed=1, pack=False)
 
@@ -75,7 +77,7 @@ def test_padded_order_is_the_project_order(split):
 def test_restoring_at_any_step_continues_identically(split, pack):
   dataset = pipeline.batches(split, batch_size=6, seed=2, pack=pack, window=32)
   iterator, states, seen = iter(dataset), [], []
-  for _ in range(40):  # into the second epoch, at least
+  for _ in range(40):  # at least into the second epoch
     states.append(json.loads(json.dumps(iterator.get_state())))
     seen.append(next(iterator))
   assert iterator.get_state()["epoch"] >= 1
@@ -114,8 +116,8 @@ def test_parts_of_all_processes_are_the_batch_of_one(split, pack):
     shares = [p[step][:6] for p in parts]
     joined = [np.concatenate(arrays) for arrays in zip(*shares, strict=True)]
     _equal(packing.TextBatch(*joined), batch)
-    for one in (batch, *(p[step] for p in parts)):  # all processes know the whole batch's answers
-      np.testing.assert_array_equal(one.row_answers, batch.loss_mask.sum(axis=1))
+    for part in (batch, *(p[step] for p in parts)):  # every process has the global batch's counts
+      np.testing.assert_array_equal(part.row_answers, batch.loss_mask.sum(axis=1))
 
 
 def test_seed_decides_the_order(split):
@@ -137,7 +139,7 @@ def test_state_of_other_settings_is_refused(split):
 
 def test_instruction_id_of_every_token_names_its_examples_text(split):
   data = pipeline.load("word_tasks", tasks=["plural", "sum", "sort_words"])
-  by_tokens = {tuple(one.tokens.tolist()): one.instruction_id for one in split.examples}
+  by_tokens = {tuple(example.tokens.tolist()): example.instruction_id for example in split.examples}
   for batch in _take(pipeline.batches(split, batch_size=4, seed=0), 5):
     assert 0 <= batch.instruction_id.min() <= batch.instruction_id.max() < 27
     for row in range(4):

@@ -16,17 +16,17 @@ def data():
 
 def _units(examples):
   """Words, number values and unordered pairs that occur in the inputs."""
-  found = set()
-  for one in examples:
-    if one.task in word_tasks.KINDS["pair"]:
-      found.add(tuple(sorted(map(int, one.prompt.split()))))
-    elif one.task == "words_to_number":
-      found.add(int(one.answers[0]))
-    elif one.task in word_tasks.KINDS["number"]:
-      found.add(int(one.prompt))
+  units = set()
+  for example in examples:
+    if example.task in word_tasks.KINDS["pair"]:
+      units.add(tuple(sorted(map(int, example.prompt.split()))))
+    elif example.task == "words_to_number":
+      units.add(int(example.answers[0]))
+    elif example.task in word_tasks.KINDS["number"]:
+      units.add(int(example.prompt))
     else:
-      found.update(one.prompt.split())
-  return found
+      units.update(example.prompt.split())
+  return units
 
 
 def test_no_input_of_one_split_occurs_in_another_in_any_task_or_seed():
@@ -42,7 +42,7 @@ def test_no_input_of_one_split_occurs_in_another_in_any_task_or_seed():
 def test_every_task_has_its_rows_and_no_row_twice(data, split):
   expected = word_tasks.ROWS_PER_TASK[split.removesuffix("_seen")]
   for task in word_tasks.TASKS:
-    prompts = [one.prompt for one in data.splits[split] if one.task == task]
+    prompts = [example.prompt for example in data.splits[split] if example.task == task]
     assert len(prompts) == len(set(prompts)) == expected, task
 
 
@@ -64,27 +64,27 @@ def test_seen_and_heldout_wordings_are_kept_apart(data):
     ("test_seen", data.seen_ids),
   ):
     for task in word_tasks.TASKS:
-      used = {one.paraphrase_id for one in data.splits[split] if one.task == task}
+      used = {example.paraphrase_id for example in data.splits[split] if example.task == task}
       assert used == set(ids[task])
   for examples in data.splits.values():
     assert all(data.instruction_texts[o.paraphrase_id] == o.instruction for o in examples)
 
 
 def test_exchanged_rows_keep_their_words_and_lose_their_task(data):
-  given = records.exchanged(data, seed=1)
-  for split, examples in given.splits.items():
-    own = data.splits[split]
+  exchanged = records.exchanged(data, seed=1)
+  for split, examples in exchanged.splits.items():
+    original = data.splits[split]
     assert [(o.prompt, o.answers, o.task) for o in examples] == [
-      (o.prompt, o.answers, o.task) for o in own
+      (o.prompt, o.answers, o.task) for o in original
     ]
-    assert sorted(o.paraphrase_id for o in examples) == sorted(o.paraphrase_id for o in own)
+    assert sorted(o.paraphrase_id for o in examples) == sorted(o.paraphrase_id for o in original)
     assert all(data.instruction_texts[o.paraphrase_id] == o.instruction for o in examples)
     seen = data.seen_ids if split != "test" else data.heldout_ids
     still = np.mean([o.paraphrase_id in seen[o.task] for o in examples])
     assert still < 3 / len(word_tasks.TASKS)
   other = records.exchanged(data, seed=2)
-  assert other.splits["test"] == given.splits["test"]
-  assert other.splits["train"] != given.splits["train"]
+  assert other.splits["test"] == exchanged.splits["test"]
+  assert other.splits["train"] != exchanged.splits["train"]
 
 
 def test_test_rows_are_the_same_for_every_seed_and_training_rows_are_not(data):
@@ -108,9 +108,9 @@ def test_answers_are_right(data):
     "last_word": lambda p: p.split()[-1],
     "count_words": lambda p: str(p.count(" ") + 1),
   }
-  for one in data.splits["train"]:
-    if one.task in checks:
-      assert one.answers == (checks[one.task](one.prompt),)
+  for example in data.splits["train"]:
+    if example.task in checks:
+      assert example.answers == (checks[example.task](example.prompt),)
 
 
 def test_plurals_and_number_words():
@@ -120,7 +120,7 @@ def test_plurals_and_number_words():
   numbers = {0: "zero", 13: "thirteen", 40: "forty", 99: "ninety-nine", 300: "three hundred"}
   assert {n: word_tasks.number_words(n) for n in numbers} == numbers
   data = pipeline.load("word_tasks", tasks=["number_to_words"])
-  answers = {one.prompt: one.answers for split in data.splits.values() for one in split}
+  answers = {example.prompt: example.answers for split in data.splits.values() for example in split}
   with_hundreds = next(p for p in answers if int(p) > 100 and int(p) % 100)
   assert " and " not in answers[with_hundreds][0] and " and " in answers[with_hundreds][1]
   assert len({word_tasks.number_words(n) for n in range(1000)}) == 1000
