@@ -259,22 +259,22 @@ FAULTS = (
   Fault(
     "truncation one token short",
     _D + "packing.py",
-    "tokens=one.tokens[: length + 1],\n          answer_mask=one.answer_mask[: length + 1],",
-    "tokens=one.tokens[:length],\n          answer_mask=one.answer_mask[:length],",
+    "tokens=example.tokens[: length + 1],\n          answer_mask=example.answer_mask[: length + 1],",
+    "tokens=example.tokens[:length],\n          answer_mask=example.answer_mask[:length],",
     (TRUNCATION, PACKING),
   ),
   Fault(
     "prompt_length is not clipped",
     _D + "packing.py",
-    "prompt_length=min(one.prompt_length, length + 1)",
-    "prompt_length=one.prompt_length",
+    "prompt_length=min(example.prompt_length, length + 1)",
+    "prompt_length=example.prompt_length",
     (TRUNCATION, PACKING),
   ),
   Fault(
     "a token is its own target",
     _D + "packing.py",
-    "batch.targets[b, start:end] = one.tokens[1:]",
-    "batch.targets[b, start:end] = one.tokens[:-1]",
+    "batch.targets[b, start:end] = example.tokens[1:]",
+    "batch.targets[b, start:end] = example.tokens[:-1]",
     (PACKING, PIPELINE),
   ),
   Fault(
@@ -287,8 +287,8 @@ FAULTS = (
   Fault(
     "the loss mask is one token late",
     _D + "packing.py",
-    "batch.loss_mask[b, start:end] = one.answer_mask[1:]",
-    "batch.loss_mask[b, start:end] = one.answer_mask[:-1]",
+    "batch.loss_mask[b, start:end] = example.answer_mask[1:]",
+    "batch.loss_mask[b, start:end] = example.answer_mask[:-1]",
     (PACKING, PIPELINE),
   ),
   Fault(
@@ -388,7 +388,7 @@ FAULTS = (
   Fault(
     "an adapter loads on another base",
     _W + "adapter_file.py",
-    "if expected_fingerprint is not None and theirs != expected_fingerprint:",
+    "if expected_fingerprint is not None and base_fingerprint != expected_fingerprint:",
     "if False:",
     (ADAPTER_FILE,),
   ),
