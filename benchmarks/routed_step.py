@@ -42,7 +42,7 @@ def seconds_a_run_step(adapter: adapter_config.AdapterConfig, runs: int) -> floa
 
 def main() -> None:
   argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # takes none
-  plain = adapter_config.AdapterConfig(method="lora", rank=RANK)
+  plain = adapter_config.AdapterConfig(family="lora", rank=RANK)
   print("step a run, microseconds (ratio to LoRA of the same number of runs)")
   for runs in (1, 21):
     reference = seconds_a_run_step(plain, runs)

@@ -117,7 +117,7 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path, help="CSV; points in it are not measured again")
   given = parser.parse_args()
   shape = shape_of(given.layers)
-  none = adapter_config.AdapterConfig(method="none")
+  none = adapter_config.AdapterConfig(family="none")
   drawn = decoder.Decoder(shape, none).init(
     jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method="initialise"
   )
@@ -134,14 +134,14 @@ def main() -> None:
       continue
     if rank not in plain:
       plain.clear()
-      own = adapter_config.AdapterConfig(method="lora", rank=rank)
+      own = adapter_config.AdapterConfig(family="lora", rank=rank)
       plain[rank] = Step(shape, own, base, given.rows, given.length)
     adapter = adapter_config.AdapterConfig(rank=rank, atoms=atoms, top_k=kept)
     routed = Step(shape, adapter, base, given.rows, given.length)
     measured, seconds = ratio(plain[rank], routed, given.repeats)
     lora, own = (
       flops.step(shape, each, given.rows, given.length, tokens).hardware
-      for each in (adapter_config.AdapterConfig(method="lora", rank=rank), adapter)
+      for each in (adapter_config.AdapterConfig(family="lora", rank=rank), adapter)
     )
     order = contraction.choose(adapter, len(shape.adapted))
     print(

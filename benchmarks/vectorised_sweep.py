@@ -34,7 +34,7 @@ def points_a_minute(points: int, runs_at_once: int, shared: bool = True) -> floa
   program = None
   for first in range(0, points, runs_at_once):
     if program is None or not shared:
-      adapter = adapter_config.AdapterConfig(method="lora", rank=8)
+      adapter = adapter_config.AdapterConfig(family="lora", rank=8)
       program = group.Program(mlp.MLP(SHAPE, adapter), optimizer.OptimizerConfig(steps=STEPS))
     seeds = np.arange(first, first + runs_at_once)
     states, frozen = program.init(base, seeds, np.full(runs_at_once, 1e-3))

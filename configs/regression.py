@@ -172,6 +172,6 @@ def _adapter_fields() -> ml_collections.ConfigDict:
   """Every field of `AdapterConfig` as an override; None keeps the preset's value."""
   fields = ml_collections.ConfigDict({"name": "queryable", "budget": 8192})
   for field in dataclasses.fields(adapter_config.AdapterConfig):
-    if field.name not in ("method", "map_ranks", "instruction_dim"):
+    if field.name not in ("family", "map_ranks", "instruction_dim"):
       fields[field.name] = config_dict.placeholder(type(field.default))
   return fields

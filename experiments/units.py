@@ -191,7 +191,7 @@ class Bench:
     return self._unadapted[key]
 
   def _of_base(self, config):
-    none = mlp.MLP(mlp.MLPConfig(**config.model), adapter_config.AdapterConfig(method="none"))
+    none = mlp.MLP(mlp.MLPConfig(**config.model), adapter_config.AdapterConfig(family="none"))
     program = cohort_program.program(none, optimizer_lib.OptimizerConfig())
     runs = [(config.protocol.final_seeds[0], 0.0)]
     data = self.data(config, program, {runs[0][0]: None})

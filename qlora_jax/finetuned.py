@@ -40,9 +40,11 @@ class FineTuned:
     config = families.config_from_hf(source.config, **shape)
     self.tokenizer.check_vocab(config.vocabulary)
     fields = dict(metadata["adapter"])
+    if "method" in fields:  # the name of `family` in adapters that earlier versions saved
+      fields["family"] = fields.pop("method")
     fields["map_ranks"] = tuple(tuple(pair) for pair in fields["map_ranks"])
     self.adapted = decoder.Decoder(config, adapter_config.AdapterConfig(**fields))
-    self.base = decoder.Decoder(config, adapter_config.AdapterConfig(method="none"))
+    self.base = decoder.Decoder(config, adapter_config.AdapterConfig(family="none"))
     base = hf_layout.load_base(source, config)
     self.variables: PyTree = {
       "params": jax.device_put(tree["params"]),

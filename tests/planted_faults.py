@@ -114,7 +114,7 @@ FAULTS = (
   Fault(
     "rsLoRA scaled as LoRA",
     _A + "config.py",
-    'root = "sqrt_rank" in (self.scaling, self.family.scaling)',
+    'root = "sqrt_rank" in (self.scaling, self.record.scaling)',
     'root = self.scaling == "sqrt_rank"',
     (BRANCHES, REFERENCES, PEFT),
   ),
@@ -259,7 +259,8 @@ FAULTS = (
   Fault(
     "truncation one token short",
     _D + "packing.py",
-    "tokens=example.tokens[: length + 1],\n          answer_mask=example.answer_mask[: length + 1],",
+    "tokens=example.tokens[: length + 1],\n"
+    "          answer_mask=example.answer_mask[: length + 1],",
     "tokens=example.tokens[:length],\n          answer_mask=example.answer_mask[:length],",
     (TRUNCATION, PACKING),
   ),

@@ -24,7 +24,7 @@ def test_the_setting_is_pefts():
   config = metamath.get_config()
   settings = study.resolve(config, abstract=True)
   adapter, optimizer = settings.model.adapter, settings.optimizer
-  assert (adapter.method, adapter.rank, adapter.alpha) == ("lora", 32, 64.0)
+  assert (adapter.family, adapter.rank, adapter.alpha) == ("lora", 32, 64.0)
   assert settings.model.config.adapted == ("q", "v")
   assert (optimizer.steps, optimizer.batch_size, optimizer.warmup) == (5000, 4, 0.1)
   assert (optimizer.weight_decay, optimizer.clip, config.optimizer.learning_rate) == (0.1, 1, 1e-4)

@@ -51,7 +51,7 @@ class Point:
   @property
   def adapter(self) -> adapter_config.AdapterConfig:
     if not self.atoms:
-      return adapter_config.AdapterConfig(method="lora", rank=self.rank)
+      return adapter_config.AdapterConfig(family="lora", rank=self.rank)
     return adapter_config.AdapterConfig(rank=self.rank, atoms=self.atoms, top_k=self.kept)
 
   @property

@@ -1,6 +1,6 @@
 """The settings of an adapter: one frozen, validated record that every module reads.
 
-`method` names the family, whose record is `family`. Only families that route read the fields below
+`family` names the family, whose record is `record`. Only families that route read the fields below
 `# routing`. The controls of the study are settings of these fields, not families.
 """
 
@@ -28,7 +28,7 @@ class AdapterConfig:
   """Settings of the one adapter slot. Hashable, so that a compiled step can be keyed by it.
 
   Attributes:
-    method: the family, the name of a `registry.Method`.
+    family: the name of a `registry.Method`.
     rank: R, the width of the bottleneck of every adapted map.
     map_ranks: (map name, rank) pairs that override `rank`; only for families that share nothing.
     alpha: the numerator of the scaling; 0 means alpha = rank (scaling 1 with `scaling='rank'`).
@@ -62,7 +62,7 @@ class AdapterConfig:
     contraction: order of contraction of x A C, see `contraction.py`.
   """
 
-  method: str = "queryable"
+  family: str = "queryable"
   rank: int = 8
   map_ranks: tuple[tuple[str, int], ...] = ()
   alpha: float = 0.0
@@ -94,9 +94,9 @@ class AdapterConfig:
   contraction: str = "auto"
 
   def __post_init__(self):
-    methods = [family.name for family in registry.families()]
-    if self.method not in methods:
-      _fail("method", self.method, "one of " + ", ".join(methods))
+    names = [method.name for method in registry.families()]
+    if self.family not in names:
+      _fail("family", self.family, "one of " + ", ".join(names))
     for field, choices in CHOICES.items():
       if getattr(self, field) not in choices:
         _fail(field, getattr(self, field), "one of " + ", ".join(choices))
@@ -127,32 +127,32 @@ class AdapterConfig:
         _fail(field, getattr(self, field), "a finite number of at least 0")
     if self.uses_instruction and not self.instruction_dim:
       _fail("instruction_dim", 0, "above 0 when an instruction is used")
-    if self.map_ranks and self.family.shared:
-      _fail("map_ranks", self.map_ranks, f"empty for {self.method}, whose maps share one core")
+    if self.map_ranks and self.record.shared:
+      _fail("map_ranks", self.map_ranks, f"empty for {self.family}, whose maps share one core")
     if self.uses_query:
       query_inputs = (self.query_state, self.query_bias, self.instruction_in_query)
       if not any(query_inputs) and self.summary == "none":
         _fail("query_state", False, "True: a query with no input cannot route")
 
   @property
-  def family(self) -> registry.Method:
-    """The record of the method."""
-    return registry.get(self.method)
+  def record(self) -> registry.Method:
+    """The record of the family."""
+    return registry.get(self.family)
 
   @property
   def trains_base(self) -> bool:
     """Whether the base's own weights are trained: full fine-tuning."""
-    return self.family.trains_base
+    return self.record.trains_base
 
   @property
   def routed(self) -> bool:
     """Whether the blocks share one memory and have one routed operator each."""
-    return self.family.router == "block"
+    return self.record.router == "block"
 
   @property
   def has_router(self) -> bool:
     """Whether there are routing weights, of blocks or of maps."""
-    return bool(self.family.router)
+    return bool(self.record.router)
 
   @property
   def uses_prior(self) -> bool:
@@ -179,7 +179,7 @@ class AdapterConfig:
     """alpha/R, or alpha/sqrt(R) with the scaling 'sqrt_rank' of the config or of the family."""
     rank = self.rank_of(map_name)
     alpha = self.alpha or float(rank)
-    root = "sqrt_rank" in (self.scaling, self.family.scaling)
+    root = "sqrt_rank" in (self.scaling, self.record.scaling)
     return alpha / math.sqrt(rank) if root else alpha / rank
 
 

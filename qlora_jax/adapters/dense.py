@@ -49,7 +49,7 @@ class AdaptedDense(nn.Module):
     )
     if self.use_bias:
       self.bias = self.variable("base", "bias", lambda: bias(None, (self.outputs,), dtype))
-    branch_class = self.config.family.branch
+    branch_class = self.config.record.branch
     self.branch = branch_class and branch_class(
       self.config, self.map_name, self.inputs, self.outputs, self.axes
     )

@@ -62,12 +62,12 @@ def make(
   fills_atoms = fields.get("atoms") == 0 and "rank" in fields
   if fills_atoms:
     fields["atoms"] = max(fields.get("top_k", 0), config_lib.AdapterConfig.atoms)
-  preset = {"method": registry.family_of(name).name, **registry.presets()[name].fields}
+  preset = {"family": registry.family_of(name).name, **registry.presets()[name].fields}
   adapter = config_lib.AdapterConfig(**{**preset, **fields}, instruction_dim=instruction_dim)
   if not adapter.uses_instruction:
     adapter = dataclasses.replace(adapter, instruction_dim=0)
   if fills_atoms:
     return sizing.fill(adapter, network, budget)
-  if "rank" in fields or adapter.family.branch is None:
+  if "rank" in fields or adapter.record.branch is None:
     return adapter
   return sizing.fit(adapter, network, budget, fixed_atoms="atoms" in fields)

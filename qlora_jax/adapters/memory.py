@@ -53,7 +53,7 @@ class SharedParameters(nn.Module):
 
   @nn.compact
   def __call__(self) -> Shared:
-    family = self.config.family
+    family = self.config.record
     leaves = family.shared(self.config, self.map_outputs) if family.shared else ()
     return {
       leaf.name: self.param(

@@ -20,7 +20,7 @@ class Preset:
 
   Attributes:
     name: `adapter.name` in a config.
-    fields: fields of `AdapterConfig` that it sets, besides `method`.
+    fields: fields of `AdapterConfig` that it sets, besides `family`.
     label: the name in figures and tables.
     color: a hex string; it tells the family.
     line, marker: matplotlib's; they tell the members of a family apart.
@@ -56,7 +56,7 @@ class Method:
   """A family of adapters. Letters as in `qlora_jax/typing.py`.
 
   Attributes:
-    name: `AdapterConfig.method`.
+    name: `AdapterConfig.family`.
     presets: the named configs of this family, in the order of sweeps.
     branch: subclass of `branch.Branch` that corrects one adapted map; None adapts no map.
     map_parameters: trainable parameters of one map.

@@ -41,7 +41,7 @@ def with_weights(model: nn.Module, variables: PyTree, weights: Array, *inputs, *
     errors.UserError: the adapter has no router.
   """
   if not model.adapter.has_router:
-    raise errors.UserError(f"adapter {model.adapter.method!r} has no routing weights to replace")
+    raise errors.UserError(f"adapter {model.adapter.family!r} has no routing weights to replace")
 
   def reweigh(routed, config, index, place):
     del config
@@ -61,7 +61,7 @@ def without_atoms(model: nn.Module, variables: PyTree, kept_atoms: Array, *input
     errors.UserError: the adapter routes over no shared memory.
   """
   if not model.adapter.routed:
-    raise errors.UserError(f"adapter {model.adapter.method!r} has no memory to take atoms out of")
+    raise errors.UserError(f"adapter {model.adapter.family!r} has no memory to take atoms out of")
 
   def reweigh(routed, config, index, place):
     del place

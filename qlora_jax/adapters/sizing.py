@@ -34,7 +34,7 @@ class Network:
 
 def count(adapter: config_lib.AdapterConfig, network: Network) -> int:
   """Trainable parameters of `adapter` on `network`."""
-  family = adapter.family
+  family = adapter.record
   total = network.base_parameters if family.trains_base else 0
   for name, inputs, outputs in network.maps:
     rank = adapter.rank_of(name)
@@ -75,7 +75,7 @@ def fit(
     nearest = min(candidates, key=lambda candidate: candidate[1], default=None)
     close = f"; the nearest has {count(nearest[2], network)}" if nearest else ""
     raise errors.UserError(
-      f"adapter.budget: no {adapter.method} adapter has {budget} trainable parameters within"
+      f"adapter.budget: no {adapter.family} adapter has {budget} trainable parameters within"
       f" {tolerance:.0%}{close}; set adapter.rank, or another adapter.budget"
     )
   return min(within, key=lambda candidate: candidate[:2])[2]
@@ -94,7 +94,7 @@ def fill(
     count(dataclasses.replace(adapter, atoms=atoms), network) for atoms in (least, least + 1)
   )
   if first == second:
-    raise errors.UserError(f"adapter.atoms: {adapter.method} has no atoms; give a number above 0")
+    raise errors.UserError(f"adapter.atoms: {adapter.family} has no atoms; give a number above 0")
   filled = dataclasses.replace(
     adapter, atoms=max(least, least + round((budget - first) / (second - first)))
   )

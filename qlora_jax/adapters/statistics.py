@@ -63,7 +63,7 @@ def update_norms(
     `slack`: the smallest `certified - measured` over maps. NaN if parameters or weights are not
     finite. None for families whose update does not have this form.
   """
-  if not config.family.certified:
+  if not config.record.certified:
     return None
   if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, weights))):
     return dict.fromkeys(("certified", "measured", "slack"), math.nan)  # a run that diverged

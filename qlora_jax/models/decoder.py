@@ -22,7 +22,7 @@ from qlora_jax.typing import Array, Float, typed
 
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 DTYPES = ("float32", "bfloat16")
-_NO_ADAPTER = adapter_config.AdapterConfig(method="none")
+_NO_ADAPTER = adapter_config.AdapterConfig(family="none")
 
 
 @dataclasses.dataclass(frozen=True)

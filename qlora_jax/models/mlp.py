@@ -135,7 +135,7 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, features: Array, instruction: Array | None = None) -> Prediction:
     cfg = self.config
-    frozen = adapter_config.AdapterConfig(method="none")
+    frozen = adapter_config.AdapterConfig(family="none")
     hidden, _ = dense.AdaptedDense(
       frozen, "input", cfg.inputs, cfg.width, ("features", "embed"), name="input"
     )(features, None, {})

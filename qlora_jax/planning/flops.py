@@ -84,12 +84,12 @@ def step(
 def _low_rank(shape: decoder.DecoderConfig, adapter, name: str) -> float:
   """FLOPs per token of one map's branch, forward."""
   rank = adapter.rank_of(name)
-  return float(adapter.family.map_flops(adapter, rank, *shape.map_shapes[name]))
+  return float(adapter.record.map_flops(adapter, rank, *shape.map_shapes[name]))
 
 
 def routing_forward(shape: decoder.DecoderConfig, adapter: adapter_config.AdapterConfig) -> float:
   """FLOPs per token of all blocks' routing, forward."""
-  count = adapter.family.routing_flops
+  count = adapter.record.routing_flops
   if count is None:
     return 0.0
   return float(count(adapter, shape.blocks, shape.layers_per_block, len(shape.adapted)))

@@ -31,7 +31,7 @@ def show(found: dict[str, Any], out: console.Console) -> None:
     f" {found['rows']} x {found['length']} tokens in {found['micro_batches']} part(s);"
     f" remat {found['remat']}; {found['blocks']} blocks of {found['layers_per_block']} layers;"
     f" {adapter['method']} R {adapter['rank']}"
-    + (f" M {adapter['atoms']} k {adapter['top_k']}" if adapter["method"] == "queryable" else ""),
+    + (f" M {adapter['atoms']} k {adapter['top_k']}" if adapter["family"] == "queryable" else ""),
     highlight=False,
     soft_wrap=True,
   )

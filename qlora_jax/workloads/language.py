@@ -38,7 +38,7 @@ from qlora_jax.workloads import workload as workload_lib
 
 ADAPTER = "adapter"  # folder of the result in a run's directory
 BEST = "adapter_best"  # the step with the best validation likelihood, where it was measured
-_NO_ADAPTER = adapter_config.AdapterConfig(method="none")
+_NO_ADAPTER = adapter_config.AdapterConfig(family="none")
 
 
 @functools.lru_cache(maxsize=1)  # the trials of a study share one base

@@ -27,7 +27,7 @@ from qlora_jax.workloads import workload as workload_lib
 
 ROUTING_ROWS = 1024  # rows that routing statistics are taken over
 PIECE = 100  # steps per call where nothing is evaluated between
-_NONE = adapter_config.AdapterConfig(method="none")
+_NONE = adapter_config.AdapterConfig(family="none")
 
 
 def layout(
@@ -165,7 +165,7 @@ class Resources:
     opt = optimizer.OptimizerConfig(**fields)
     instructions = np.zeros((len(task.paraphrases), 1), np.float32)
     data = feed.Feed({seed: arrays}, instructions, opt.batch_size, opt.steps)
-    network = mlp.MLP(model, adapter_config.AdapterConfig(method="full"))
+    network = mlp.MLP(model, adapter_config.AdapterConfig(family="full"))
     program = cohort_program.program(network, opt)
     states, frozen = program.init(base, np.array([0]), np.array([rate]))
     training = Training(
@@ -317,7 +317,7 @@ class Regression(Training):
           # The same inputs, with wordings of their instruction that training has seen.
           "test_known_mse": float(np.mean(np.square(on_known[index] - test.clean))),
           "base_mse": base_error,
-          "diverged": adapter.method != "none"
+          "diverged": adapter.family != "none"
           and (not np.isfinite(validation_mse) or judged > base_error),
         }
       )

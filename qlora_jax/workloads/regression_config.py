@@ -115,6 +115,6 @@ def shapes(model: mlp.MLPConfig) -> sizing.Network:
 
 def random_base(model: mlp.MLPConfig, seed: int):
   """A base network before it is trained on the source."""
-  network = mlp.MLP(model, adapter_config.AdapterConfig(method="none"))
+  network = mlp.MLP(model, adapter_config.AdapterConfig(family="none"))
   variables = network.init(jax.random.key(seed), jnp.zeros((1, model.inputs)), None)
   return nn.meta.unbox(variables)["base"]

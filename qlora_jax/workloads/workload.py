@@ -92,7 +92,7 @@ def result_row(cohort: Cohort, trial: Trial, settings: Settings) -> dict[str, An
     "stage": cohort.stage,
     "task": task_name(cohort.config),
     "method": arm_name(cohort.config),
-    "adapter": adapter.method,
+    "adapter": adapter.family,
     "seed": trial.seed,
     "learning_rate": trial.learning_rate,
     "rank": adapter.rank,

@@ -42,7 +42,7 @@ def gelu_tanh(x):
 def scaling_of(adapter, rank):
   """alpha/R, for rsLoRA alpha/sqrt(R); alpha = 0 means alpha = R."""
   alpha = adapter.alpha if adapter.alpha else rank
-  if adapter.method == "rslora" or adapter.scaling == "sqrt_rank":
+  if adapter.family == "rslora" or adapter.scaling == "sqrt_rank":
     return alpha / np.sqrt(rank)
   return alpha / rank
 
@@ -156,7 +156,7 @@ def adapted_map(adapter, name, x, base, branch, block, frozen=None):
   """One adapted map: [..., D_in] to [..., D_out]."""
   kernel = base["kernel"]
   y = x @ kernel
-  match adapter.method:
+  match adapter.family:
     case _ if branch is None:  # this map is not adapted
       pass
     case "lora" | "rslora":
@@ -234,7 +234,7 @@ def stack(adapter, params, base, frozen, hidden, instruction, blocks, layers, la
         )
 
       hidden = layer(apply, inner, hidden)
-    if adapter.history == "output" and adapter.method == "queryable":
+    if adapter.history == "output" and adapter.family == "queryable":
       name, x = anchor(slice_of(base["blocks"]["layer_0"], index), hidden)
       maps = block_params["layer_0"]
       lora_a = (maps.get(name) or maps["mlp"][name])["branch"]["lora_a"]

@@ -25,7 +25,7 @@ D_IN, D_OUT, RANK, ATOMS = 6, 7, 3, 5
 def build(name):
   """(adapted map, its random variables, x, the network's shared parameters)."""
   method = name.split(",")[0]
-  adapter = config.AdapterConfig(method=method, rank=RANK, atoms=ATOMS, alpha=5.0, **METHODS[name])
+  adapter = config.AdapterConfig(family=method, rank=RANK, atoms=ATOMS, alpha=5.0, **METHODS[name])
   module = dense.AdaptedDense(adapter, "up", D_IN, D_OUT)
   rng = np.random.default_rng(5)
   x = rng.normal(size=(4, D_IN)).astype("f")
@@ -113,7 +113,7 @@ def drawn_atoms(kind, noise=0.3):
   shared = memory.SharedParameters(adapter, (("up", 3, "mlp"),))
   params = nn.meta.unbox(shared.init(jax.random.key(0)))["params"]
   comol = config.AdapterConfig(
-    method="comol",
+    family="comol",
     rank=12,
     atoms=40,
     atom_init=kind,

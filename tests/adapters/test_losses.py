@@ -121,7 +121,7 @@ def test_share_by_group_averages_each_group_alone():
 @pytest.mark.parametrize("routed", [False, True])
 def test_update_norms_equal_the_dense_matrices(routed):
   maps, rank, width = ("up", "down"), 3, 7
-  adapter = config.AdapterConfig(method="queryable" if routed else "lora", rank=rank, alpha=6.0)
+  adapter = config.AdapterConfig(family="queryable" if routed else "lora", rank=rank, alpha=6.0)
   layer = {
     name: {
       "branch": {

@@ -74,10 +74,10 @@ def test_the_factory_builds_it_to_a_budget_that_the_real_tree_has(family, model)
 
 
 def test_its_branch_corrects_every_map(family):
-  adapter = config.AdapterConfig(method=NAME, rank=3)
+  adapter = config.AdapterConfig(family=NAME, rank=3)
   model = mlp.MLP(SHAPE, adapter)
   variables = nn.meta.unbox(model.init(jax.random.key(0), X))
-  base = mlp.MLP(SHAPE, config.AdapterConfig(method="none"))
+  base = mlp.MLP(SHAPE, config.AdapterConfig(family="none"))
   expected = base.apply({"base": variables["base"]}, X).values
   np.testing.assert_array_equal(model.apply(variables, X).values, expected)
   params = jax.tree.map(lambda leaf: leaf + 0.1, variables["params"])
@@ -109,7 +109,7 @@ def test_reports_label_it_and_list_it_after_the_built_in_methods(family):
 
 
 def test_a_plan_counts_its_flops_and_a_run_without_a_rate_has_one(family):
-  adapter = config.AdapterConfig(method=NAME, rank=3)
+  adapter = config.AdapterConfig(family=NAME, rank=3)
   work = flops.step(DECODER, adapter, rows=2, length=7, answers=5)
   widths = sum(sum(DECODER.map_shapes[name]) for name in DECODER.adapted)
   per_token = DECODER.layers * (2 * 3 * widths + len(DECODER.adapted) * 3)
@@ -125,7 +125,7 @@ def test_a_name_is_registered_once_and_forgotten_by_unregister(family):
     with pytest.raises(errors.UserError, match=f"{NAME!r} is unknown"):
       factory.check_name(NAME)
     with pytest.raises(errors.UserError, match=r"adapter\.method"):
-      config.AdapterConfig(method=NAME)
+      config.AdapterConfig(family=NAME)
   finally:
     registry.register(family)
 

@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 RANK, ALPHA, EXPERTS = 3, 5, 4
 SHAPE = mlp.MLPConfig(inputs=5, width=8, hidden=10, layers=2, layers_per_block=1)
 ADAPTERS = {
-  name: config.AdapterConfig(method=name, rank=RANK, alpha=float(ALPHA), atoms=EXPERTS)
+  name: config.AdapterConfig(family=name, rank=RANK, alpha=float(ALPHA), atoms=EXPERTS)
   for name in ("lora", "rslora", "dora", "lily")
 }
 OPTIMIZER = optimizer.OptimizerConfig(

@@ -215,7 +215,7 @@ def test_edge_shapes_work(layers, per_block, atoms, top_k):
   [
     ({"top_k": 9, "atoms": 4}, "adapter.top_k"),
     ({"rank": 0}, "adapter.rank"),
-    ({"method": "nope"}, "adapter.method"),
+    ({"family": "nope"}, "adapter.family"),
     ({"prior_weight": 1.0}, "adapter.instruction_dim"),
   ],
 )

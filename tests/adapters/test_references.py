@@ -20,12 +20,12 @@ E = 4
 COMMON = {"rank": 3, "atoms": 5, "alpha": 5.0, "query_dim": 6, "instruction_dim": E}
 PRIOR = {"prior_weight": 0.7, "prior_temperature": 0.6}
 FAMILIES = {
-  "lora": {"method": "lora"},
-  "rslora": {"method": "rslora"},
-  "dora": {"method": "dora"},
-  "lora_xs": {"method": "lora_xs"},
-  "comol": {"method": "comol"},
-  "lily": {"method": "lily"},
+  "lora": {"family": "lora"},
+  "rslora": {"family": "rslora"},
+  "dora": {"family": "dora"},
+  "lora_xs": {"family": "lora_xs"},
+  "comol": {"family": "comol"},
+  "lily": {"family": "lily"},
   "queryable": {},
   "top-k": {"top_k": 2},
   "uniform": {"top_k": 2, "weights": "equal"},
@@ -41,11 +41,11 @@ FAMILIES = {
 }
 # Fields that only the MLP, which compiles faster, is run with.
 DETAILS = {
-  "lora, input": {"method": "lora", "instruction_in_input": True},
-  "lora, alpha = R": {"method": "lora", "alpha": 0.0},
-  "lora, ranks per map": {"method": "lora", "map_ranks": (("down", 4),)},
-  "comol, top-k": {"method": "comol", "top_k": 2},
-  "lily, top-k": {"method": "lily", "top_k": 2},
+  "lora, input": {"family": "lora", "instruction_in_input": True},
+  "lora, alpha = R": {"family": "lora", "alpha": 0.0},
+  "lora, ranks per map": {"family": "lora", "map_ranks": (("down", 4),)},
+  "comol, top-k": {"family": "comol", "top_k": 2},
+  "lily, top-k": {"family": "lily", "top_k": 2},
   "sqrt_rank": {"scaling": "sqrt_rank"},
   "uniform over all": {"weights": "equal"},
   "temperature": {"temperature": 2.5, "top_k": 3},

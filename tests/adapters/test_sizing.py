@@ -23,7 +23,7 @@ SIZED = [name for name in factory.names() if registry.family_of(name).branch is 
 @pytest.mark.parametrize(
   ("field", "value"),
   [
-    ("method", "lorra"),
+    ("family", "lorra"),
     ("scaling", "log"),
     ("routing", "hash"),
     ("weights", "hard"),
@@ -61,7 +61,7 @@ def test_an_invalid_field_is_one_line_that_names_it(field, value):
     ({"prior_weight": 1.0}, "instruction_dim"),
     ({"instruction_in_query": True}, "instruction_dim"),
     ({"map_ranks": (("up", 4),)}, "map_ranks"),
-    ({"method": "lora", "map_ranks": (("up", 0),)}, "map_ranks[up]"),
+    ({"family": "lora", "map_ranks": (("up", 0),)}, "map_ranks[up]"),
     ({"query_state": False, "query_bias": False, "summary": "none"}, "query_state"),
     ({"memory": "map"}, "memory"),
   ],
@@ -78,8 +78,8 @@ def test_fields_that_contradict_each_other_are_refused(fields, named):
     ({"rank": 4}, 1.0),
     ({"rank": 4, "alpha": 8.0}, 2.0),
     ({"rank": 4, "alpha": 8.0, "scaling": "sqrt_rank"}, 4.0),
-    ({"rank": 4, "alpha": 8.0, "method": "rslora"}, 4.0),
-    ({"rank": 4, "alpha": 8.0, "method": "lora", "map_ranks": (("up", 8),)}, 1.0),
+    ({"rank": 4, "alpha": 8.0, "family": "rslora"}, 4.0),
+    ({"rank": 4, "alpha": 8.0, "family": "lora", "map_ranks": (("up", 8),)}, 1.0),
   ],
 )
 def test_scaling_is_alpha_over_rank_or_its_root(fields, expected):

@@ -33,7 +33,7 @@ def test_cells_have_one_size_and_read_what_they_say():
     assert adapter.uses_instruction == (instruction not in ("none", "input"))
     assert own.instruction.in_prompt == (instruction == "input")
     assert own.instruction.exchanged == (truth == "shuffled")
-    by_token = adapter.method == "queryable" and adapter.routing != "static" and adapter.query_state
+    by_token = adapter.family == "queryable" and adapter.routing != "static" and adapter.query_state
     assert by_token == (routing in ("on", "uniform"))
 
 

@@ -73,7 +73,7 @@ def test_a_study_goes_on_where_it_stopped_and_draws(tiny, monkeypatch, tmp_path,
   monkeypatch.setattr(points, "grid", lambda: small)
   monkeypatch.setattr(compiled, "CHOSEN", (points.TARGET,))
   study.main([f"--results={tmp_path}", "--compile", "--limit=1"])
-  assert len(asked) == 1 and asked[0].model.adapter.method == "lora"
+  assert len(asked) == 1 and asked[0].model.adapter.family == "lora"
   study.main([f"--results={tmp_path}", "--compile"])
   study.main([f"--results={tmp_path}", "--compile"])
   assert len(asked) == 2 and asked[1].model.adapter.atoms == 64

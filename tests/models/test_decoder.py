@@ -26,10 +26,10 @@ CONFIG = decoder.DecoderConfig(
 )
 E = 6
 ADAPTERS = {
-  "lora": {"method": "lora"},
-  "dora": {"method": "dora"},
-  "lily": {"method": "lily", "atoms": 3},
-  "comol": {"method": "comol", "atoms": 3},
+  "lora": {"family": "lora"},
+  "dora": {"family": "dora"},
+  "lily": {"family": "lily", "atoms": 3},
+  "comol": {"family": "comol", "atoms": 3},
   "queryable": {},
   "queryable, output history": {"history": "output"},
   "queryable, top-k": {"top_k": 2},
@@ -163,7 +163,7 @@ def test_the_adapted_model_starts_as_its_base(name):
     fresh["params"],
     is_leaf=lambda x: hasattr(x, "names"),
   )
-  frozen = decoder.Decoder(CONFIG, adapter_config.AdapterConfig(method="none"))
+  frozen = decoder.Decoder(CONFIG, adapter_config.AdapterConfig(family="none"))
   expected, _ = frozen.apply({"base": variables["base"]}, TOKENS, method="score")
   start, _ = model.apply(
     {**variables, "params": params}, TOKENS, instruction=instruction_of(model), method="score"
@@ -177,7 +177,7 @@ def test_the_adapted_model_starts_as_its_base(name):
 @pytest.mark.parametrize("method", ["lora", "queryable", "lily"])
 def test_parameters_are_those_of_the_formula_on_any_subset_of_maps(adapted, method):
   config = dataclasses.replace(CONFIG, adapted=adapted)
-  adapter = adapter_config.AdapterConfig(method=method, rank=4, atoms=5)
+  adapter = adapter_config.AdapterConfig(family=method, rank=4, atoms=5)
   params = decoder.abstract(config, adapter)["params"]
   counted = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert counted == sizing.count(adapter, config.network())

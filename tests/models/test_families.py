@@ -84,7 +84,7 @@ def family(request, tmp_path_factory):
 
 
 def logits_of(config, base, tokens, **options):
-  model = decoder.Decoder(config, adapter_config.AdapterConfig(method="none"))
+  model = decoder.Decoder(config, adapter_config.AdapterConfig(family="none"))
   scores, _ = model.apply({"base": base}, np.asarray(tokens, np.int32), method="score", **options)
   return np.asarray(scores)
 
@@ -101,7 +101,7 @@ def test_logits_equal_those_of_transformers(family):
 
 def test_64_greedy_tokens_equal_those_of_transformers(family):
   model, config, base = family
-  decoded = decoder.Decoder(config, adapter_config.AdapterConfig(method="none"))
+  decoded = decoder.Decoder(config, adapter_config.AdapterConfig(family="none"))
   sampling = generation.SamplingConfig(max_tokens=64)
   actual = generation.generate(decoded, {"base": base}, PROMPTS, sampling=sampling)
   model.generation_config.eos_token_id = None

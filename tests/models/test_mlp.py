@@ -64,7 +64,7 @@ def shapes(tree):
 @pytest.mark.parametrize(
   ("adapter", "expected"),
   [
-    (config.AdapterConfig(method="lora", rank=3), low_rank(3)),
+    (config.AdapterConfig(family="lora", rank=3), low_rank(3)),
     (
       config.AdapterConfig(rank=3, atoms=5, query_dim=6, prior_weight=1.0, instruction_dim=4),
       low_rank(3) | QUERYABLE,
@@ -85,7 +85,7 @@ def test_the_parameter_tree_is_exactly_this(adapter, expected):
 def test_frozen_factors_are_a_collection_of_their_own():
   from flax import linen as nn
 
-  _, variables, _, _ = initialised(config.AdapterConfig(method="lora_xs", rank=3))
+  _, variables, _, _ = initialised(config.AdapterConfig(family="lora_xs", rank=3))
   variables = nn.meta.unbox(variables)
   assert set(variables) == {"base", "params", "frozen"}
   assert shapes(variables["frozen"]) == low_rank(3)
@@ -124,7 +124,7 @@ def test_a_shape_that_cannot_be_is_refused_by_field(field, value, said):
 @pytest.mark.parametrize("per_block", [1, 2, 4])
 def test_a_base_in_larger_blocks_is_the_same_function(per_block):
   x = np.random.default_rng(0).normal(size=(3, 5)).astype("f")
-  none = config.AdapterConfig(method="none")
+  none = config.AdapterConfig(family="none")
 
   def network(layers_per_block):
     return mlp.MLP(mlp.dataclasses.replace(SHAPE, layers_per_block=layers_per_block), none)

@@ -42,7 +42,7 @@ MESHES = {
   "atoms": {"fsdp": 4, "tensor": 2, "rules": (*mesh_lib.DEFAULT_RULES, ("atoms", "tensor"))},
 }
 ADAPTERS = {
-  "lora": {"method": "lora", "rank": 4},
+  "lora": {"family": "lora", "rank": 4},
   "queryable": {"rank": 4, "atoms": 8, "top_k": 2, "query_dim": 8, "load_balance_weight": 0.01},
 }
 OPTIMIZER = optimizer_lib.OptimizerConfig(steps=4, batch_size=16, warmup=0.25)

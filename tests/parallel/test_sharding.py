@@ -23,7 +23,7 @@ CONFIG = decoder.DecoderConfig(
 
 
 def specs(method, rules=mesh_lib.DEFAULT_RULES, **fields):
-  adapter = adapter_config.AdapterConfig(method=method, rank=4, atoms=8, **fields)
+  adapter = adapter_config.AdapterConfig(family=method, rank=4, atoms=8, **fields)
   found = sharding.tree(MESH, rules, decoder.abstract(CONFIG, adapter))
   return jax.tree.map(lambda own: own.spec, found)
 

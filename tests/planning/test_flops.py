@@ -39,8 +39,8 @@ def counted(adapter, **changes):
 def test_a_forward_pass_is_what_the_compiler_counts(monkeypatch):
   # A CPU applies C in wide products that are mostly zeros (`functional.apply_operator`).
   monkeypatch.setattr(functional, "_apply_expanded", functional._apply_batched)
-  tokens, none = ROWS * LENGTH, adapter_config.AdapterConfig(method="none")
-  lora = adapter_config.AdapterConfig(method="lora", rank=16)
+  tokens, none = ROWS * LENGTH, adapter_config.AdapterConfig(family="none")
+  lora = adapter_config.AdapterConfig(family="lora", rank=16)
   routed = adapter_config.AdapterConfig(rank=16, atoms=64, query_dim=16)
   base = counted(none)
   work = flops.step(TINY, none, ROWS, LENGTH, tokens)
@@ -58,8 +58,8 @@ def test_llama3_70b_costs_what_six_and_four_flops_a_parameter_say():
   shape = families.config_from_hf(architectures.config("llama3-70b"), remat="full")
   tokens = 4096
   parameters = 70_553_706_496 - 2 * shape.vocabulary * shape.width - 161 * shape.width
-  work = flops.step(shape, adapter_config.AdapterConfig(method="lora", rank=16), 1, tokens, tokens)
-  full = flops.step(shape, adapter_config.AdapterConfig(method="full"), 1, tokens, tokens)
+  work = flops.step(shape, adapter_config.AdapterConfig(family="lora", rank=16), 1, tokens, tokens)
+  full = flops.step(shape, adapter_config.AdapterConfig(family="full"), 1, tokens, tokens)
   assert work.base == pytest.approx(4 * parameters * tokens, rel=1e-6)
   assert full.base == pytest.approx(6 * parameters * tokens, rel=1e-6)
   factors = 16 * 80 * sum(sum(widths) for widths in shape.map_shapes.values())

@@ -162,7 +162,7 @@ def llama_405b(monkeypatch):
   shape = families.config_from_hf(
     architectures.config("llama3-405b"), base_dtype="bfloat16", dtype="bfloat16", remat="full"
   )
-  model = decoder.Decoder(shape, adapter_config.AdapterConfig(method="lora", rank=16))
+  model = decoder.Decoder(shape, adapter_config.AdapterConfig(family="lora", rank=16))
   rows = optimizer.OptimizerConfig(batch_size=64)
   job = program.Job(model, rows, mesh_lib.MeshConfig(fsdp=4), 4096)
   monkeypatch.setattr(plan, "job_of", lambda config, topology: job)

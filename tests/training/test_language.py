@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from qlora_jax.data.text import pipeline
 from qlora_jax.models import generation
 from qlora_jax.training import loop, progress, stop
 from qlora_jax.training import step as step_lib
+from qlora_jax.weights import adapter_file
 from qlora_jax.workloads import language, language_evaluation, language_step, routing_gain, workload
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -181,6 +183,18 @@ def test_a_saved_adapter_says_what_the_run_said(whole):
     assert "".join(pieces) == expected
   off = "".join(loaded.stream(examples[0].prompt, "", sampling, adapter_on=False))
   assert off not in said
+
+
+def test_an_adapter_of_an_earlier_version_names_its_family_method(whole, tmp_path):
+  run, _ = whole
+  folder = tmp_path / "adapter"
+  shutil.copytree(run.directory / "adapter", folder)
+  path = folder / adapter_file.DESCRIPTION
+  description = json.loads(path.read_text())
+  fields = description["metadata"]["adapter"]
+  fields["method"] = fields.pop("family")
+  path.write_text(json.dumps(description))
+  assert finetuned.FineTuned(folder).adapted.adapter == run.model.adapter
 
 
 def test_an_adapter_is_refused_on_another_base(whole, other_llama):

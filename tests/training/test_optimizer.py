@@ -25,7 +25,7 @@ ADAPTERS = {
   "recurrent": {"summary": "recurrent"},
   "static": {"routing": "static", "summary": "none"},
   "memory per map": {"operator": "map", "memory": "map"},
-  **{name: {"method": name} for name in ("lora", "dora", "lora_xs", "comol", "lily")},
+  **{name: {"family": name} for name in ("lora", "dora", "lora_xs", "comol", "lily")},
 }
 FACTORS = {
   "instruction_input",
@@ -92,7 +92,7 @@ def test_full_fine_tuning_decays_matrices_and_no_scales_or_biases():
     qkv_bias=True,
     learned_positions=9,
   )
-  base = decoder.abstract(model, config.AdapterConfig(method="full"))["base"]
+  base = decoder.abstract(model, config.AdapterConfig(family="full"))["base"]
   marks = optimizer.decayed({"base": nn.meta.unbox(base)})
   names = {(path[-1].key, mark) for path, mark in jax.tree_util.tree_flatten_with_path(marks)[0]}
   assert names == {
