@@ -91,7 +91,7 @@ def test_the_regression_workload_trains_it(family, tmp_path, shared_data):
   run.optimizer.steps, run.pretrain.steps, run.eval.every = 40, 60, 10
   run.adapter.name, run.adapter.budget = NAME, 1056
   cohort = workload.Cohort(run.lock(), "search", (workload.Trial(0, 1e-2),))
-  with progress.Display(total_points=1, plain=True) as display:
+  with progress.Display(total_trials=1, plain=True) as display:
     resources = regression.Resources(tmp_path, display)
     directory = study.directory_of(tmp_path, cohort)
     training = resources.open(cohort, directory)
