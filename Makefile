@@ -56,8 +56,8 @@ study: setup
 	$(BIN)/python launch.py --config=configs/bases.py --workdir=runs/bases --sweep
 	$(BIN)/python launch.py --config=configs/noise.py --workdir=runs/noise --sweep
 	$(BIN)/python launch.py --config=configs/regression.py:stability --workdir=runs/stability --sweep
-	$(BIN)/python -m experiments.depth --workdir=runs/depth --results=runs/depth/tables
-	$(BIN)/python -m experiments.stream --workdir=runs/stream --results=runs/stream/tables
+	$(BIN)/python -m experiments depth --workdir=runs/depth --results=runs/depth/tables
+	$(BIN)/python -m experiments stream --workdir=runs/stream --results=runs/stream/tables
 
 study-language: setup-llm
 	$(BIN)/python launch.py --config=configs/llm.py:induction --workdir=runs/induction --sweep
@@ -74,7 +74,7 @@ study-small: setup
 	$(BIN)/python launch.py --config=configs/noise.py:runlocal --workdir=runs/small/noise --sweep
 
 figures: setup
-	$(BIN)/python -m experiments.questions
+	$(BIN)/python -m experiments figures
 
 test: setup-dev setup-tpu lint
 	QLORA_JAX_TYPECHECK=1 $(BIN)/python -m pytest -n 2

@@ -8,7 +8,7 @@ the size of a block has room to vary, the budget is 16,384.
   python launch.py --config=configs/ablations.py:runlocal --workdir=runs/local-ablations --sweep
   python launch.py --config=configs/ablations.py --workdir=runs/ablations --sweep
 
-935 runs; the first 177 took 310 s of CPU time. `python -m experiments.ablations` makes tables and
+935 runs; the first 177 took 310 s of CPU time. `python -m experiments ablations` makes tables and
 figure. Token against example routing is not here: an example of regression is one token.
 """
 

@@ -1,11 +1,11 @@
 """Does the shared memory share structure across depth, and can a trained one be used again?
 
 Trains the networks whose routing is looked at, takes atoms out of them, and moves their memory to
-other tasks; `experiments/depth/README.md` says how. Units of work of 20 to 60 CPU
+other tasks; `docs/studies/depth.md` says how. Units of work of 20 to 60 CPU
 seconds; resumable.
 
-  python -m experiments.depth --workdir=runs/depth
-  python -m experiments.depth --config=configs/depth.py:runlocal --workdir=runs/depth-local
+  python -m experiments depth --workdir=runs/depth
+  python -m experiments depth --config=configs/depth.py:runlocal --workdir=runs/depth-local
 """
 
 import ml_collections

@@ -8,7 +8,7 @@ only the instruction tells antonym, plural and first letter apart. Every cell is
   python launch.py --config=configs/factorial_language.py --workdir=runs/factorial-language --sweep
 
 A reduced grid, for two cores: three learning rates on one search seed, chosen by the likelihood of
-validation answers, then three fresh seeds; 40 steps. `python -m experiments.factorial_language`
+validation answers, then three fresh seeds; 40 steps. `python -m experiments factorial_language`
 makes tables and figure.
 """
 

@@ -1,11 +1,11 @@
-"""What experiments share: units that are made once, parts of tasks, and the choice of a rate."""
+"""Resumable units of work, parts of tasks, and the choice of a rate."""
 
 import numpy as np
 import pytest
 
 from configs import depth, stream
-from experiments import command, units
-from qlora_jax import errors, sweeps
+from experiments import resumable_training as resumable
+from qlora_jax import sweeps
 from qlora_jax.data import functions, pipeline
 from qlora_jax.studies import study
 from qlora_jax.workloads import regression_config as settings
@@ -18,10 +18,10 @@ def test_a_unit_is_made_once_and_the_limit_leaves_the_rest(tmp_path, capsys):
   def unit(name):
     return lambda: made.append(name) or {"value": [name]}
 
-  first = units.Bench(config, tmp_path, 3, limit=1)
+  first = resumable.Bench(config, tmp_path, 3, limit=1)
   assert first.once("a → b", unit("a")) == {"value": ["a"]}
   assert first.once("c", unit("c")) == {}
-  again = units.Bench(config, tmp_path, 3)
+  again = resumable.Bench(config, tmp_path, 3)
   assert [again.once(name, unit(name)) for name in ("a → b", "c")] == [
     {"value": ["a"]},
     {"value": ["c"]},
@@ -40,7 +40,7 @@ def test_the_rate_is_chosen_on_validation_and_trained_on_fresh_seeds():
       for seed, rate in runs
     ]
 
-  rows = units.search_and_final(config, (0.01, 0.02, 0.1), train)
+  rows = resumable.search_and_final(config, (0.01, 0.02, 0.1), train)
   assert asked[1] == ((100, 0.02), (101, 0.02))
   assert [row["stage"] for row in rows] == ["search"] * 3 + ["final"] * 2
 
@@ -51,21 +51,21 @@ def test_octants_are_the_regions_but_for_rows_at_their_border():
   features = ((x - x.mean(axis=0)) / x.std(axis=0)).astype("f")
   zeros = np.zeros(4096, np.int32)
   arrays = pipeline.Arrays(features, *np.zeros((2, 4096), "f"), zeros, zeros)
-  assert np.mean(units.parts("regimes", arrays) == functions.region(x)) > 0.97
-  assert len(units.part_names("regimes")) == functions.NUM_REGIONS
-  np.testing.assert_array_equal(units.parts("multi_target", arrays), zeros)
+  assert np.mean(resumable.parts("regimes", arrays) == functions.region(x)) > 0.97
+  assert len(resumable.part_names("regimes")) == functions.NUM_REGIONS
+  np.testing.assert_array_equal(resumable.parts("multi_target", arrays), zeros)
 
 
 def test_means_by_part():
   own = np.array([0, 1, 2, 3, 4, 5, 5])
-  found = units.by_part(np.arange(7.0), own, "multi_target")
+  found = resumable.by_part(np.arange(7.0), own, "multi_target")
   np.testing.assert_allclose(found, [0, 1, 2, 3, 4, 5.5])
 
 
 def test_runs_of_one_seed_share_its_rows():
   runs = ((7, 0.1), (3, 0.1), (7, 0.2))
-  assert units.seeds_of(runs) == (3, 7)
-  np.testing.assert_array_equal(units.seed_rows(runs), [1, 0, 1])
+  assert resumable.seeds_of(runs) == (3, 7)
+  np.testing.assert_array_equal(resumable.seed_rows(runs), [1, 0, 1])
 
 
 @pytest.mark.parametrize("module", [depth, stream])
@@ -76,10 +76,3 @@ def test_every_point_of_the_configs_resolves(module, variant):
   assert {len(rates) for _, rates in expanded} == {2 if variant else 7}
   for own, _ in expanded:
     settings.resolve(own)
-
-
-def test_mistakes_are_told_in_one_line():
-  with pytest.raises(errors.UserError, match="is no file"):
-    command.load("configs/missing.py")
-  with pytest.raises(errors.UserError, match="unknown variant"):
-    command.load("configs/depth.py:large")

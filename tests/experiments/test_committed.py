@@ -1,4 +1,4 @@
-"""What is kept of a study: whole, in parts, and without the machine's paths."""
+"""Committed results of a study: whole, from parts, and without the machine's paths."""
 
 import json
 import pathlib
@@ -6,7 +6,8 @@ import pathlib
 import pandas as pd
 import pytest
 
-from experiments import command, kept
+from experiments import __main__ as command
+from experiments import committed
 from qlora_jax import errors
 
 
@@ -34,8 +35,8 @@ def part(folder, methods, commit="aaa", steps=40, stage="final"):
 def test_parts_are_joined_in_order(tmp_path):
   parts = [part(tmp_path / "a", ["lora", "static"]), part(tmp_path / "b", ["routed"], "bbb")]
   target = tmp_path / "kept"
-  kept.main([*(f"--from={each}" for each in parts), f"--results={target}"])
-  assert list(kept.read(target)["method"].unique()) == ["lora", "static", "routed"]
+  assert command.main(["keep", *(f"--from={each}" for each in parts), f"--results={target}"]) == 0
+  assert list(committed.Results(target).rows["method"].unique()) == ["lora", "static", "routed"]
   assert len(pd.read_parquet(target / "curves.parquet")) == 3
   text = (target / "study.json").read_text()
   study = json.loads(text)
@@ -46,9 +47,9 @@ def test_parts_are_joined_in_order(tmp_path):
 
 def test_a_kept_study_can_be_a_part_and_the_target(tmp_path):
   target = tmp_path / "kept"
-  kept.keep(part(tmp_path / "a", ["lora"]), target)
-  kept.keep([target, part(tmp_path / "b", ["routed"])], target)
-  assert list(kept.read(target)["method"].unique()) == ["lora", "routed"]
+  committed.keep(part(tmp_path / "a", ["lora"]), target)
+  committed.keep([target, part(tmp_path / "b", ["routed"])], target)
+  assert list(committed.Results(target).rows["method"].unique()) == ["lora", "routed"]
   assert not (target / "curves.parquet").exists()
 
 
@@ -63,13 +64,12 @@ def test_a_kept_study_can_be_a_part_and_the_target(tmp_path):
 def test_parts_that_do_not_belong_together(tmp_path, second, words):
   parts = [part(tmp_path / "a", ["lora"]), part(tmp_path / "b", **second)]
   with pytest.raises(errors.UserError, match=words):
-    kept.keep(parts, tmp_path / "kept")
+    committed.keep(parts, tmp_path / "kept")
   assert not (tmp_path / "kept").exists()
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_results_are_named(tmp_path, capsys):
   with pytest.raises(errors.UserError, match="nowhere has no results"):
-    kept.keep(pathlib.Path(tmp_path / "nowhere"), tmp_path / "kept")
-  with pytest.raises(errors.UserError, match="--from and --results"):
-    kept.main([f"--from={tmp_path}"])
-  assert command.of_sweep("kept", "about", None).parse_args([]).parts is None
+    committed.keep(pathlib.Path(tmp_path / "nowhere"), tmp_path / "kept")
+  assert command.main(["keep", f"--from={tmp_path}"]) == 2
+  assert "--from and --results" in capsys.readouterr().err
