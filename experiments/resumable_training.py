@@ -1,8 +1,8 @@
 """Training in resumable units of work, on parts of tasks and from given weights.
 
 It is for studies that `launch.py --sweep` cannot train. A unit of work is a named function whose
-result JSON can hold. `Bench.once` runs it once per work directory, so that a stopped study continues
-at the first missing unit.
+result JSON can hold. `Bench.once` runs it once per work directory, so that a stopped study
+continues at the first missing unit.
 """
 
 import functools
