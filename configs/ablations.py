@@ -1,4 +1,4 @@
-"""The routing taken apart: one thing at a time is changed in Queryable LoRA.
+"""Ablations of the routing: one thing at a time is changed in Queryable LoRA.
 
 On `regimes` the default is plain Queryable LoRA at rank 7, on `multi_target` it has the instruction
 as prior and in the query, at rank 6; both have 8,192 parameters (2 %). The atoms fill that budget

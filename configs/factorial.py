@@ -1,4 +1,4 @@
-"""What the instruction gives and what the routing gives, told apart on targets that only it tells.
+"""Effects of the instruction and of the weights, on targets that only the instruction separates.
 
 The task is `multi_target`: six targets over the same inputs. Every cell is an adapter of 8,192
 parameters (2 %) at rank 6; the atoms fill the budget, so that cells differ in their number alone.

@@ -1,7 +1,7 @@
 """The factorial of instruction and routing on a language model; that on regression: factorial.py.
 
 SmolLM2-135M-Instruct on three tasks of instruction-induction whose inputs are single words, so that
-only the instruction tells antonym, plural and first letter apart. Every cell is an adapter of
+only the instruction separates antonym, plural and first letter. Every cell is an adapter of
 2,450,000 parameters (2 %) on all seven maps.
 
   python launch.py --config=configs/factorial_language.py:runlocal --workdir=runs/local --sweep

@@ -1,6 +1,6 @@
 """Comparisons of arms over the final seeds, and how tables write their numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -76,7 +76,12 @@ def typographic(text: str) -> str:
   return text.replace("-", "−")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table in Markdown."""
-  rule = ["---"] * len(header)
-  return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]) + "\n"
+def markdown(header: str | Sequence[str], rows: Iterable[str | Sequence[str]]) -> str:
+  """A table in Markdown.
+
+  Args:
+    header: the cells, or a string with ` | ` between them; rows: likewise.
+  """
+  lines = [row if isinstance(row, str) else " | ".join(row) for row in (header, *rows)]
+  rule = " | ".join(["---"] * (1 + lines[0].count(" | ")))
+  return "".join(f"| {line} |\n" for line in (lines[0], rule, *lines[1:]))

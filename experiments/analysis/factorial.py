@@ -113,7 +113,7 @@ def cells(rows: pd.DataFrame, domain: Domain) -> pd.DataFrame:
   )
 
 
-def contrasts(cells: Container[tuple]) -> list[tuple[str, str, str, dict]]:
+def contrasts(known: Container[tuple]) -> list[tuple[str, str, str, dict]]:
   """(family, truth, name, {cell: weight}) of every effect whose cells exist."""
   effects = []
 
@@ -121,83 +121,54 @@ def contrasts(cells: Container[tuple]) -> list[tuple[str, str, str, dict]]:
     weights: dict[tuple, float] = {}
     for weight, cell in terms:
       weights[cell] = weights.get(cell, 0.0) + weight
-    if all(cell in cells for cell in weights):
+    if all(cell in known for cell in weights):
       effects.append((family, truth, name, weights))
 
   def mean(weight, these):
     these = list(these)
     return [(weight / len(these), cell) for cell in these]
 
+  def signed(signs, *cells):
+    return [(1 if sign == "+" else -1, cell) for sign, cell in zip(signs, cells, strict=True)]
+
   given = [way for way in INSTRUCTIONS if way != "none"]
   for truth in TRUTHS:
+
+    def at(way, routing, truth=truth):
+      return (way, routing, truth)
+
     for way in given:
       routings = PAIRED if way in ("query", "prior+query") else ROUTINGS[:3]
-      add(
-        "instruction",
-        truth,
-        f"{way} − none",
-        *mean(1, ((way, r, truth) for r in routings)),
-        *mean(-1, (("none", r, truth) for r in routings)),
-      )
+      with_way = mean(1, (at(way, routing) for routing in routings))
+      without = mean(-1, (at("none", routing) for routing in routings))
+      add("instruction", truth, f"{way} − none", *with_way, *without)
     ways = ("none", "input", "prior", "kl")  # for which every routing exists
     for other in ROUTINGS[1:3]:
-      add(
-        "routing",
-        truth,
-        f"on − {other}",
-        *mean(1, ((way, "on", truth) for way in ways)),
-        *mean(-1, ((way, other, truth) for way in ways)),
-      )
+      with_on = mean(1, (at(way, "on") for way in ways))
+      without = mean(-1, (at(way, other) for way in ways))
+      add("routing", truth, f"on − {other}", *with_on, *without)
     for way in given:
       for other in ROUTINGS[1:3]:
-        add(
-          "interaction",
-          truth,
-          f"({way} − none) × (on − {other})",
-          (1, (way, "on", truth)),
-          (-1, ("none", "on", truth)),
-          (-1, (way, other, truth)),
-          (1, ("none", other, truth)),
-        )
+        name = f"({way} − none) × (on − {other})"
+        cells = at(way, "on"), at("none", "on"), at(way, other), at("none", other)
+        add("interaction", truth, name, *signed("+--+", *cells))
     for way in given:
-      add(
-        "with routing on",
-        truth,
-        f"{way} − none, routing on",
-        (1, (way, "on", truth)),
-        (-1, ("none", "on", truth)),
-      )
+      cells = at(way, "on"), at("none", "on")
+      add("with routing on", truth, f"{way} − none, routing on", *signed("+-", *cells))
     for way in ("none", "input"):
-      add(
-        "against LoRA",
-        truth,
-        f"on − LoRA, {way}",
-        (1, (way, "on", truth)),
-        (-1, (way, "lora", truth)),
-      )
+      cells = at(way, "on"), at(way, "lora")
+      add("against LoRA", truth, f"on − LoRA, {way}", *signed("+-", *cells))
     for way in ("query", "prior+query"):
-      add(
-        "example",
-        truth,
-        f"on − example, {way}",
-        (1, (way, "on", truth)),
-        (-1, (way, "example", truth)),
-      )
+      cells = at(way, "on"), at(way, "example")
+      add("example", truth, f"on − example, {way}", *signed("+-", *cells))
     for routing in PAIRED:
-      add(
-        "interaction",
-        truth,
-        f"prior × query, routing {routing}",
-        (1, ("prior+query", routing, truth)),
-        (-1, ("prior", routing, truth)),
-        (-1, ("query", routing, truth)),
-        (1, ("none", routing, truth)),
-      )
+      cells = (at(way, routing) for way in ("prior+query", "prior", "query", "none"))
+      add("interaction", truth, f"prior × query, routing {routing}", *signed("+--+", *cells))
   for way in given:
     for routing in ROUTINGS[:3]:
       for family, other in (("wording", "true"), ("truth", "shuffled")):
-        name = f"unseen − {other}, {way}, routing {routing}"
-        add(family, "", name, (1, (way, routing, "unseen")), (-1, (way, routing, other)))
+        cells = (way, routing, "unseen"), (way, routing, other)
+        add(family, "", f"unseen − {other}, {way}, routing {routing}", *signed("+-", *cells))
   return effects
 
 

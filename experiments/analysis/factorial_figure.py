@@ -3,10 +3,9 @@
 import numpy as np
 import pandas as pd
 from matplotlib import figure
-from matplotlib import lines as mlines
 
 from experiments.analysis import factorial
-from experiments.report import style
+from experiments.report import panels, style
 
 # Colour and marker stand for the routing; a filled, hollow or half filled marker for the truth.
 _ROUTING = {
@@ -112,23 +111,15 @@ def _effects(axis, effects: pd.DataFrame, domain: factorial.Domain) -> None:
   axis.grid(axis="x")
 
 
-def _handles(cells: pd.DataFrame) -> list[mlines.Line2D]:
+def _handles(cells: pd.DataFrame) -> list:
   handles = [
-    mlines.Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
+    panels.mark(label, color=color, marker=marker)
     for key, (color, marker, label) in _ROUTING.items()
     if key in set(cells["routing"])
   ]
+  look = {"color": style.INK, "marker": "o", "markerfacecoloralt": style.PAPER}
   return handles + [
-    mlines.Line2D(
-      [],
-      [],
-      color=style.INK,
-      marker="o",
-      linestyle="none",
-      label=label,
-      fillstyle=_FILL[truth],
-      markerfacecoloralt=style.PAPER,
-    )
+    panels.mark(label, fillstyle=_FILL[truth], **look)
     for truth, label in _TRUTHS.items()
     if truth in {*cells["truth"], "unseen"}
   ]

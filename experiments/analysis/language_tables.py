@@ -44,15 +44,10 @@ def deciding(results: committed.Results) -> str:
         _contrast(row, of),
       ]
     )
-  header = [
-    "method",
-    "trainable",
-    "seeds",
-    "validation nats",
-    "exact match, new wordings, %",
-    "known wordings, %",
-    "difference to LoRA + prompt, points",
-  ]
+  header = (
+    "method | trainable | seeds | validation nats | exact match, new wordings, % |"
+    " known wordings, % | difference to LoRA + prompt, points"
+  )
   return comparisons.markdown(header, rows)
 
 
@@ -106,14 +101,9 @@ def reasons(results: committed.Results) -> str:
         tables.MISSING if pd.isna(support) else f"{support:.1f}",
       ]
     )
-  header = [
-    "Queryable + prior, but",
-    "trainable",
-    "rank",
-    "validation nats",
-    "minus LoRA's",
-    "atoms in use",
-  ]
+  header = (
+    "Queryable + prior, but | trainable | rank | validation nats | minus LoRA's | atoms in use"
+  )
   return comparisons.markdown(header, table)
 
 
@@ -217,16 +207,10 @@ def swap(results: committed.Results) -> str:
     f"{row['support_start']:.2f}",
     f"{row['support_end']:.2f}",
   ]
-  header = [
-    "method",
-    "seed",
-    "steps",
-    "nats as trained",
-    "equal weights",
-    "atoms permuted",
-    "effective support at the start",
-    "at the end",
-  ]
+  header = (
+    "method | seed | steps | nats as trained | equal weights | atoms permuted |"
+    " effective support at the start | at the end"
+  )
   return comparisons.markdown(header, [cells])
 
 

@@ -2,9 +2,8 @@
 
 import pandas as pd
 from matplotlib import figure
-from matplotlib import lines as mlines
 
-from experiments.report import style
+from experiments.report import panels, style
 
 _RANKS = {8: ("#56b4e9", "o"), 16: ("#0072b2", "s"), 64: ("#d55e00", "^")}
 _KEPT = {"k = 2": ":", "k = 4": "-", "k = 8": "--", "k = M": "-."}
@@ -72,26 +71,11 @@ def _points(axis, compiled: pd.DataFrame) -> None:
       )
 
 
-def _handles(compiled: bool) -> list[mlines.Line2D]:
+def _handles(compiled: bool) -> list:
   handles = [
-    mlines.Line2D([], [], color=color, marker=marker, label=f"R = {rank}")
+    panels.mark(f"R = {rank}", color=color, marker=marker, linestyle="-")
     for rank, (color, marker) in _RANKS.items()
   ]
-  handles += [
-    mlines.Line2D([], [], color=style.INK, linestyle=line, label=kept)
-    for kept, line in _KEPT.items()
-  ]
-  if compiled:
-    handles.append(
-      mlines.Line2D(
-        [],
-        [],
-        color=style.INK,
-        marker="o",
-        markersize=9,
-        linestyle="none",
-        markerfacecolor="none",
-        label="compiled",
-      )
-    )
-  return handles
+  handles += [panels.mark(kept, color=style.INK, linestyle=line) for kept, line in _KEPT.items()]
+  ring = {"color": style.INK, "marker": "o", "markersize": 9, "markerfacecolor": "none"}
+  return [*handles, panels.mark("compiled", **ring)] if compiled else handles

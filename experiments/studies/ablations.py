@@ -8,11 +8,10 @@ Every level against its reference, paired by seed: `docs/studies/ablations.md`.
 
 import pandas as pd
 from matplotlib import figure
-from matplotlib import lines as mlines
 
 from experiments import committed, comparisons
 from experiments import study as study_lib
-from experiments.report import style
+from experiments.report import panels, style
 from qlora_jax.adapters import sizing
 from qlora_jax.studies import statistics
 
@@ -171,12 +170,11 @@ def draw(results: committed.Results) -> figure.Figure | None:
   tasks = list(dict.fromkeys(compared["task"]))
   rows = max((compared["task"] == task).sum() for task in tasks)
   drawing = figure.Figure(figsize=(9.6, 1.6 + 0.19 * rows), layout="constrained")
-  panels = drawing.subplots(1, len(tasks), squeeze=False)[0]
+  axes = drawing.subplots(1, len(tasks), squeeze=False)[0]
   lowest = min(
-    _panel(axis, compared[compared["task"] == task])
-    for axis, task in zip(panels, tasks, strict=True)
+    _panel(axis, compared[compared["task"] == task]) for axis, task in zip(axes, tasks, strict=True)
   )
-  for axis, task in zip(panels, tasks, strict=True):
+  for axis, task in zip(axes, tasks, strict=True):
     axis.set_ylim(lowest - 1, 0)
     axis.set_title(f"{task.replace('_', ' ')}, noise 0.5")
   drawing.legend(handles=_handles(), loc="outside lower center", ncols=4)
@@ -210,7 +208,7 @@ def _panel(axis, table: pd.DataFrame) -> float:
   return height
 
 
-def _handles() -> list[mlines.Line2D]:
+def _handles() -> list:
   marks = (
     ("o", _BETTER, _BETTER, "lower error (p < .05, Holm)"),
     ("o", _WORSE, _WORSE, "higher error (p < .05, Holm)"),
@@ -218,9 +216,7 @@ def _handles() -> list[mlines.Line2D]:
     ("D", style.INK, style.INK, "parameters not matched"),
   )
   return [
-    mlines.Line2D(
-      [], [], color=color, marker=marker, linestyle="none", markerfacecolor=face, label=label
-    )
+    panels.mark(label, marker=marker, color=color, markerfacecolor=face)
     for marker, color, face, label in marks
   ]
 

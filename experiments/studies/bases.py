@@ -120,29 +120,13 @@ def summarise(results: committed.Results) -> str:
   results.write("differences.csv", by_network)
   results.write("pooled.csv", means)
   mean_rows = [
-    [
-      row.task,
-      row.method,
-      row.baseline,
-      f"{row.bases}",
-      comparisons.interval(row),
-      f"{row.scatter:.1f}",
-      f"{row.by_seeds:.1f}",
-      tables.probability(row.p_holm),
-      row.verdict,
-    ]
+    f"{row.task} | {row.method} | {row.baseline} | {row.bases} | {comparisons.interval(row)} |"
+    f" {row.scatter:.1f} | {row.by_seeds:.1f} | {tables.probability(row.p_holm)} | {row.verdict}"
     for row in means.itertuples()
   ]
   network_rows = [
-    [
-      row.task,
-      f"{row.base}",
-      f"{row.baseline_error:.4f}",
-      f"{row.error:.4f}",
-      comparisons.interval(row),
-      f"{row.learning_rate:g}",
-      f"{row.baseline_learning_rate:g}",
-    ]
+    f"{row.task} | {row.base} | {row.baseline_error:.4f} | {row.error:.4f} |"
+    f" {comparisons.interval(row)} | {row.learning_rate:g} | {row.baseline_learning_rate:g}"
     for row in by_network.itertuples()
   ]
   header = ["task", "method", "baseline", "networks", "mean difference"]
@@ -195,17 +179,10 @@ def table(results: committed.Results) -> str:
   rows = []
   for row in results.table("pooled.csv").to_dict("records"):
     rows.append(
-      [
-        _setting(row["task"]),
-        style.method(row["method"]).label,
-        f"{row['bases']}",
-        comparisons.signed_interval(row),
-        f"{row['scatter']:.1f}",
-        f"{row['by_seeds']:.1f}",
-        tables.probability(row["p_holm"]),
-        row["verdict"],
-        f"{tables.percent(main[_setting(row['task'])])} %",
-      ]
+      f"{_setting(row['task'])} | {style.method(row['method']).label} | {row['bases']} |"
+      f" {comparisons.signed_interval(row)} | {row['scatter']:.1f} | {row['by_seeds']:.1f} |"
+      f" {tables.probability(row['p_holm'])} | {row['verdict']} |"
+      f" {tables.percent(main[_setting(row['task'])])} %"
     )
   header = ["task", "method", "networks", "difference to LoRA, mean over the networks"]
   header += ["scatter over networks, %", "expected of the seeds alone", "p (Holm)", "verdict"]

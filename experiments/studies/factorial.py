@@ -65,14 +65,9 @@ def summarise(results: committed.Results, domain: factorial.Domain) -> str:
     for cells_of_row, accuracy in zip(cell_rows, cells["exact_match"], strict=True):
       cells_of_row.append(f"{accuracy:.1f}" if pd.notna(accuracy) else "")
   effect_rows = [
-    [
-      row["family"],
-      row["truth"],
-      row["effect"],
-      comparisons.interval(row, unit=""),
-      comparisons.interval(row, "error", "+.3f", ""),
-      f"{row['p_holm']:.3f}",
-    ]
+    f"{row['family']} | {row['truth']} | {row['effect']} |"
+    f" {comparisons.interval(row, unit='')} | {comparisons.interval(row, 'error', '+.3f', '')} |"
+    f" {row['p_holm']:.3f}"
     for row in effects.to_dict("records")
   ]
   text = comparisons.markdown(header, cell_rows) + "\n"
@@ -153,10 +148,10 @@ def of_domain(domain: factorial.Domain, effects: Sequence[tuple[str, str, str | 
 STUDY = study_lib.Study(
   **of_domain(REGRESSION, _CLAIMS),
   question="Where does the instruction enter best, and how are the atoms weighed?",
-  about="On six targets that only the instruction tells apart every way to give the instruction"
+  about="On six targets that only the instruction separates, every way to give the instruction"
   " is crossed with every way to weigh the atoms, and with wordings that are true, new or"
   " shuffled. Main effects and interactions are paired contrasts over ten seeds. The cells"
-  " are arms trained apart, so that they do not measure what the routing of a trained"
+  " are arms trained separately, so that they do not measure what the routing of a trained"
   " network gains.",
   caption="Left: test error (units of the source's variance, ten seeds, 95 % bootstrap intervals)"
   " by where the instruction enters and how atoms are weighed, on six targets that only the"

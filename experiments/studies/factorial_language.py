@@ -51,7 +51,7 @@ STUDY = study_lib.Study(
   **factorial.of_domain(analysis.DOMAINS["language"], _CLAIMS),
   question="What does the instruction give a language model, by the place where it enters?",
   about="The factorial of instruction and weights on SmolLM2-135M-Instruct: three tasks whose"
-  " inputs are single words, so that only the instruction tells them apart. Three seeds per"
+  " inputs are single words, so that only the instruction separates them. Three seeds per"
   " cell, three learning rates; Student intervals over seeds. The runs are too short to test"
   " routing: it is inert in the setting that was measured (support 5.03 at the start, 5.01"
   " at the end; 1.0164 nats as trained, 1.0156 with equal weights).",

@@ -10,11 +10,10 @@ Queryable LoRA against LoRA in every setting and over the kinds of noise, paired
 import numpy as np
 import pandas as pd
 from matplotlib import figure
-from matplotlib import lines as mlines
 
 from experiments import committed, comparisons
 from experiments import study as study_lib
-from experiments.report import style
+from experiments.report import panels, style
 from qlora_jax.data import noise
 from qlora_jax.studies import statistics
 
@@ -117,29 +116,15 @@ def summarise(results: committed.Results) -> str:
   results.write("differences.csv", single)
   results.write("pooled.csv", means)
   mean_rows = [
-    [
-      row.task,
-      f"{row.noise_level:g}",
-      f"{row.train_rows:,}",
-      comparisons.interval(row),
-      f"{row.effect_size:+.1f}",
-      f"{row.p_holm:.3f}",
-      row.verdict,
-    ]
+    f"{row.task} | {row.noise_level:g} | {row.train_rows:,} | {comparisons.interval(row)} |"
+    f" {row.effect_size:+.1f} | {row.p_holm:.3f} | {row.verdict}"
     for row in means.itertuples()
   ]
   single_rows = [
-    [
-      row.task,
-      row.noise_kind.replace("_", " "),
-      f"{row.noise_level:g}",
-      f"{row.train_rows:,}",
-      f"{row.lora_error:.4f}",
-      f"{row.error:.4f}",
-      comparisons.interval(row),
-      f"{row.p_holm:.3f}",
-      f"{row.verdict}{' (rate at an edge)' if row.rate_at_edge else ''}",
-    ]
+    f"{row.task} | {row.noise_kind.replace('_', ' ')} | {row.noise_level:g} |"
+    f" {row.train_rows:,} | {row.lora_error:.4f} | {row.error:.4f} |"
+    f" {comparisons.interval(row)} | {row.p_holm:.3f} |"
+    f" {row.verdict}{' (rate at an edge)' if row.rate_at_edge else ''}"
     for row in single.itertuples()
   ]
   header = ["task", "level", "training rows", "mean difference over five kinds", "effect size"]
@@ -157,25 +142,15 @@ def table(results: committed.Results) -> str:
   for row in results.table("pooled.csv").to_dict("records"):
     low, high = kinds.loc[(row["task"], row["noise_level"], row["train_rows"])]
     rows.append(
-      [
-        row["task"],
-        f"{row['noise_level']:g}",
-        f"{row['train_rows']:,}",
-        comparisons.signed_interval(row),
-        comparisons.typographic(f"{low:+.1f} to {high:+.1f} %"),
-        f"{row['p_holm']:.3f}",
-        row["verdict"],
-      ]
+      f"{row['task']} | {row['noise_level']:g} | {row['train_rows']:,} |"
+      f" {comparisons.signed_interval(row)} |"
+      f" {comparisons.typographic(f'{low:+.1f} to {high:+.1f} %')} | {row['p_holm']:.3f} |"
+      f" {row['verdict']}"
     )
-  header = [
-    "task",
-    "noise",
-    "training rows",
-    "difference to LoRA, mean of five kinds of noise",
-    "single kinds",
-    "p (Holm)",
-    "verdict",
-  ]
+  header = (
+    "task | noise | training rows | difference to LoRA, mean of five kinds of noise |"
+    " single kinds | p (Holm) | verdict"
+  )
   return comparisons.markdown(header, rows)
 
 
@@ -208,12 +183,12 @@ def draw(results: committed.Results) -> figure.Figure:
   single = results.table("differences.csv")
   kinds = list(dict.fromkeys(single["noise_kind"]))
   drawing = figure.Figure(figsize=(9.6, 3.2), layout="constrained")
-  panels = drawing.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-  for axis, kind in zip(panels, kinds, strict=True):
+  axes = drawing.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+  for axis, kind in zip(axes, kinds, strict=True):
     _panel(axis, single[single["noise_kind"] == kind])
     axis.set_title(kind.replace("_", " "), fontsize=8)
-  panels[0].set_ylabel("test MSE against LoRA's, %")
-  panels[len(panels) // 2].set_xlabel("training rows")
+  axes[0].set_ylabel("test MSE against LoRA's, %")
+  axes[len(axes) // 2].set_xlabel("training rows")
   drawing.legend(handles=_handles(single), loc="outside lower center", ncols=5)
   return drawing
 
@@ -255,25 +230,15 @@ def _panel(axis, rows: pd.DataFrame) -> None:
   axis.grid(axis="y")
 
 
-def _handles(rows: pd.DataFrame) -> list[mlines.Line2D]:
+def _handles(rows: pd.DataFrame) -> list:
   present = set(zip(rows["task"], rows["noise_level"], strict=True))
   handles = [
-    mlines.Line2D(
-      [], [], color=color, marker=marker, linestyle=line, label=f"{task}, noise {level:g}"
-    )
+    panels.mark(f"{task}, noise {level:g}", color=color, marker=marker, linestyle=line)
     for (task, level), (color, marker, line) in _LINES.items()
     if (task, level) in present
   ]
-  hollow = mlines.Line2D(
-    [],
-    [],
-    color=style.MUTED,
-    marker="o",
-    linestyle="none",
-    markerfacecolor=style.PAPER,
-    label="hollow: not significant (Holm)",
-  )
-  return [*handles, hollow]
+  hollow = {"color": style.MUTED, "marker": "o", "markerfacecolor": style.PAPER}
+  return [*handles, panels.mark("hollow: not significant (Holm)", **hollow)]
 
 
 STUDY = study_lib.Study(

@@ -66,40 +66,19 @@ def counts(results: committed.Results) -> str:
         tables.percent(method_rows["relative"].median()) + " %",
       ]
     )
-  header = [
-    "method",
-    "settings",
-    "lower error (Holm)",
-    "not significant",
-    "higher error (Holm)",
-    "median",
-  ]
+  header = "method | settings | lower error (Holm) | not significant | higher error (Holm) | median"
   return comparisons.markdown(header, table)
 
 
 def resolved(results: committed.Results) -> str:
   """Effect sizes, corrected p-values, and the seeds that would resolve a difference of 5 %."""
   table = [
-    [
-      row["setting"],
-      row["label"],
-      style.method(row["baseline"]).label,
-      tables.signed(row["effect_size"], 2),
-      tables.number(row["p_holm"], 2),
-      f"{row['num_pairs']:.0f}",
-      f"{row['seeds_needed']:.0f}",
-    ]
+    f"{row['setting']} | {row['label']} | {style.method(row['baseline']).label} |"
+    f" {tables.signed(row['effect_size'], 2)} | {tables.number(row['p_holm'], 2)} |"
+    f" {row['num_pairs']:.0f} | {row['seeds_needed']:.0f}"
     for row in closest_baselines(results).to_dict("records")
   ]
-  header = [
-    "setting",
-    "method",
-    "against",
-    "effect size",
-    "p (Holm)",
-    "seeds",
-    "seeds that resolve 5 %",
-  ]
+  header = "setting | method | against | effect size | p (Holm) | seeds | seeds that resolve 5 %"
   return comparisons.markdown(header, table)
 
 
@@ -119,13 +98,9 @@ def deciding(results: committed.Results) -> str:
     chosen = summary[(summary["setting"] == setting) & (summary["baseline"] == baseline)]
     for _, row in chosen.set_index("method", drop=False).loc[known].iterrows():
       rows.append(
-        [
-          setting,
-          row["label"],
-          f"{row['trainable_params']:,.0f}",
-          tables.with_interval(row["test_mse"], row["test_mse_low"], row["test_mse_high"]),
-          _difference(row),
-        ]
+        f"{setting} | {row['label']} | {row['trainable_params']:,.0f} |"
+        f" {tables.with_interval(row['test_mse'], row['test_mse_low'], row['test_mse_high'])} |"
+        f" {_difference(row)}"
       )
   return comparisons.markdown(["task", "method", "trainable", "test MSE", "difference"], rows)
 
@@ -143,17 +118,11 @@ def every_task(results: committed.Results) -> str:
         continue
       row, other = ours.iloc[0], theirs.iloc[0]
       rows.append(
-        [
-          setting,
-          row["label"],
-          style.method(baseline).label,
-          tables.number(row["test_mse"]),
-          tables.number(other["test_mse"]),
-          _difference(row),
-          row["verdict"],
-          f"{tables.number(row['spread'])} / {tables.number(other['spread'])}",
-          f"{tables.number(row['basin_decades'], 2)} / {tables.number(other['basin_decades'], 2)}",
-        ]
+        f"{setting} | {row['label']} | {style.method(baseline).label} |"
+        f" {tables.number(row['test_mse'])} | {tables.number(other['test_mse'])} |"
+        f" {_difference(row)} | {row['verdict']} |"
+        f" {tables.number(row['spread'])} / {tables.number(other['spread'])} |"
+        f" {tables.number(row['basin_decades'], 2)} / {tables.number(other['basin_decades'], 2)}"
       )
   header = ["setting", "method", "against", "test MSE", "its test MSE", "difference", "verdict"]
   return comparisons.markdown([*header, "spread over seeds", "basin, decades"], rows)

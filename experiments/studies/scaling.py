@@ -50,16 +50,10 @@ def summarise(results: committed.Results) -> str:
     | ((table["atoms"] == 4096) & table["dense"])
   )
   rows = [
-    [
-      row.scale,
-      f"{row.atoms}",
-      f"{row.kept}",
-      f"{row.rank}",
-      f"{row.extra_flops_percent:.3f} %",
-      f"{row.extra_hbm_percent:.2f} %",
-      f"{row.extra_params:,.0f} ({row.extra_params_percent:.2f} %)",
-      f"{row.extra_collective_bytes / 2**20:.2f} MiB",
-    ]
+    f"{row.scale} | {row.atoms} | {row.kept} | {row.rank} | {row.extra_flops_percent:.3f} % |"
+    f" {row.extra_hbm_percent:.2f} % |"
+    f" {row.extra_params:,.0f} ({row.extra_params_percent:.2f} %) |"
+    f" {row.extra_collective_bytes / 2**20:.2f} MiB"
     for row in table[wanted].itertuples()
   ]
   header = ["model", "M", "k", "R", "extra FLOPs", "extra HBM", "extra parameters", "gradient sum"]
@@ -153,19 +147,10 @@ def targets(results: committed.Results) -> str:
 def compiled(results: committed.Results, digits: int = 2) -> str:
   """Every compiled point against LoRA of its size and rank."""
   rows = [
-    [
-      row.scale,
-      f"{row.atoms}",
-      f"{row.kept}",
-      f"{row.rank}",
-      f"{row.hbm_lora / _GIB:.2f} GiB",
-      f"{row.extra_hbm_percent:.2f} %",
-      f"{row.extra_peak_percent:.2f} %",
-      f"{row.extra_hbm_percent_analytic:.2f} %",
-      f"{row.extra_collectives:+.0f}",
-      f"{row.extra_collective_percent:+.{digits}f} %",
-      f"{row.routed_collectives:.0f}",
-    ]
+    f"{row.scale} | {row.atoms} | {row.kept} | {row.rank} | {row.hbm_lora / _GIB:.2f} GiB |"
+    f" {row.extra_hbm_percent:.2f} % | {row.extra_peak_percent:.2f} % |"
+    f" {row.extra_hbm_percent_analytic:.2f} % | {row.extra_collectives:+.0f} |"
+    f" {row.extra_collective_percent:+.{digits}f} % | {row.routed_collectives:.0f}"
     for row in against_lora(results).itertuples()
   ]
   return comparisons.markdown(_COMPILED_HEADER, rows)
@@ -175,15 +160,8 @@ def overhead(results: committed.Results) -> str:
   """Measured step time against LoRA's on one CPU machine, beside the ratio of FLOPs."""
   measured = (results.folder / OVERHEAD).is_file()
   rows = [
-    [
-      f"{row.rank}",
-      f"{row.atoms}",
-      f"{row.kept or row.atoms}",
-      row.order,
-      f"{row.lora_seconds:.2f} s",
-      f"{row.ratio:.2f} x",
-      f"{row.analytic:.4f} x",
-    ]
+    f"{row.rank} | {row.atoms} | {row.kept or row.atoms} | {row.order} |"
+    f" {row.lora_seconds:.2f} s | {row.ratio:.2f} x | {row.analytic:.4f} x"
     for row in (results.table(OVERHEAD).itertuples() if measured else ())
   ]
   header = ["R", "M", "k", "order", "LoRA's step", "step time", "FLOPs, formulas"]

@@ -13,7 +13,6 @@ import functools
 import numpy as np
 import pandas as pd
 from matplotlib import figure
-from matplotlib import lines as mlines
 
 from experiments import committed, comparisons
 from experiments import study as study_lib
@@ -77,18 +76,10 @@ def table(results: committed.Results) -> str:
     for row in by_method(results).to_dict("records")
     if row["method"] != "none"
   ]
-  header = [
-    "method",
-    "settings",
-    "search runs",
-    "diverged",
-    "loss spikes",
-    "basin, decades",
-    "narrowest",
-    "spread, % of error",
-    "spread below / like / above LoRA's",
-    "final runs without result",
-  ]
+  header = (
+    "method | settings | search runs | diverged | loss spikes | basin, decades | narrowest |"
+    " spread, % of error | spread below / like / above LoRA's | final runs without result"
+  )
   return comparisons.markdown(header, rows)
 
 
@@ -230,25 +221,16 @@ def _basins(axis, rows: pd.DataFrame) -> None:
   axis.grid(axis="x")
 
 
-def _handles() -> list[mlines.Line2D]:
-  ours, theirs = style.method("queryable"), style.method("lora")
-  prior = style.method("queryable_prior")
-  return [
-    mlines.Line2D(
-      [],
-      [],
-      color=look.color,
-      marker=look.marker,
-      linestyle="none",
-      label=label,
-      markerfacecolor=style.PAPER if look is theirs else look.color,
-    )
-    for look, label in (
-      (ours, "Queryable"),
-      (prior, "Queryable + prior, of multi target"),
-      (theirs, "LoRA; of multi target LoRA with instruction"),
-    )
+def _handles() -> list:
+  ours, prior, lora = (style.method(key) for key in ("queryable", "queryable_prior", "lora"))
+  labels = ("Queryable", "Queryable + prior, of multi target")
+  handles = [
+    panels.mark(label, color=look.color, marker=look.marker)
+    for look, label in zip((ours, prior), labels, strict=True)
   ]
+  label = "LoRA; of multi target LoRA with instruction"
+  hollow = {"color": lora.color, "marker": lora.marker, "markerfacecolor": style.PAPER}
+  return [*handles, panels.mark(label, **hollow)]
 
 
 def _diverged(axis, rows: pd.DataFrame) -> None:
