@@ -44,7 +44,7 @@ def summarise(results: committed.Results, domain: factorial.Domain) -> str:
   results.write("cells.csv", cells)
   results.write("effects.csv", effects)
   header = ["instruction", "routing", "truth", "atoms", "rate", domain.unit]
-  header += ["to the same routing, told nothing", "to LoRA with it in the input"]
+  header += ["to the same routing without it", "to LoRA with it in the input"]
   cell_rows = [
     [
       row["instruction"],
