@@ -47,7 +47,7 @@ demo-llm: setup-llm
 	    | $(BIN)/python -m qlora_jax.generate --adapter=runs/demo-llm/adapter --max_tokens=16; \
 	fi
 
-# All of these can be stopped and go on with the same command. `study` is regression, for a night on
+# The same command continues a stopped study. `study` is regression, about three and a half hours on
 # two cores; `study-language` needs the weights and the data of instruction-induction and GSM8K.
 study: setup
 	$(BIN)/python launch.py --config=configs/regression.py --workdir=runs/regression --sweep
@@ -56,8 +56,8 @@ study: setup
 	$(BIN)/python launch.py --config=configs/bases.py --workdir=runs/bases --sweep
 	$(BIN)/python launch.py --config=configs/noise.py --workdir=runs/noise --sweep
 	$(BIN)/python launch.py --config=configs/regression.py:stability --workdir=runs/stability --sweep
-	$(BIN)/python -m experiments.depth --workdir=runs/depth --results=runs/depth/tables
-	$(BIN)/python -m experiments.stream --workdir=runs/stream --results=runs/stream/tables
+	$(BIN)/python -m experiments depth --workdir=runs/depth --results=runs/depth/tables
+	$(BIN)/python -m experiments stream --workdir=runs/stream --results=runs/stream/tables
 
 study-language: setup-llm
 	$(BIN)/python launch.py --config=configs/llm.py:induction --workdir=runs/induction --sweep
@@ -74,12 +74,12 @@ study-small: setup
 	$(BIN)/python launch.py --config=configs/noise.py:runlocal --workdir=runs/small/noise --sweep
 
 figures: setup
-	$(BIN)/python -m experiments.questions
+	$(BIN)/python -m experiments figures
 
 test: setup-dev setup-tpu lint
 	QLORA_JAX_TYPECHECK=1 $(BIN)/python -m pytest -n 2
 
-# Plants one-line faults and shows which the tests notice; half an hour on two cores, resumable.
+# Plants one-line faults and shows which the tests notice; 30 minutes on two cores, resumable.
 mutants: setup-dev
 	$(BIN)/python -m tests.mutants --out=runs/mutants.json --markdown=runs/mutants.md
 

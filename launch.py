@@ -12,7 +12,6 @@ A user's mistake is one line on standard error and exit code 2; an interrupted r
 with 130 (143 after SIGTERM), and goes on where it stopped when the same command is given again.
 """
 
-import importlib.util
 import pathlib
 import shlex
 import sys
@@ -20,11 +19,12 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from qlora_jax import errors, sweeps
+from qlora_jax import config_files, errors
 from qlora_jax.launching import options
 from qlora_jax.training import stop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant.")
+flags.FLAGS["config"].parser = config_files.FlagParser()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results and checkpoints.")
 _SWEEP = flags.DEFINE_bool("sweep", False, "Run every point of the config's get_hyper.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print points and parameter counts only.")
@@ -78,7 +78,8 @@ def main(argv: list[str]) -> None:
   from qlora_jax.studies import study  # after the flags: a mistake there answers fast
   from qlora_jax.workloads import workload
 
-  points = _points(config) if _SWEEP.value else [{}]
+  path = flags.FLAGS["config"].config_filename
+  points = config_files.points(path, config.variant) if _SWEEP.value else [{}]
   if _CLUSTER.value == "slurm":
     _submit(config, points if _SWEEP.value else None, cluster.slurm)
     return
@@ -177,23 +178,12 @@ def _load_config():
   return _CONFIG.value.lock()
 
 
-def _points(config) -> list[dict]:
-  spec = importlib.util.spec_from_file_location("sweep_config", _config_path())
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_hyper(sweeps, config.variant)
-
-
 def _default_workers() -> int:
   import jax
 
   from qlora_jax.studies import workers
 
   return workers.default_count() if jax.default_backend() == "cpu" else 1
-
-
-def _config_path() -> str:
-  return flags.FLAGS["config"].config_filename.split(":")[0]
 
 
 def cli() -> None:
@@ -207,15 +197,11 @@ def cli() -> None:
   except OSError as error:
     if told := errors.unwritable(error, _WORKDIR.value):
       _fail(told)
-    # ml_collections reports a config file that it cannot read where its fields are first used.
-    if not str(error).startswith(("Failed loading config", "Configuration is not available")):
-      raise
-    name = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--config=")), "the file")
-    _fail(f"--config: {name} cannot be read; use one such as configs/regression.py:demo")
+    raise
   except (flags.Error, AttributeError, KeyError, TypeError) as error:
     if "arguments" in locals():
       raise  # a bug, not a flag
-    # ml_collections wraps what a config file raises in the text of its traceback.
+    # A mistake in a config file comes in the text of its traceback.
     _, _, mistake = str(error).strip().rpartition("UserError: ")
     own = "UserError: " in str(error)
     _fail(mistake if own else f"flags: {' '.join(mistake.split())}; see the config file's fields")

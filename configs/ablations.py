@@ -1,4 +1,4 @@
-"""The routing taken apart: one thing at a time is changed in Queryable LoRA.
+"""Ablations of the routing: one thing at a time is changed in Queryable LoRA.
 
 On `regimes` the default is plain Queryable LoRA at rank 7, on `multi_target` it has the instruction
 as prior and in the query, at rank 6; both have 8,192 parameters (2 %). The atoms fill that budget
@@ -8,7 +8,7 @@ the size of a block has room to vary, the budget is 16,384.
   python launch.py --config=configs/ablations.py:runlocal --workdir=runs/local-ablations --sweep
   python launch.py --config=configs/ablations.py --workdir=runs/ablations --sweep
 
-935 runs; the first 177 took 310 s of CPU time. `python -m experiments.ablations` makes tables and
+935 runs; the first 177 took 310 s of CPU time. `python -m experiments ablations` makes tables and
 figure. Token against example routing is not here: an example of regression is one token.
 """
 

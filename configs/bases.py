@@ -20,7 +20,7 @@ searched trials were made before that was measured.
 
   python launch.py --config=configs/bases.py:gain --workdir=runs/bases-gain --sweep
 
-`python -m experiments.bases` makes tables and figure.
+`python -m experiments bases --from=runs/bases` makes tables and figure.
 """
 
 import ml_collections

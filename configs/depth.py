@@ -1,11 +1,10 @@
 """Does the shared memory share structure across depth, and can a trained one be used again?
 
-Trains the networks whose routing is looked at, takes atoms out of them, and moves their memory to
-other tasks; `experiments/depth/README.md` says how. Units of work of 20 to 60 CPU
-seconds; resumable.
+Trains networks, measures their routing, removes atoms from them, and moves their memory to other
+tasks: `docs/studies/depth.md`. Units of work take 20 to 60 CPU seconds each and are resumable.
 
-  python -m experiments.depth --workdir=runs/depth
-  python -m experiments.depth --config=configs/depth.py:runlocal --workdir=runs/depth-local
+  python -m experiments depth --workdir=runs/depth
+  python -m experiments depth --config=configs/depth.py:runlocal --workdir=runs/depth-local
 """
 
 import ml_collections
@@ -14,8 +13,8 @@ from configs import regression
 from qlora_jax import sweeps
 
 VARIANTS = ("", "runlocal")
-# One a setting: the task, the adapter, and the depth. At eight blocks rank and atoms are given, so
-# that the memory stays of the size that the budget gives four blocks.
+# Per setting: the task, the adapter, and the depth. At eight blocks rank and atoms are fixed, so
+# that the memory has the size that the budget gives four blocks.
 SETTINGS = (
   {"data.task": "regimes", "adapter.name": "queryable"},
   {"data.task": "multi_target", "adapter.name": "queryable_query"},

@@ -1,4 +1,4 @@
-"""What the instruction gives and what the routing gives, told apart on targets that only it tells.
+"""Effects of the instruction and of the weights, on targets that only the instruction separates.
 
 The task is `multi_target`: six targets over the same inputs. Every cell is an adapter of 8,192
 parameters (2 %) at rank 6; the atoms fill the budget, so that cells differ in their number alone.
@@ -6,8 +6,8 @@ parameters (2 %) at rank 6; the atoms fill the budget, so that cells differ in t
   python launch.py --config=configs/factorial.py:runlocal --workdir=runs/local-factorial --sweep
   python launch.py --config=configs/factorial.py --workdir=runs/factorial --sweep
 
-544 runs, 650 s of CPU time. `python -m experiments.factorial` makes tables and figure; the cells
-that do not exist, and why, are in experiments/factorial/README.md.
+544 runs, 650 s of CPU time. `python -m experiments factorial` makes tables and figure; the cells
+that do not exist, and why, are in docs/studies/factorial.md.
 """
 
 import ml_collections

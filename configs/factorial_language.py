@@ -1,14 +1,14 @@
 """The factorial of instruction and routing on a language model; that on regression: factorial.py.
 
 SmolLM2-135M-Instruct on three tasks of instruction-induction whose inputs are single words, so that
-only the instruction tells antonym, plural and first letter apart. Every cell is an adapter of
+only the instruction separates antonym, plural and first letter. Every cell is an adapter of
 2,450,000 parameters (2 %) on all seven maps.
 
   python launch.py --config=configs/factorial_language.py:runlocal --workdir=runs/local --sweep
   python launch.py --config=configs/factorial_language.py --workdir=runs/factorial-language --sweep
 
 A reduced grid, for two cores: three learning rates on one search seed, chosen by the likelihood of
-validation answers, then three fresh seeds; 40 steps. `python -m experiments.factorial_language`
+validation answers, then three fresh seeds; 40 steps. `python -m experiments factorial_language`
 makes tables and figure.
 """
 

@@ -34,7 +34,7 @@ LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """Queryable LoRA with M = 64, k = 4, R = 16 on all maps of a model; `size=8b` unless told."""
+  """Queryable LoRA with M = 64, k = 4, R = 16 on all maps of a model; `size=8b` by default."""
   given = _arguments(arg or "")
   architecture, layers_per_block, fsdp, tensor = SIZES[given["size"]]
   config = llm.get_config()

@@ -7,7 +7,7 @@ Adapters of 8,192 parameters (2 %).
   python launch.py --config=configs/noise.py:runlocal --workdir=runs/local-noise --sweep
   python launch.py --config=configs/noise.py --workdir=runs/noise --sweep
 
-`python -m experiments.noise` makes tables and figure.
+`python -m experiments noise_and_rows` makes tables and figure.
 """
 
 import ml_collections

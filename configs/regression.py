@@ -88,7 +88,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def of_study(arg: str | None) -> ml_collections.ConfigDict:
-  """The base setting of a study in a file of its own: one search seed, ten runs trained at once.
+  """The base setting of other studies: one search seed, ten runs trained at once.
 
   Args:
     arg: that file's variant: none, or `runlocal`, which is small enough to look at.

@@ -1,10 +1,10 @@
 """A stream of tasks: what is forgotten, what carries over, and whether frozen atoms help.
 
 The parts of a task (targets that differ by the instruction, regions of the input) arrive one after
-another, in an order of each seed's own; `experiments/stream/README.md` has the definitions.
+another, in an order per seed; `docs/studies/stream.md` has the definitions.
 
-  python -m experiments.stream --workdir=runs/stream
-  python -m experiments.stream --config=configs/stream.py:runlocal --workdir=runs/stream-local
+  python -m experiments stream --workdir=runs/stream
+  python -m experiments stream --config=configs/stream.py:runlocal --workdir=runs/stream-local
 """
 
 import ml_collections

@@ -113,7 +113,9 @@ class Checkout:
     command = [self.python, "launch.py"]
     if study.command:
       results = f"--results={self.scratch / name}-tables"
-      command = [self.python, "-m", self._module(study.command), results]
+      # The command of a study file is `python -m experiments NAME`.
+      module = self._module(study.command).replace("experiments.studies.", "experiments ")
+      command = [self.python, "-m", *module.split(), results]
     elif study.points:
       command.append("--sweep")
     command += [f"--config={config}", f"--workdir={workdir}", *study.arguments]

@@ -11,7 +11,10 @@ from typing import Any
 
 # Old name -> new name; a name that is not listed is the same in both.
 NAMES: dict[str, dict[str, str]] = {
-  "module": {},  # of configs and commands: "configs.llm", "experiments.depth"
+  "module": {  # of configs and commands: "configs.llm"
+    "experiments.depth": "experiments.studies.depth",
+    "experiments.stream": "experiments.studies.stream",
+  },
   "field": {},  # of configs, dotted: "optimizer.steps", "adapter.name"
   "file": {},  # in a work directory: "results.parquet"; a pattern such as "units/*.json"
   "column": {},  # of tables: "method"

@@ -14,10 +14,11 @@ from unittest import mock
 import in_process
 import pytest
 
+from experiments import study
 from qlora_jax.studies import records
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 RESULTS = ROOT / "experiments" / "results"
 COMMAND = re.compile(r"^ *((?:make|python|pip|pytest)\b.*)$")
 FENCED = re.compile(r"```sh\n(.*?)```", re.DOTALL)
@@ -84,22 +85,19 @@ def for_tiny_model(arguments, folder, tiny_llama):
   return [*kept, *small, f"--workdir={folder}/run", f"--config.model.weights={tiny_llama}"]
 
 
-def trained(arguments):
-  """Whether an experiment's command reads what has been trained, and does not train by itself."""
-  return not any(each.startswith(("--workdir", "--compile")) for each in arguments)
+def trains(arguments):
+  """Whether a study's command trains."""
+  return any(argument.startswith("--workdir") for argument in arguments)
 
 
 def on_committed_results(arguments, folder):
-  """An experiment's command on the committed runs instead of a sweep's, its results in `folder`."""
-  name = arguments[1].rpartition(".")[2]
-  given = [each for each in arguments if each.startswith("--from=")]
-  study = given[0].rpartition("/")[2].replace("-", "_") if given else name
-  if given:
-    made = [f"--from={RESULTS / study}", f"--results={folder}"]
-  else:
-    shutil.copytree(RESULTS / study, folder, dirs_exist_ok=True)
-    made = [f"--results={folder}"]
-  return [each for each in arguments if each not in given] + made
+  """A study's command on the committed runs instead of a sweep's, with results in `folder`."""
+  record = study.load(arguments[2])
+  source = RESULTS / record.results
+  if any(argument.startswith("--from=") for argument in arguments):
+    return [*arguments[:3], f"--from={source}", f"--results={folder}"]
+  shutil.copytree(source, folder, dirs_exist_ok=True)
+  return [*arguments[:3], f"--results={folder}"]
 
 
 @pytest.fixture(scope="session")
@@ -182,14 +180,24 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data, reques
     told = "/instruction Say it.\n7\n/adapter off\n7\n/quit\n"
     done = execute([sys.executable, *own, "--max_tokens=2"], tmp_path, told)
     assert "error:" not in done.stdout + done.stderr
-  elif arguments[0] == "-m" and arguments[1].startswith("experiments.") and trained(arguments):
+  elif arguments[:2] == ["-m", "experiments"] and len(arguments) == 2:
+    assert "| study |" in execute([sys.executable, *arguments], tmp_path).stdout
+  elif arguments[:3] == ["-m", "experiments", "keep"]:
+    source = next(each.rpartition("/")[2] for each in arguments if each.startswith("--from="))
+    kept = [f"--from={RESULTS / source.replace('-', '_')}", f"--results={tmp_path}"]
+    execute([sys.executable, *arguments[:3], *kept], tmp_path)
+    assert (tmp_path / "study.json").is_file()
+  elif arguments[:2] == ["-m", "experiments"] and arguments[2] in ("documents", "notebooks"):
+    # Other tests compare the committed files with what these commands write.
+    assert execute([sys.executable, *arguments[:3], "--help"], tmp_path).stdout
+  elif arguments[:2] == ["-m", "experiments"] and not trains(arguments):
     done = execute([sys.executable, *on_committed_results(arguments, tmp_path)], tmp_path)
     assert "| --- |" in done.stdout and f"results: {tmp_path}" in done.stdout
   elif arguments[0] == "tests/compare_checkouts.py":  # minutes of training in each checkout
     command = [sys.executable, arguments[0], "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "CHECKOUT" in done.stdout
-  elif arguments[0] == "-m" and arguments[1].startswith(("benchmarks.", "experiments.")):
+  elif arguments[0] == "-m" and arguments[1].startswith(("benchmarks.", "experiments")):
     # Training and measuring take minutes: it is loaded with all it needs, and knows its arguments.
     given = mock.patch.object(sys, "argv", [*arguments[1:], "--help"])
     with given, pytest.raises(SystemExit) as end:

@@ -16,7 +16,7 @@ def write_report(
 
   Args:
     workdir: the directory with `results.parquet` and `study.json`.
-    out: where the report goes; `workdir/report` unless told.
+    out: where the report goes; `workdir/report` by default.
     baselines: task to the methods its rows are compared with; the empty name stands for every
       task not named. What is not given keeps `tables.BASELINES`.
 

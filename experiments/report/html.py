@@ -1,4 +1,4 @@
-"""The report as one HTML file that asks the network for nothing."""
+"""The report as one HTML file that needs no network."""
 
 import base64
 import html
@@ -25,16 +25,16 @@ _MARKS = {"better": "▼", "worse": "▲", "no difference": "○", "diverged": "
 
 
 def _columns(of: measure.Measure) -> list[tuple]:
-  """(heading, what it is, summary column, formatter) of the full table; `None` for text."""
-  unit = "" if of.relative else f", {of.contrast_unit}"
+  """(heading, meaning, summary column, formatter) of the full table; `None` for text."""
+  unit, two = "" if of.relative else f", {of.contrast_unit}", lambda x: tables.number(x, 2)
   return [
     ("Data set", "task, and the noise where a task has several", "setting", None),
     ("Method", "see the list of methods below", "label", None),
     ("Trainable", "parameters that training changes", "trainable_params", tables.count),
     ("Learning rate", "chosen by the search", "learning_rate", tables.plain),
     *(
-      (_heading(each.name), "mean over seeds [95 % interval]", each.key, tables.value(each))
-      for each in (of, *of.also)
+      (_heading(score.name), "mean over seeds [95 % interval]", score.key, tables.value(score))
+      for score in (of, *of.also)
     ),
     ("Compared with", "the method that the difference is taken to", "baseline_label", None),
     (
@@ -49,19 +49,9 @@ def _columns(of: measure.Measure) -> list[tuple]:
       else []
     ),
     ("Verdict", "whether the interval leaves out zero", "verdict", None),
-    (
-      "p",
-      "chance of such a difference without a true one, corrected (Holm)",
-      "p_holm",
-      lambda value: tables.number(value, 2),
-    ),
+    ("p", "chance of such a difference without a true one, corrected (Holm)", "p_holm", two),
     ("Spread", f"standard deviation of the {of.short} over seeds", "spread", tables.number),
-    (
-      "Basin",
-      "decades of learning rate within 5 % of the best",
-      "basin_decades",
-      lambda value: tables.number(value, 2),
-    ),
+    ("Basin", "decades of learning rate within 5 % of the best", "basin_decades", two),
     ("Diverged", "share of search runs that diverged", "diverged_share", tables.share),
   ]
 
@@ -210,7 +200,7 @@ def _interval(row, name: str, formatted) -> markupsafe.Markup:
 
 
 def _stability(study: inputs.Study, summary: pd.DataFrame) -> dict:
-  """One line a method over all data sets."""
+  """One line per method over all data sets."""
   rows = stability.table(study, summary).to_dict("records")
   return {
     "columns": list(stability.HEADINGS.values()),

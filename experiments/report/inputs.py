@@ -65,12 +65,12 @@ class Study:
 
   Attributes:
     measure: what the study measures.
-    results: one row a run; `method` has the variant as a suffix, see `style.method`; `score` is
+    results: one row per run; `method` has the variant as a suffix, see `style.method`; `score` is
       the number that the report compares, in the measure's unit, and `noise_free` says whether it
       is against a noise-free target.
-    curves: loss by step and run, or None when the study kept none.
-    routing: mean routing weights, or None when the study kept none.
-    samples: answers of final runs before and after training, or None when the study kept none.
+    curves: loss by step and run, or None when the study has none.
+    routing: mean routing weights, or None when the study has none.
+    samples: answers of final runs before and after training, or None when the study has none.
     info: `study.json` with every key present.
   """
 
@@ -152,7 +152,7 @@ def _table(path: pathlib.Path, columns: list[str], optional: bool) -> pd.DataFra
   if table.empty:
     if optional:
       return None
-    raise errors.UserError(f"{path}: has no rows; it must have one row a run.")
+    raise errors.UserError(f"{path}: has no rows; it must have one row per run.")
   return table
 
 

@@ -60,6 +60,11 @@ def label_outer(all_axes: Sequence, xlabel: str, ylabel: str) -> None:
       axes.set_ylabel(ylabel)
 
 
+def mark(label: str, **look) -> matplotlib.lines.Line2D:
+  """An entry of a legend: a mark without a line, unless `look` has one."""
+  return matplotlib.lines.Line2D([], [], label=label, **({"linestyle": "none"} | look))
+
+
 def handle(key: str, **override) -> matplotlib.lines.Line2D:
   """The legend entry of a method."""
   look = style.method(key)

@@ -11,7 +11,7 @@ from experiments.report import inputs, measure, panels, style
 
 
 def forest(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
-  """Paired difference to the baseline, one panel a setting and baseline."""
+  """Paired difference to the baseline, one panel per setting and baseline."""
   of = study.measure
   compared = summary[(summary["num_pairs"] > 0) & np.isfinite(summary[of.contrast])]
   shown = study.shown_settings()
@@ -97,7 +97,7 @@ def _forest_panel(
 
 
 def noise(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
-  """Test error against noise level, one panel a task and kind of noise."""
+  """Test error against noise level, one panel per task and kind of noise."""
   rows = summary.drop_duplicates([*inputs.SETTING, "method"])
   rows = rows[np.isfinite(rows["test_mse"])]
   # A method run at one level has no line to draw: controls often are.

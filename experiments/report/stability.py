@@ -31,7 +31,7 @@ _READ = (
 
 
 def table(study: inputs.Study, summary: pd.DataFrame) -> pd.DataFrame:
-  """One row a method over all data sets, in the order of every table.
+  """One row per method over all data sets, in the order of every table.
 
   Columns: `settings`, `search_runs`, `diverged` (share of the search runs), `spikes` and
   `spiked_runs` (loss spikes, and runs recorded for them, of both stages; NaN without curves),

@@ -175,9 +175,9 @@ def _adjust(rows: list[dict]) -> None:
 
 
 def by_task(study: inputs.Study) -> pd.DataFrame:
-  """Exact match in percent by split and task of a data set, a row a setting, method and task.
+  """Exact match in percent by split and task; a row per setting, method and task of the data.
 
-  The frozen base has rows of its own, `none` and `none+prompt`. Empty where nothing is scored.
+  The frozen base has its rows as well, `none` and `none+prompt`. Empty where nothing is scored.
   """
   rows, final = [], study.stage("final")
   for (setting, key), runs in final.groupby([inputs.SETTING[0], "method"], sort=True):
@@ -231,7 +231,7 @@ def search_means(searched: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def markdown(summary: pd.DataFrame) -> str:
-  """The summary as Markdown, one table a setting and baseline."""
+  """The summary as Markdown, one table per setting and baseline."""
   parts, of = [], measure.of(summary)
   heads = ["method", "trainable", "learning rate", f"{of.name} [95 % interval]"]
   heads += [also.name for also in of.also]

@@ -17,7 +17,7 @@ def show(page: pathlib.Path, console: rich.console.Console | None = None) -> Non
   of = measure.of(summary)
   console = console or rich.console.Console()
   if not console.is_terminal:
-    console.width = 120  # a log file has no width of its own
+    console.width = 120  # a log file has no width
   for (setting, baseline), rows in summary.groupby(["setting", "baseline"], sort=False):
     against = f", compared with {style.method(baseline).label}" if baseline else ""
     table = rich.table.Table(

@@ -1,17 +1,13 @@
 """The ablations: sizes, references, and that what is committed follows from its runs."""
 
-import filecmp
-import pathlib
-
 import numpy as np
 import pandas as pd
 import pytest
 import study_of
 
 from configs import ablations as config
-from experiments import kept
-from experiments.ablations import __main__ as study
-from experiments.ablations import analysis
+from experiments import committed
+from experiments.studies import ablations as analysis
 
 UNMATCHED = {"atoms=2", "atoms=32", "key width=16", "rank=3", "rank=14"}
 
@@ -85,26 +81,16 @@ def test_a_level_is_compared_with_its_reference():
 
 
 def test_what_is_committed_follows_from_the_committed_runs(tmp_path, capsys):
-  target = tmp_path / "ablations"
-  kept.keep(study.RESULTS, target)
-  study.main([f"--results={target}"])
-  names = ["levels.csv", "summary.md"]
-  _, differing, missing = filecmp.cmpfiles(study.RESULTS, target, names, shallow=False)
-  assert not differing and not missing, "run python -m experiments.ablations"
-  assert (target / "ablations.png").stat().st_size > 10_000
-  text = (study.RESULTS / "study.json").read_text()
-  assert "/work" not in text and "/tmp" not in text and "/home" not in text
+  study_of.check_derived_files("ablations", tmp_path, ["levels.csv", "summary.md"])
   assert "regimes" in capsys.readouterr().out
 
 
 def test_the_findings_quote_the_committed_summary():
-  page = (pathlib.Path(study.__file__).parent / "README.md").read_text()
-  quoted = study_of.intervals_of(page)
-  assert quoted and quoted <= study_of.intervals_of((study.RESULTS / "summary.md").read_text())
+  study_of.check_quotes(study_of.page_of("ablations"), "ablations")
 
 
 def test_every_committed_level_had_seven_rates_and_ten_seeds():
-  found = kept.read(study.RESULTS)
+  found = committed.results("ablations").rows
   by = ["task", "method"]
   rates = found[found["stage"] == "search"].groupby(by)["learning_rate"].nunique()
   seeds = found[found["stage"] == "final"].groupby(by)["seed"].nunique()

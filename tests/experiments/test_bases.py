@@ -1,7 +1,5 @@
 """Several frozen networks: the grid, differences and means by hand, what is committed follows."""
 
-import filecmp
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,16 +8,15 @@ from scipy import stats
 
 from configs import bases as config
 from configs import regression
-from experiments import kept
-from experiments.bases import __main__ as study
-from experiments.bases import analysis
-from experiments.questions import bases as question
-from experiments.questions import committed
+from experiments import committed
+from experiments.studies import bases as analysis
 from qlora_jax import sweeps
 from qlora_jax.models import mlp
 from qlora_jax.training import progress
 from qlora_jax.workloads import regression as regression_workload
 from qlora_jax.workloads import regression_config
+
+RESULTS = committed.results("bases")
 
 
 def test_every_network_has_both_methods_at_every_rate():
@@ -131,39 +128,33 @@ def test_the_main_studys_network_is_one_of_the_sample_at_the_others_noise():
 def test_bikeshare_over_six_networks_by_hand():
   logs = []
   for name, suffix in (("stability", ""), *(("bases", f"/{base}") for base in config.SEEDS[1:])):
-    runs = pd.read_parquet(kept.RESULTS / name / "results.parquet")
+    runs = pd.read_parquet(committed.RESULTS / name / "results.parquet")
     runs = runs[(runs["task"] == "bikeshare") & (runs["stage"] == "final")]
     errors = runs.groupby("method")["test_noisy_mse"].mean()
     logs.append(np.log(errors[f"queryable{suffix}"] / errors[f"lora{suffix}"]))
   low, high = stats.t.interval(0.95, 5, np.mean(logs), stats.sem(logs))
   expected = 100 * np.expm1([np.mean(logs), low, high])
-  pooled = pd.read_csv(study.RESULTS / "pooled.csv").set_index("task").loc["bikeshare"]
+  pooled = RESULTS.table("pooled.csv").set_index("task").loc["bikeshare"]
   assert pooled["bases"] == 6 and pooled["verdict"] == "not significant"
   assert pooled[["percent", "percent_low", "percent_high"]].tolist() == pytest.approx(
     expected.tolist(), rel=1e-3
   )
 
 
-def test_what_is_committed_follows_from_the_committed_runs(tmp_path, capsys):
-  target = tmp_path / "bases"
-  kept.keep(study.RESULTS, target)
-  study.main([f"--results={target}"])
-  names = ["differences.csv", "pooled.csv", "summary.md"]
-  _, differing, missing = filecmp.cmpfiles(study.RESULTS, target, names, shallow=False)
-  assert not differing and not missing, "run python -m experiments.bases"
+def test_what_is_committed_follows_from_the_committed_runs(tmp_path):
+  files = ["differences.csv", "pooled.csv", "summary.md"]
+  target = study_of.check_derived_files("bases", tmp_path, files)
   found = pd.read_csv(target / "differences.csv")
   assert len(found) == 10 * len(config.SEEDS) and (found["seeds"] == 10).all()
 
 
-def test_intervals_quoted_in_the_readme_are_the_tables():
-  page = (study.RESULTS.parents[1] / "bases" / "README.md").read_text()
-  quoted = study_of.intervals_of(page)
-  assert quoted and quoted <= study_of.intervals_of((study.RESULTS / "summary.md").read_text())
+def test_intervals_quoted_on_the_page_are_the_tables():
+  study_of.check_quotes(study_of.page_of("bases"), "bases")
 
 
 def test_the_front_page_quotes_the_significant_tasks():
-  page = " ".join((study.RESULTS.parents[2] / "README.md").read_text().split())
-  pooled = pd.read_csv(study.RESULTS / "pooled.csv")
+  page = " ".join((committed.ROOT / "README.md").read_text().split())
+  pooled = RESULTS.table("pooled.csv")
   clear = pooled[pooled["verdict"] != "not significant"]
   assert len(clear) == 3
   for row in clear.itertuples():
@@ -172,10 +163,10 @@ def test_the_front_page_quotes_the_significant_tasks():
 
 
 def test_a_second_training_stands_beside_the_first_of_the_same_comparison():
-  rows = question.repeated().set_index("task")
+  rows = analysis.repeated(RESULTS).set_index("task")
   assert len(rows) == 10
   for study_name, suffix in (("regression", ""), ("stability", "_2")):
-    runs = pd.read_parquet(kept.RESULTS / study_name / "results.parquet")
+    runs = pd.read_parquet(committed.RESULTS / study_name / "results.parquet")
     own = runs[(runs["task"] == "regimes") & (runs["noise_level"] == 0.5)]
     own = own[own["stage"] == "final"].groupby("method")
     errors, rates = own["test_mse"].mean(), own["learning_rate"].first()
@@ -185,29 +176,31 @@ def test_a_second_training_stands_beside_the_first_of_the_same_comparison():
 
 
 def test_the_gain_is_measured_at_the_rates_that_the_searches_chose():
-  chosen = committed.csv("bases", "differences").set_index(["task", "base"])["learning_rate"]
+  chosen = RESULTS.table("differences.csv").set_index(["task", "base"])["learning_rate"]
   points = config.get_hyper(sweeps, "gain")
   assert {(p["data.task"], p["pretrain.seed"]): p["optimizer.learning_rate"] for p in points} == {
     key: rate for key, rate in chosen.items() if key[0] in config.CHOSEN
   }
-  pooled = committed.csv("bases", "pooled")
+  pooled = RESULTS.table("pooled.csv")
   assert set(config.CHOSEN) == set(pooled[pooled["verdict"] != "not significant"]["task"])
 
 
 def test_the_trials_of_the_gain_repeat_the_errors_of_the_searched_ones():
   """Another machine rounds differently: the means over ten seeds agree within a few per cent."""
-  again = committed.study(question.GAIN_STUDY).stage("final").groupby(["task", "method"])["score"]
-  errors = committed.csv("bases", "differences").set_index(["task", "base"])["error"]
+  again = (
+    committed.results(analysis.GAIN_STUDY).study.stage("final").groupby(["task", "method"])["score"]
+  )
+  errors = RESULTS.table("differences.csv").set_index(["task", "base"])["error"]
   for (task, method), error in again.mean().items():
     assert abs(error / errors[task, int(method.split("/")[1])] - 1) < 0.08
 
 
 def test_the_table_of_gains_has_means_and_intervals_over_the_networks():
-  (row,) = question.routed().query("task == 'regimes'").to_dict("records")
-  final = committed.study(question.GAIN_STUDY).stage("final").query("task == 'regimes'")
+  (row,) = analysis.routed(RESULTS).query("task == 'regimes'").to_dict("records")
+  final = committed.results(analysis.GAIN_STUDY).study.stage("final").query("task == 'regimes'")
   column = "routing/gain_uniform"
   means = final.groupby("method")[column].mean()
   assert len(means) == row["networks"] == 6 and row["trials"] == 60
   np.testing.assert_allclose(row[f"{column}mean"], means.mean())
   assert means.min() <= row[f"{column}low"] < row[f"{column}mean"] < row[f"{column}high"]
-  assert f"{row['error']:.3f}" in question.gain_table()
+  assert f"{row['error']:.3f}" in analysis.gain_table(RESULTS)

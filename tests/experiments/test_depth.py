@@ -1,14 +1,16 @@
 """The depth study: its quantities, and that its summary is what its results give."""
 
-import pathlib
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+import study_of
 
-from experiments.depth import __main__ as study
-from experiments.depth import quantities, tables, train
+from experiments import committed
+from experiments.analysis import depth_quantities as quantities
+from experiments.analysis import depth_tables as tables
+from experiments.analysis import depth_training as train
 
 RNG = np.random.default_rng(0)
 
@@ -98,19 +100,19 @@ def test_an_arm_that_trains_the_router_alone_freezes_all_else_and_takes_what_it_
 
 
 def test_the_committed_summary_is_what_the_committed_results_give():
-  found = tables.read(study.RESULTS)
+  results = committed.results("depth")
+  found = tables.read(results)
   summary = tables.summarise(found)
-  kept = pd.read_csv(study.RESULTS / "summary.csv")
+  kept = results.table("summary.csv")
   pd.testing.assert_frame_equal(
     summary, kept, rtol=1e-4, atol=1e-6, check_dtype=False, check_like=False
   )
-  assert (study.RESULTS / "summary.md").read_text() == tables.markdown(summary)
+  assert (results.folder / "summary.md").read_text() == tables.markdown(summary)
   final = found["runs"][found["runs"]["stage"] == "final"]
   assert (final.groupby(["kind", "setting", "arm"])["seed"].nunique() == 10).all()
 
 
-def test_every_interval_of_the_readme_is_in_the_summary():
-  text = (pathlib.Path(study.__file__).parent / "README.md").read_text()
-  told = re.findall(r"[+-]?[\d.]+ \[[^\]]+\]", text)
-  summary = (study.RESULTS / "summary.md").read_text()
+def test_every_interval_of_the_page_is_in_the_summary():
+  told = re.findall(r"[+-]?[\d.]+ \[[^\]]+\]", study_of.page_of("depth"))
+  summary = (committed.RESULTS / "depth" / "summary.md").read_text()
   assert told and not [each for each in told if each not in summary]

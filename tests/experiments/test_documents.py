@@ -3,19 +3,19 @@
 import numpy as np
 import pytest
 
-from experiments import documents
+from experiments import committed, documents
 from experiments.report import inputs
 
 
 @pytest.mark.parametrize("page", documents.PAGES)
 def test_tables_equal_the_committed_results(page):
-  text = (documents.ROOT / page).read_text()
+  text = (committed.ROOT / page).read_text()
   assert "<!-- table:" in text
-  assert documents.filled(text) == text, "run python -m experiments.documents"
+  assert documents.filled(text) == text, "run python -m experiments documents"
 
 
 def test_another_number_would_be_noticed():
-  text = (documents.ROOT / "README.md").read_text()
+  text = (committed.ROOT / "README.md").read_text()
   changed = text.replace("−16.4 %", "−61.4 %")
   assert changed != text and documents.filled(changed) == text
 
@@ -26,7 +26,7 @@ def test_an_unknown_table_is_an_error():
 
 
 def final(task, **fields):
-  rows = inputs.read(documents.RESULTS / "regression").stage("final")
+  rows = inputs.read(committed.RESULTS / "regression").stage("final")
   rows = rows[rows["task"] == task]
   for name, value in fields.items():
     rows = rows[rows[name] == value]
@@ -40,7 +40,7 @@ def percent(errors, ours, theirs):
 def test_the_deciding_differences_recomputed_by_hand():
   regimes, targets = final("regimes", noise_level=0.5), final("multi_target")
   assert len(regimes) == len(targets) == 10
-  table = documents.deciding()
+  table = documents.table("deciding")
   for errors, ours, theirs in (
     (regimes, "queryable", "lora"),
     (targets, "queryable_prior", "lora_input"),
@@ -50,7 +50,7 @@ def test_the_deciding_differences_recomputed_by_hand():
 
 
 def test_every_method_had_the_same_search_and_matched_parameters():
-  study = inputs.read(documents.RESULTS / "regression")
+  study = inputs.read(committed.RESULTS / "regression")
   search = study.stage("search")
   adapters = search[~search["method"].isin(["none", "full", "full_input"])]
   sizes = adapters.groupby("method")["trainable_params"].median()

@@ -1,8 +1,6 @@
 """The factorial: its cells, its effects by hand, and what is committed follows from its runs."""
 
 import dataclasses
-import filecmp
-import pathlib
 
 import numpy as np
 import pandas as pd
@@ -10,11 +8,10 @@ import pytest
 import study_of
 
 from configs import factorial as config
-from experiments import kept
-from experiments.factorial import __main__ as study
-from experiments.factorial import analysis
+from experiments import __main__ as command
+from experiments import committed
+from experiments.analysis import factorial as analysis
 from experiments.report import style
-from qlora_jax import errors
 
 SEEDS = range(100, 110)
 REGRESSION, LANGUAGE = analysis.DOMAINS["regression"], analysis.DOMAINS["language"]
@@ -103,26 +100,17 @@ def test_cells_hold_one_row_a_truth_and_compare_with_the_same_routing():
 
 
 def test_what_is_committed_follows_from_the_committed_runs(tmp_path, capsys):
-  target = tmp_path / "factorial"
-  kept.keep(study.RESULTS, target)
-  study.main([f"--results={target}"])
-  names = ["cells.csv", "effects.csv", "summary.md"]
-  _, differing, missing = filecmp.cmpfiles(study.RESULTS, target, names, shallow=False)
-  assert not differing and not missing, "run python -m experiments.factorial"
-  assert (target / "factorial.png").stat().st_size > 10_000
-  text = (study.RESULTS / "study.json").read_text()
-  assert "/work" not in text and "/tmp" not in text and "/home" not in text
+  study_of.check_derived_files("factorial", tmp_path, ["cells.csv", "effects.csv", "summary.md"])
   assert "interaction" in capsys.readouterr().out
 
 
 def test_the_findings_quote_the_committed_summary():
-  page = (pathlib.Path(study.__file__).parent / "README.md").read_text()
-  quoted = study_of.intervals_of(page.partition("## On a language model")[0])
-  assert quoted and quoted <= study_of.intervals_of((study.RESULTS / "summary.md").read_text())
+  page, _ = study_of.page_of("factorial").split("## On a language model")
+  study_of.check_quotes(page, "factorial")
 
 
 def test_every_committed_cell_had_seven_rates_and_ten_seeds():
-  found = kept.read(study.RESULTS)
+  found = committed.results("factorial").rows
   rates = found[found["stage"] == "search"].groupby("method")["learning_rate"].nunique()
   seeds = found[found["stage"] == "final"].groupby("method")["seed"].nunique()
   assert (rates == 7).all() and (seeds == 10).all()
@@ -130,10 +118,11 @@ def test_every_committed_cell_had_seven_rates_and_ten_seeds():
   np.testing.assert_allclose(found["trainable_params"], 8192, rtol=0.02)
 
 
-def test_a_study_that_is_not_there_is_one_line(tmp_path):
+def test_missing_results_are_one_line(tmp_path, capsys):
   for arguments in ([f"--results={tmp_path}"], [f"--from={tmp_path}", f"--results={tmp_path}"]):
-    with pytest.raises(errors.UserError, match=r"results\.parquet"):
-      study.main(arguments)
+    assert command.main(["factorial", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "results.parquet" in line
 
 
 def test_a_report_draws_methods_that_it_does_not_know():

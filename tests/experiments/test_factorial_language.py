@@ -1,23 +1,18 @@
 """The factorial on a language model: cells, contrasts, and that what is committed follows."""
 
-import filecmp
-import pathlib
-
 import numpy as np
 import pandas as pd
 import pytest
 import study_of
 
 from configs import factorial_language as config
-from experiments import kept
-from experiments.factorial import __main__ as study
-from experiments.factorial import analysis
+from experiments import committed
+from experiments.analysis import factorial as analysis
 from qlora_jax import sweeps
 from qlora_jax.studies import protocol
 from qlora_jax.studies import study as study_lib
 
 DOMAIN = analysis.DOMAINS["language"]
-RESULTS = kept.RESULTS / DOMAIN.name
 SEEDS = (100, 101, 102)
 
 
@@ -90,19 +85,15 @@ def test_three_seeds_have_students_intervals_and_examples_their_contrast():
   assert np.isnan(cells.loc[("prior", "on", "true"), "exact_match"])
 
 
-def test_what_is_committed_follows_from_the_committed_runs(tmp_path):
-  target = tmp_path / "factorial"
-  kept.keep(RESULTS, target)
-  study.main(["--domain=language", f"--results={target}"])
-  names = ["cells.csv", "effects.csv", "summary.md"]
-  _, differing, missing = filecmp.cmpfiles(RESULTS, target, names, shallow=False)
-  assert not differing and not missing, "run python -m experiments.factorial --domain=language"
-  text = (RESULTS / "study.json").read_text()
-  assert "/work" not in text and "/tmp" not in text and "/home" not in text
+def test_what_is_committed_follows_from_the_committed_runs(tmp_path, capsys):
+  study_of.check_derived_files(
+    "factorial_language", tmp_path, ["cells.csv", "effects.csv", "summary.md"]
+  )
+  assert "interaction" in capsys.readouterr().out
 
 
 def test_committed_cells_had_three_rates_and_three_seeds():
-  found = kept.read(RESULTS)
+  found = committed.results("factorial_language").rows
   final = set(found.loc[found["stage"] == "final", "method"])
   assert {"prior/on/true", "prior/static/true", "none/on/absent", "none/static/absent"} <= final
   for method in final:
@@ -112,7 +103,5 @@ def test_committed_cells_had_three_rates_and_three_seeds():
 
 
 def test_the_findings_quote_the_committed_summary():
-  page = (pathlib.Path(study.__file__).parent / "README.md").read_text()
-  _, own = page.split("## On a language model")
-  quoted = study_of.intervals_of(own)
-  assert quoted and quoted <= study_of.intervals_of((RESULTS / "summary.md").read_text())
+  _, page = study_of.page_of("factorial").split("## On a language model")
+  study_of.check_quotes(page, "factorial_language")

@@ -1,17 +1,13 @@
 """Noise and training rows: the grid, differences by hand, and that what is committed follows."""
 
-import filecmp
-import pathlib
-
 import numpy as np
 import pandas as pd
 import pytest
 import study_of
 
 from configs import noise as config
-from experiments import kept
-from experiments.noise import __main__ as study
-from experiments.noise import analysis
+from experiments import committed
+from experiments.studies import noise_and_rows as analysis
 from qlora_jax import sweeps
 from qlora_jax.data import noise
 
@@ -83,24 +79,18 @@ def test_kinds_are_pooled_seed_by_seed():
 
 
 def test_what_is_committed_follows_from_the_committed_runs(tmp_path, capsys):
-  target = tmp_path / "noise"
-  kept.keep(study.RESULTS, target)
-  study.main([f"--results={target}"])
-  names = ["differences.csv", "pooled.csv", "summary.md"]
-  _, differing, missing = filecmp.cmpfiles(study.RESULTS, target, names, shallow=False)
-  assert not differing and not missing, "run python -m experiments.noise"
-  assert (target / "noise.png").stat().st_size > 10_000
+  study_of.check_derived_files(
+    "noise_and_rows", tmp_path, ["differences.csv", "pooled.csv", "summary.md"]
+  )
   assert "friedman1" in capsys.readouterr().out
 
 
 def test_the_findings_quote_the_committed_summary():
-  page = (pathlib.Path(study.__file__).parent / "README.md").read_text()
-  quoted = study_of.intervals_of(page)
-  assert quoted and quoted <= study_of.intervals_of((study.RESULTS / "summary.md").read_text())
+  study_of.check_quotes(study_of.page_of("noise_and_rows"), "noise_and_rows")
 
 
 def test_every_committed_setting_had_seven_rates_and_ten_seeds():
-  found = kept.read(study.RESULTS)
+  found = committed.results("noise").rows
   by = ["task", "method"]
   rates = found[found["stage"] == "search"].groupby(by)["learning_rate"].nunique()
   seeds = found[found["stage"] == "final"].groupby(by)["seed"].nunique()

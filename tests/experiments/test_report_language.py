@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from experiments import documents, report
+from experiments import committed, report
+from experiments.analysis import language_tables
 from experiments.report import figures, headline, inputs, style, tables
 from qlora_jax import errors
 
@@ -180,17 +181,16 @@ def test_a_damaged_table_of_answers_is_named(tmp_path, make_language_study):
     inputs.read(tmp_path)
 
 
-def test_the_documents_take_tables_from_a_language_study(built, monkeypatch):
-  monkeypatch.setattr(documents, "LANGUAGE", built[1])
-  monkeypatch.setattr(documents, "language", lambda: tables.summarize(inputs.read(built[1])))
-  text = documents.filled("<!-- table: language_deciding -->\n<!-- end -->")
+def test_the_documents_take_tables_from_a_language_study(built):
+  results = committed.Results(built[1], "induction")
+  text = language_tables.deciding(results)
   shown = f"{100 * final(built[0], 'lora', True).mean():.1f}"
   assert re.search(
     rf"\| LoRA \+ prompt \| 2,440,000 \| 3 \| .* \| {shown} \[.*\| baseline \|", text
   )
   assert "| Frozen base + prompt | 0 |" in text and "(one seed: no interval)" in text
-  tasks = documents.language_tasks()
+  tasks = language_tables.by_task(results)
   assert "| antonyms | plural | translation en-fr |" in tasks
   search = built[0].query("stage == 'search' and method == 'lora' and in_prompt")
   best = search.set_index("learning_rate")["validation_nats"].loc[1e-3]
-  assert f"**{best:.3f}**" in documents.language_rates()
+  assert f"**{best:.3f}**" in language_tables.rates(results)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments.questions import committed, every, question, routing, sentences
+from experiments import committed, routing_gain, routing_sentences, study
 from qlora_jax.workloads import routing_gain as evaluation
 
 WHERE = "made friedman1 queryable"
@@ -32,18 +32,19 @@ def rows(**gains):
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
-  """Commits `study(rows)` as the study `made`."""
+def commit(tmp_path, monkeypatch):
+  """Commits a table of rows as the study `made`."""
 
-  def commit(table, name="made"):
-    folder = tmp_path / name
-    folder.mkdir(exist_ok=True)
-    (folder / "results.parquet").touch()
-    monkeypatch.setattr(committed, "RESULTS", tmp_path)
-    final = types.SimpleNamespace(stage=lambda stage: table[table["stage"] == stage])
-    monkeypatch.setattr(committed, "study", lambda _: final)
+  def of(table, name="made"):
+    results = committed.Results(tmp_path / name)
+    results.folder.mkdir(exist_ok=True)
+    (results.folder / "results.parquet").touch()
+    stages = types.SimpleNamespace(stage=lambda stage: table[table["stage"] == stage])
+    results.study = stages
+    other = committed.Results(tmp_path / "nowhere")
+    monkeypatch.setattr(committed, "results", lambda of: results if of == name else other)
 
-  return commit
+  return of
 
 
 ALL = {"gain_uniform": 0.1, "gain_mean": 0.1, "gain_other": 0.2}
@@ -52,81 +53,84 @@ ALL = {"gain_uniform": 0.1, "gain_mean": 0.1, "gain_other": 0.2}
 @pytest.mark.parametrize(
   "gains, verdict",
   [
-    ({}, routing.NOT_MEASURED),
+    ({}, routing_gain.NOT_MEASURED),
     (ALL, "supported"),
-    (ALL | {"gain_uniform": 0.0}, routing.INERT),
-    (ALL | {"gain_uniform": -0.1, "gain_mean": -0.1}, routing.INERT),
-    (ALL | {"gain_mean": 0.0}, routing.ALIKE),
+    (ALL | {"gain_uniform": 0.0}, routing_gain.INERT),
+    (ALL | {"gain_uniform": -0.1, "gain_mean": -0.1}, routing_gain.INERT),
+    (ALL | {"gain_mean": 0.0}, routing_gain.ALIKE),
     (ALL | {"gain_other": -0.2}, "supported"),  # the rules do not ask for it
-    ({"gain_uniform": 0.1}, routing.ALIKE),  # the other two are missing
-    ({"gain_mean": 0.1}, routing.INERT),
+    ({"gain_uniform": 0.1}, routing_gain.ALIKE),  # the other two are missing
+    ({"gain_mean": 0.1}, routing_gain.INERT),
   ],
 )
-def test_a_verdict_on_routing_needs_its_gains_above_zero(study, gains, verdict):
-  study(rows(**gains))
-  assert routing.verdict(WHERE, "supported") == verdict
-  claim = question.Claim("routing lowers the error", "supported", "−9 %", WHERE)
+def test_a_verdict_on_routing_needs_its_gains_above_zero(commit, gains, verdict):
+  commit(rows(**gains))
+  assert routing_gain.verdict(WHERE, "supported") == verdict
+  claim = study.Claim("routing lowers the error", "supported", "−9 %", WHERE)
   assert claim.cells()[1] == verdict
   assert ("<!-- routing:" in claim.cells()[0]) == (verdict == "supported")
-  assert question.Claim("the error is lower", "supported", "−9 %").cells()[1] == "supported"
+  assert study.Claim("the error is lower", "supported", "−9 %").cells()[1] == "supported"
 
 
-def test_the_deciding_study_needs_the_gain_over_equal_weights_alone(study):
-  study(rows(**(ALL | {"gain_mean": -0.1})), "deciding")
-  assert routing.allowed("deciding friedman1 queryable")
-  study(rows(**(ALL | {"gain_uniform": -0.1})), "deciding")
-  assert not routing.allowed("deciding friedman1 queryable")
+def test_the_deciding_study_needs_the_gain_over_equal_weights_alone(commit):
+  commit(rows(**(ALL | {"gain_mean": -0.1})), "deciding")
+  assert routing_gain.allowed("deciding friedman1 queryable")
+  commit(rows(**(ALL | {"gain_uniform": -0.1})), "deciding")
+  assert not routing_gain.allowed("deciding friedman1 queryable")
 
 
-def test_one_seed_has_no_interval_and_allows_nothing(study):
-  study(rows(**ALL).head(1))
-  assert routing.verdict(WHERE, "supported") == routing.INERT
+def test_one_seed_has_no_interval_and_allows_nothing(commit):
+  commit(rows(**ALL).head(1))
+  assert routing_gain.verdict(WHERE, "supported") == routing_gain.INERT
 
 
-def test_every_setting_of_the_task_needs_its_gain(study):
+def test_every_setting_of_the_task_needs_its_gain(commit):
   quiet, loud = rows(**ALL), rows(**(ALL | {"gain_uniform": -0.1}))
-  study(pd.concat([quiet.assign(noise_level=0.0), loud]))
-  assert routing.verdict(WHERE, "supported") == routing.INERT
-  study(pd.concat([quiet.assign(noise_level=0.0), quiet]))
-  assert routing.allowed(WHERE)
+  commit(pd.concat([quiet.assign(noise_level=0.0), loud]))
+  assert routing_gain.verdict(WHERE, "supported") == routing_gain.INERT
+  commit(pd.concat([quiet.assign(noise_level=0.0), quiet]))
+  assert routing_gain.allowed(WHERE)
 
 
-def test_frozen_networks_are_the_sample_where_there_are_several(study):
+def test_frozen_networks_are_the_sample_where_there_are_several(commit):
   means = (0.1, 0.2, 0.6)
   parts = [rows(**ALL).assign(method=f"queryable/{n}") for n, _ in enumerate(means)]
   for part, mean in zip(parts, means, strict=True):
     part["routing/gain_uniform"] = mean
-  study(pd.concat(parts))
-  row = routing.gains(WHERE).set_index("column").loc["routing/gain_uniform"]
+  commit(pd.concat(parts))
+  row = routing_gain.gains(WHERE).set_index("column").loc["routing/gain_uniform"]
   low, high = stats.t.interval(0.95, 2, np.mean(means), stats.sem(means))
   assert (row["mean"], row["low"], row["high"]) == pytest.approx((0.3, low, high))
-  assert low < 0 and routing.verdict(WHERE, "supported") == routing.INERT
+  assert low < 0 and routing_gain.verdict(WHERE, "supported") == routing_gain.INERT
 
 
 @pytest.mark.parametrize("where", ["nowhere queryable", "made lora", "made sines queryable"])
-def test_an_arm_that_does_not_exist_is_an_error(study, where):
-  study(rows(**ALL))
+def test_an_arm_that_does_not_exist_is_an_error(commit, where):
+  commit(rows(**ALL))
   with pytest.raises(ValueError, match="routing"):
-    routing.gains(where)
+    routing_gain.gains(where)
 
 
 def test_the_columns_are_those_that_training_writes():
-  assert set(routing.GAINS) == set(evaluation.GAINS)
+  assert set(routing_gain.GAINS) == set(evaluation.GAINS)
 
 
 def test_every_claim_of_the_committed_studies_names_an_arm_that_exists():
-  found = [each for one in every.QUESTIONS.values() if one.ready for each in one.answer()]
-  about = [each for each in found if each.routing]
+  records = [record for record in study.registry().values() if record.committed_results.exists]
+  claims = [claim for record in records for claim in record.claims(record.committed_results)]
+  about = [claim for claim in claims if claim.routing]
   assert len(about) >= 10
-  for each in about:
-    routing.gains(each.routing)  # raises where the arm is unknown
-  verdicts = {each.cells()[1] for each in about if "language" in each.routing}
-  assert verdicts <= {routing.NOT_MEASURED, routing.INERT}
+  for claim in about:
+    routing_gain.gains(claim.routing)  # raises where the arm is unknown
+  verdicts = {claim.cells()[1] for claim in about if "language" in claim.routing}
+  assert verdicts <= {routing_gain.NOT_MEASURED, routing_gain.INERT}
 
 
-@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in sentences.texts()])
+@pytest.mark.parametrize(
+  "text", [pytest.param(text, id=name) for name, text in routing_sentences.texts()]
+)
 def test_every_sentence_on_routing_has_its_gain_or_says_that_there_is_none(text):
-  assert not sentences.unsupported(text)
+  assert not routing_sentences.unsupported(text)
 
 
 PLANTED = [
@@ -170,12 +174,12 @@ SOUND = [
 
 @pytest.mark.parametrize("text", PLANTED)
 def test_a_planted_claim_is_found(text):
-  assert sentences.unsupported(text)
+  assert routing_sentences.unsupported(text)
 
 
 @pytest.mark.parametrize("text", SOUND)
 def test_other_sentences_pass(text):
-  assert not sentences.unsupported(text)
+  assert not routing_sentences.unsupported(text)
 
 
 def test_a_page_with_a_planted_sentence_fails():
@@ -183,12 +187,12 @@ def test_a_page_with_a_planted_sentence_fails():
   planted = text.replace(
     "## Scaling\n", "The routing lowers the error on friedman1.\n\n## Scaling\n"
   )
-  assert planted != text and len(sentences.unsupported(planted)) == 1
+  assert planted != text and len(routing_sentences.unsupported(planted)) == 1
 
 
-def test_a_marker_allows_a_sentence_only_while_the_gain_is_above_zero(study):
+def test_a_marker_allows_a_sentence_only_while_the_gain_is_above_zero(commit):
   text = f"The routing lowers the error on friedman1. <!-- routing: {WHERE} --> More."
-  study(rows(**ALL))
-  assert not sentences.unsupported(text)
-  study(rows(**(ALL | {"gain_uniform": 0.0})))
-  assert len(sentences.unsupported(text)) == 1
+  commit(rows(**ALL))
+  assert not routing_sentences.unsupported(text)
+  commit(rows(**(ALL | {"gain_uniform": 0.0})))
+  assert len(routing_sentences.unsupported(text)) == 1

@@ -5,8 +5,10 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from experiments.scaling import __main__ as study
-from experiments.scaling import compiled, points
+from experiments import __main__ as command
+from experiments.analysis import scaling_compiled as compiled
+from experiments.analysis import scaling_points as points
+from experiments.studies import scaling
 from qlora_jax.models import decoder
 from qlora_jax.planning import compile as compile_lib
 from qlora_jax.planning import estimate, hlo, search
@@ -47,7 +49,7 @@ def test_extra_memory_is_the_difference_of_two_full_estimates(tiny, fields):
   assert points.extra(point)["extra_hbm"] == pytest.approx(full - plain, rel=0.02)
 
 
-def test_a_study_goes_on_where_it_stopped_and_draws(tiny, monkeypatch, tmp_path, capsys):
+def test_a_study_continues_where_it_stopped_and_draws(tiny, monkeypatch, tmp_path, capsys):
   asked = []
 
   def run(job, topology, hlo=""):
@@ -72,16 +74,16 @@ def test_a_study_goes_on_where_it_stopped_and_draws(tiny, monkeypatch, tmp_path,
   small = [dataclasses.replace(points.TARGET, atoms=atoms) for atoms in (16, 64)]
   monkeypatch.setattr(points, "grid", lambda: small)
   monkeypatch.setattr(compiled, "CHOSEN", (points.TARGET,))
-  study.main([f"--results={tmp_path}", "--compile", "--limit=1"])
+  arguments = ["scaling", f"--workdir={tmp_path}", f"--results={tmp_path}"]
+  assert command.main([*arguments, "--limit=1"]) == 0
   assert len(asked) == 1 and asked[0].model.adapter.family == "lora"
-  study.main([f"--results={tmp_path}", "--compile"])
-  study.main([f"--results={tmp_path}", "--compile"])
+  assert command.main(arguments) == command.main(arguments) == 0
   assert len(asked) == 2 and asked[1].model.adapter.atoms == 64
-  kept = pd.read_csv(tmp_path / compiled.FILE)
+  kept = pd.read_csv(tmp_path / scaling.COMPILED)
   assert list(kept["atoms"]) == [0, 64] and list(kept["routed_collectives"]) == [0, 0]
   assert "| 70B | 64 | 4 | 16 |" in (tmp_path / "summary.md").read_text()
   assert (tmp_path / "scaling.png").stat().st_size > 10_000
-  assert (tmp_path / "scaling.svg").exists() and "Compiled" in capsys.readouterr().out
+  assert (tmp_path / "scaling.svg").exists() and "| 70B | 64 | 4 | 16 |" in capsys.readouterr().out
 
 
 def test_a_collective_of_the_router_in_the_loop_is_told():
@@ -94,3 +96,8 @@ def test_a_collective_of_the_router_in_the_loop_is_told():
     ]
   )
   assert [each.source for each in found] == ["while/body/blocks/router/dot"]
+
+
+def test_the_target_is_the_point_that_tables_and_claims_read():
+  rows = pd.DataFrame([points.extra(points.TARGET)])
+  assert len(scaling._at_target(rows)) == 1 and points.TARGET.scale == scaling._SCALE

@@ -1,15 +1,17 @@
 """The stream study: its quantities on matrices by hand, and its summary from its results."""
 
-import pathlib
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+import study_of
 
-from experiments import units
-from experiments.stream import __main__ as study
-from experiments.stream import quantities, tables, train
+from experiments import committed
+from experiments import resumable_training as resumable
+from experiments.analysis import stream_quantities as quantities
+from experiments.analysis import stream_tables as tables
+from experiments.analysis import stream_training as train
 
 # L_ij: error on task j after task i.
 ERRORS = np.array([[0.1, 0.9, 0.8], [0.3, 0.2, 0.6], [0.5, 0.1, 0.3]])
@@ -34,7 +36,7 @@ def test_nothing_is_forgotten_when_nothing_changes():
 @pytest.mark.parametrize("task", train.ADAPTERS)
 def test_a_seed_meets_every_part_once_in_an_order_of_its_own(task):
   orders = [tuple(train.order_of(task, seed)) for seed in range(20)]
-  count = len(units.part_names(task))
+  count = len(resumable.part_names(task))
   assert all(sorted(order) == list(range(count)) for order in orders)
   assert len(set(orders)) > 15 and orders[3] == tuple(train.order_of(task, 3))
 
@@ -70,17 +72,17 @@ def test_frozen_arms_differ_from_free_ones_in_what_they_freeze_alone():
 
 
 def test_the_committed_summary_is_what_the_committed_results_give():
-  found = tables.read(study.RESULTS)
+  results = committed.results("stream")
+  found = tables.read(results)
   summary = tables.summarise(found)
-  kept = pd.read_csv(study.RESULTS / "summary.csv")
+  kept = results.table("summary.csv")
   pd.testing.assert_frame_equal(summary, kept, rtol=1e-4, atol=1e-6, check_dtype=False)
-  assert (study.RESULTS / "summary.md").read_text() == tables.markdown(summary)
+  assert (results.folder / "summary.md").read_text() == tables.markdown(summary)
   final = found["runs"][found["runs"]["stage"] == "final"]
   assert (final.groupby(["task", "arm"])["seed"].nunique() == 10).all()
 
 
-def test_every_interval_of_the_readme_is_in_the_summary():
-  text = (pathlib.Path(study.__file__).parent / "README.md").read_text()
-  told = re.findall(r"[+-]?[\d.]+ \[[^\]]+\]", text)
-  summary = (study.RESULTS / "summary.md").read_text()
+def test_every_interval_of_the_page_is_in_the_summary():
+  told = re.findall(r"[+-]?[\d.]+ \[[^\]]+\]", study_of.page_of("stream"))
+  summary = (committed.RESULTS / "stream" / "summary.md").read_text()
   assert told and not [each for each in told if each not in summary]

@@ -1,1 +1,0 @@
-"""The routing taken apart, one thing at a time: `python -m experiments.ablations`."""

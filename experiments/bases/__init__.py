@@ -1,1 +1,0 @@
-"""Queryable LoRA against LoRA on other frozen networks: see README.md."""

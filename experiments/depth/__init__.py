@@ -1,1 +1,0 @@
-"""Does the memory share structure across depth? Usage, similarity, removal and transfer."""

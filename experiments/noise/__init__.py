@@ -1,1 +1,0 @@
-"""Queryable LoRA against LoRA by noise and number of training rows: see README.md."""

@@ -1,0 +1,1 @@
+"""The studies, one file each: its question, config, tables, figure and claims."""
