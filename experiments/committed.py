@@ -148,7 +148,7 @@ def _joined(descriptions: list[dict], workdirs: list[pathlib.Path]) -> dict:
   for description, workdir in zip(descriptions[1:], workdirs[1:], strict=True):
     if differences := resume.differences(joined["config"], description["config"], resume.STUDY):
       raise errors.UserError(
-        f"--from: {workdir} has another config than {workdirs[0]}: {resume.told(differences)}"
+        f"--from: {workdir} has another config than {workdirs[0]}: {resume.described(differences)}"
       )
   for field in ("commit", "date", "devices"):
     joined[field] = ", ".join(dict.fromkeys(description[field] for description in descriptions))

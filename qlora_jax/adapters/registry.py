@@ -8,6 +8,7 @@ names a family. `docs/new_adapter.md` is a worked example.
 import dataclasses
 import fnmatch
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -99,9 +100,9 @@ class Method:
 
 @functools.cache
 def _registered() -> dict[str, Method]:
-  # Loaded at the first look-up: configs that only name an adapter do not wait for JAX.
-  from qlora_jax.adapters import methods
-
+  # Loaded by name at the first look-up, as plug-ins are: the families import this module, and
+  # configs that only name an adapter do not wait for JAX.
+  methods = importlib.import_module(f"{__package__}.methods")
   return {method.name: method for method in methods.BUILT_IN}
 
 

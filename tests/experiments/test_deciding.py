@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments.questions import committed, deciding, routing
+from experiments import committed, routing_gain
+from experiments.analysis import language_deciding as deciding
 
 LORA, ROUTED = deciding.BASELINE, deciding.ROUTED
 NATS = (1.0, 1.02, 0.99)
@@ -30,7 +31,7 @@ def runs(difference, gain, gains_by_rate=(0.0, 0.2)):
       "test_accuracy": 0.5 + 0.01 * index,
       "routing/support_start": 5.03 if method == ROUTED else np.nan,
       "router/effective_support": 5.02 if method == ROUTED else np.nan,
-      **{column: gain[index] if method == ROUTED else np.nan for column in routing.GAINS},
+      **{column: gain[index] if method == ROUTED else np.nan for column in routing_gain.GAINS},
     }
     for method in (LORA, ROUTED)
     for index, nats in enumerate(NATS)
@@ -56,23 +57,20 @@ def runs(difference, gain, gains_by_rate=(0.0, 0.2)):
 @pytest.fixture
 def commit(tmp_path, monkeypatch):
   """Commits runs as `deciding`, and the same without routing columns as `induction`."""
-  monkeypatch.setattr(committed, "RESULTS", tmp_path)
 
   def made(table):
-    for name in ("deciding", "induction"):
-      (tmp_path / name).mkdir()
-      (tmp_path / name / "results.parquet").touch()
-    plain = table.assign(
-      **{name: np.nan for name in table if name.startswith(("routing/", "router/"))}
-    )
-    studies = {"deciding": table, "induction": plain.assign(learning_rate=3e-3)}
-    monkeypatch.setattr(
-      committed,
-      "study",
-      lambda name: types.SimpleNamespace(
-        stage=lambda stage: studies[name][studies[name]["stage"] == stage]
-      ),
-    )
+    routed = [name for name in table if name.startswith(("routing/", "router/"))]
+    plain = table.assign(**dict.fromkeys(routed, np.nan), learning_rate=3e-3)
+    found = {}
+    for name, rows in (("deciding", table), ("induction", plain)):
+      found[name] = committed.Results(tmp_path / name)
+      found[name].folder.mkdir()
+      (found[name].folder / "results.parquet").touch()
+      found[name].study = types.SimpleNamespace(
+        stage=lambda stage, rows=rows: rows[rows["stage"] == stage]
+      )
+    monkeypatch.setattr(committed, "results", found.__getitem__)
+    return found["deciding"]
 
   return made
 
@@ -85,16 +83,16 @@ IN_USE, SOME, INERT = (0.05, 0.06, 0.05), (0.05, -0.02, 0.01), (0.001, -0.001, 0
   "difference, gain, verdict, by_routing",
   [
     (LOWER, IN_USE, "supported", "supported"),
-    (LOWER, SOME, "supported", routing.INERT),  # a mean above zero, the interval not
-    (LOWER, INERT, "supported", routing.INERT),
+    (LOWER, SOME, "supported", routing_gain.INERT),  # a mean above zero, the interval not
+    (LOWER, INERT, "supported", routing_gain.INERT),
     (TIE, IN_USE, "no significant difference", "no significant difference"),
-    (TIE, INERT, "no significant difference", routing.INERT),
+    (TIE, INERT, "no significant difference", routing_gain.INERT),
     (tuple(-each for each in LOWER), IN_USE, "not supported", "not supported"),
   ],
 )
 def test_the_rule_of_the_claims(commit, difference, gain, verdict, by_routing):
-  commit(runs(difference, gain))
-  lower, routed = deciding.answer()
+  results = commit(runs(difference, gain))
+  lower, routed = deciding.claims(results)
   assert (lower.cells()[1], routed.cells()[1]) == (verdict, by_routing)
   expected = (
     np.mean(difference),
@@ -106,17 +104,17 @@ def test_the_rule_of_the_claims(commit, difference, gain, verdict, by_routing):
 
 
 def test_the_tables_have_the_numbers_of_both_studies(commit):
-  commit(runs(TIE, SOME))
+  results = commit(runs(TIE, SOME))
   rows = [
     [cell.strip() for cell in line.strip("| ").split("|")]
-    for line in deciding.final_table().splitlines()
+    for line in deciding.final_table(results).splitlines()
   ]
   header, _, *body = rows
   assert [row[2] for row in body] == ["0.007", "0.007", "0.003", "0.003"]
   low, high = stats.t.interval(0.95, 2, np.mean(SOME), stats.sem(SOME))
   gains = f"{np.mean(SOME):+.4f} [{low:+.4f}, {high:+.4f}]".replace("-", "−")
   routed = dict(zip(header, body[1], strict=True))
-  for words in routing.GAINS.values():
+  for words in routing_gain.GAINS.values():
     assert routed[f"rise of nats with {words}"] == gains
   assert routed["effective support as drawn, all tokens"] == "5.03"
   assert routed["as trained, answer tokens"] == "5.02"
@@ -128,12 +126,12 @@ def test_the_tables_have_the_numbers_of_both_studies(commit):
 
 
 def test_the_search_has_both_methods_at_each_rate(commit):
-  commit(runs(TIE, SOME, gains_by_rate=(-0.0004, 0.2)))
-  *_, small, large = deciding.search_table().splitlines()
+  results = commit(runs(TIE, SOME, gains_by_rate=(-0.0004, 0.2)))
+  *_, small, large = deciding.search_table(results).splitlines()
   assert small == "| 0.001 | 1.100 | 1.130 | +0.030 | −0.0004 | 0.50 | 0.04 |"
   assert large == "| 0.03 | 6.000 | 6.030 | +0.030 | +0.2000 | 0.50 | 0.04 |"
 
 
-def test_without_the_study_there_is_no_claim(tmp_path, monkeypatch):
-  monkeypatch.setattr(committed, "RESULTS", tmp_path)
-  assert deciding.answer() == []
+def test_without_the_study_there_is_no_claim(tmp_path):
+  absent = committed.Results(tmp_path / deciding.STUDY)
+  assert deciding.claims(absent) == [] and deciding.tables_of(absent) == {}
