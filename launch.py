@@ -110,9 +110,10 @@ def main(argv: list[str]) -> None:
 def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
   from qlora_jax.parallel import processes
   from qlora_jax.studies import study
+  from qlora_jax.studies import workdir as workdir_lib
 
   study.resolve(config)
-  with study.claimed(workdir, config, "python " + shlex.join(sys.argv)):
+  with workdir_lib.claimed(workdir, config, "python " + shlex.join(sys.argv)):
     if _SWEEP.value:
       # A language model keeps all cores busy on its own.
       count = _WORKERS.value or (1 if study.is_language(config) else _default_workers())

@@ -23,6 +23,7 @@ from qlora_jax.adapters import config as adapter_config
 from qlora_jax.data import functions, pipeline
 from qlora_jax.models import mlp
 from qlora_jax.studies import study
+from qlora_jax.studies import workdir as workdir_lib
 from qlora_jax.training import checkpoint, compiled, loop, progress
 from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.training import step as step_lib
@@ -39,7 +40,7 @@ def prepare(
     unit_count: gives the number of units for the points.
   """
   config, points = config_files.config(work.config), config_files.points(work.config)
-  study.prepare(work.workdir, config, work.command)
+  workdir_lib.prepare(work.workdir, config, work.command)
   return Bench(config, work.workdir, unit_count(points), work.limit), points
 
 
@@ -67,7 +68,7 @@ class Bench:
 
   Attributes:
     config: the experiment's config, whose fields a call may override.
-    workdir: prepared by `study.prepare`.
+    workdir: prepared by `workdir_lib.prepare`.
     left: number of units that may still be made; None for all.
   """
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report import inputs, measure, style
-from qlora_jax.studies import stability, statistics
+from qlora_jax.studies import spread, stability, statistics
 
 BASELINES: Mapping[str, Sequence[str]] = {
   "": ("lora", "lora+prompt"),  # every task not named; what a study does not have is passed over
@@ -86,7 +86,7 @@ def _of_method(of: measure.Measure, key: str, runs: pd.DataFrame, searched: pd.D
     of.key: mean,
     f"{of.key}_low": low,
     f"{of.key}_high": high,
-    "spread": float(statistics.spread(score)) if len(score) > 1 else math.nan,
+    "spread": float(spread.standard_deviation(score)) if len(score) > 1 else math.nan,
     "search_runs": len(searched),
     "diverged_share": _failed(searched, of.validation).mean() if len(searched) else math.nan,
     "basin_decades": _basin(searched, of),
@@ -133,9 +133,9 @@ def _against(of: measure.Measure, baseline: str, runs: pd.DataFrame, own: dict) 
     row["effect_size"] = statistics.effect_size(ours, theirs)
     resolution = of.resolution * abs(float(theirs.mean())) if of.relative else of.resolution
     if resolution > 0:
-      row["seeds_needed"] = statistics.seeds_needed(ours - theirs, resolution)
+      row["seeds_needed"] = spread.seeds_needed(ours - theirs, resolution)
   if len(ours) >= LEAST_FOR_SPREAD and np.ptp(ours) > 0 and np.ptp(theirs) > 0:
-    row |= dict(zip(ratios, statistics.paired_spread_ratio(ours, theirs), strict=True))
+    row |= dict(zip(ratios, spread.paired_spread_ratio(ours, theirs), strict=True))
   for also in of.also:
     ends = _interval(
       statistics.paired_interval, *_pairs(finished, _also(finished, also), key, baseline)

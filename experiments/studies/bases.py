@@ -20,7 +20,7 @@ from experiments import study as study_lib
 from experiments.analysis import bases_figure
 from experiments.report import inputs, style, tables
 from experiments.studies import regression_error
-from qlora_jax.studies import statistics
+from qlora_jax.studies import spread, statistics
 
 GAIN_STUDY = "bases_gain"
 
@@ -96,7 +96,7 @@ def pooled(differences: pd.DataFrame) -> pd.DataFrame:
         "method": rows["method"].iloc[0],
         "baseline": rows["baseline"].iloc[0],
         **comparisons.columns_of("percent", change),
-        "scatter": 100 * statistics.spread(logs),
+        "scatter": 100 * spread.standard_deviation(logs),
         "by_seeds": float(np.sqrt(np.mean(errors**2))),
         "p_value": p_value,
       }

@@ -14,6 +14,7 @@ import submitit
 from qlora_jax import errors, files
 from qlora_jax.launching import options, status, task
 from qlora_jax.studies import records, study
+from qlora_jax.studies import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -103,12 +104,12 @@ def launch(
   """
   options.require_slurm()
   pairs = check(config, points, slurm)
-  study.prepare(workdir, config, command)
+  workdir_lib.prepare(workdir, config, command)
   arms = [study.describe_single(config)] if points is None else study.describe(config, points)
   records.write_list(workdir, arms)
   told = submit(workdir, tasks(workdir, pairs, slurm, report), slurm, max_parallel)
   with files.lock(workdir / records.LIST):
-    return told, study.gather(workdir)
+    return told, workdir_lib.gather(workdir)
 
 
 def dry_run(

@@ -24,7 +24,7 @@ class Task:
   """A picklable job.
 
   Attributes:
-    workdir: prepared by `study.prepare`; all nodes see it.
+    workdir: prepared by `workdir_lib.prepare`; all nodes see it.
     config: of a setting (without what the sweep varies in learning rate), or of a single run.
     rates: the setting's learning rates; None for a single run.
     requeues: how many times it may be requeued.
@@ -84,10 +84,10 @@ class Task:
 
 def gather(workdir: pathlib.Path, report: Callable[[pathlib.Path], Any] | None) -> None:
   """Writes a sweep's tables from what is done; the report too if no setting is left to train."""
-  from qlora_jax.studies import study
+  from qlora_jax.studies import workdir as workdir_lib
 
   with files.lock(workdir / records.LIST):
-    found = study.gather(workdir)
+    found = workdir_lib.gather(workdir)
     states = [records.read(workdir, each) for each in records.read_list(workdir)]
     left = any(state is None or state.state in ("running", "stopped") for state in states)
     if found and report is not None and not left:

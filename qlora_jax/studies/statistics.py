@@ -24,7 +24,7 @@ SIGNIFICANCE = 0.05
 FEW = 6
 
 # Differences of equal losses disagree in their last bits; this share of the values is no spread.
-_ROUNDING = 1e-12
+ROUNDING = 1e-12
 
 
 class Interval(NamedTuple):
@@ -51,10 +51,10 @@ def paired_interval(a: ArrayLike, b: ArrayLike) -> Interval:
   Raises:
     ValueError: fewer than two pairs, unequal lengths, or a value that is not finite.
   """
-  a, b = _pair(a, b)
+  a, b = pair(a, b)
   if len(a) >= FEW:
     return paired_bootstrap(a, b)
-  if _is_constant(a - b, a, b):
+  if is_constant(a - b, a, b):
     return Interval(*[float(np.mean(a - b))] * 3)
   return student(a - b)[0]
 
@@ -69,7 +69,7 @@ def paired_relative_interval(a: ArrayLike, b: ArrayLike) -> Interval:
   Raises:
     ValueError: as `paired_interval`, or a value of `b` that is not positive.
   """
-  a, b = _pair(a, b)
+  a, b = pair(a, b)
   if len(a) >= FEW:
     return paired_bootstrap_relative(a, b)
   if (b <= 0).any():
@@ -77,7 +77,7 @@ def paired_relative_interval(a: ArrayLike, b: ArrayLike) -> Interval:
   ratio = float(np.mean(a) / np.mean(b))
   percent = 100.0 * (ratio - 1.0)
   residual = a - ratio * b
-  if _is_constant(residual, a, b):
+  if is_constant(residual, a, b):
     return Interval(percent, percent, percent)
   error = float(np.std(residual, ddof=1)) / (math.sqrt(len(a)) * float(np.mean(b)))
   half = 100.0 * float(stats.t.ppf(1 - SIGNIFICANCE / 2, len(a) - 1)) * error
@@ -90,10 +90,10 @@ def paired_test(a: ArrayLike, b: ArrayLike) -> float:
   Raises:
     ValueError: as `paired_interval`.
   """
-  a, b = _pair(a, b)
+  a, b = pair(a, b)
   if len(a) >= FEW:
     return paired_p_value(a, b)
-  if _is_constant(a - b, a, b) and abs(np.mean(a - b)) <= _ROUNDING * _magnitude(a, b):
+  if is_constant(a - b, a, b) and abs(np.mean(a - b)) <= ROUNDING * _magnitude(a, b):
     return 1.0
   return student(a - b)[1]
 
@@ -115,10 +115,10 @@ def bootstrap_mean(
     ValueError: fewer than two values, or one that is not finite.
   """
   a = vector("a", a, minimum=2)
-  return _interval(
+  return resampled_interval(
     lambda x, axis: np.mean(x, axis=axis),
     (a,),
-    _is_constant(a, a),
+    is_constant(a, a),
     num_resamples,
     confidence,
     seed,
@@ -138,11 +138,11 @@ def paired_bootstrap(
   Raises:
     ValueError: fewer than two pairs, unequal lengths, or a value that is not finite.
   """
-  a, b = _pair(a, b)
-  return _interval(
+  a, b = pair(a, b)
+  return resampled_interval(
     lambda x, y, axis: np.mean(x - y, axis=axis),
     (a, b),
-    _is_constant(a - b, a, b),
+    is_constant(a - b, a, b),
     num_resamples,
     confidence,
     seed,
@@ -165,13 +165,13 @@ def paired_bootstrap_relative(
     ValueError: as `paired_bootstrap`, or a value of `b` that is not positive (some resample would
       divide by zero or change sign).
   """
-  a, b = _pair(a, b)
+  a, b = pair(a, b)
   if (b <= 0).any():
     raise ValueError("b must be positive: the difference is relative to its mean")
-  return _interval(
+  return resampled_interval(
     lambda x, y, axis: 100.0 * (np.mean(x, axis=axis) / np.mean(y, axis=axis) - 1.0),
     (a, b),
-    _is_constant(a / b, a / b),  # a = c b: every resample gives 100 (c - 1)
+    is_constant(a / b, a / b),  # a = c b: every resample gives 100 (c - 1)
     num_resamples,
     confidence,
     seed,
@@ -202,13 +202,13 @@ def paired_contrast(
   values, weights = np.asarray(values, np.float64), vector("weights", weights)
   if values.ndim != 2 or len(values) != len(weights):
     raise ValueError(f"values must be [{len(weights)}, seeds], got shape {values.shape}")
-  if not weights.any() or abs(weights.sum()) > _ROUNDING * np.abs(weights).sum():
+  if not weights.any() or abs(weights.sum()) > ROUNDING * np.abs(weights).sum():
     raise ValueError("weights must sum to zero and not all be zero")
   contrast = vector("values", weights @ values, minimum=2)
-  return _interval(
+  return resampled_interval(
     lambda x, axis: np.mean(x, axis=axis),
     (contrast,),
-    _is_constant(contrast, *values),
+    is_constant(contrast, *values),
     num_resamples,
     confidence,
     seed,
@@ -227,8 +227,8 @@ def paired_p_value(
   Raises:
     ValueError: fewer than two pairs, unequal lengths, or a value that is not finite.
   """
-  a, b = _pair(a, b)
-  if _is_constant(a - b, a, b) and abs(np.mean(a - b)) <= _ROUNDING * _magnitude(a, b):
+  a, b = pair(a, b)
+  if is_constant(a - b, a, b) and abs(np.mean(a - b)) <= ROUNDING * _magnitude(a, b):
     return 1.0
   result = stats.permutation_test(
     (a, b),
@@ -258,7 +258,7 @@ def student(a: ArrayLike, *, confidence: float = 0.95) -> tuple[Interval, float]
   if not 0 < confidence < 1:
     raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
   mean = float(np.mean(a))
-  if _is_constant(a, a):
+  if is_constant(a, a):
     return Interval(mean, mean, mean), 0.0 if mean else 1.0
   result = stats.ttest_1samp(a, 0.0)
   ends = result.confidence_interval(confidence)
@@ -295,54 +295,12 @@ def effect_size(a: ArrayLike, b: ArrayLike) -> float:
   Raises:
     ValueError: fewer than two pairs, unequal lengths, or a value that is not finite.
   """
-  a, b = _pair(a, b)
+  a, b = pair(a, b)
   difference = a - b
   mean = float(np.mean(difference))
-  if not _is_constant(difference, a, b):
+  if not is_constant(difference, a, b):
     return mean / float(np.std(difference, ddof=1))
-  return 0.0 if abs(mean) <= _ROUNDING * _magnitude(a, b) else math.copysign(math.inf, mean)
-
-
-def spread(a: ArrayLike) -> float:
-  """Sample standard deviation (n - 1).
-
-  Raises:
-    ValueError: fewer than two values, or one that is not finite.
-  """
-  return float(np.std(vector("a", a, minimum=2), ddof=1))
-
-
-def paired_spread_ratio(
-  a: ArrayLike,
-  b: ArrayLike,
-  *,
-  num_resamples: int = 10_000,
-  confidence: float = 0.95,
-  seed: int = 0,
-) -> Interval:
-  """Percentile bootstrap interval of std(a) / std(b), seeds resampled in pairs.
-
-  Below 1 method `a` depends less on the seed than `b`. A standard deviation needs more values than
-  a mean: for 10 normal pairs of equal spread the 95 % interval is typically [0.51, 1.84], and it
-  holds 1 in about 90 % of cases.
-
-  Raises:
-    ValueError: fewer than six pairs, unequal lengths, a value that is not finite, or values of
-      either that are all equal.
-  """
-  a, b = _pair(a, b)
-  if len(a) < 6:
-    raise ValueError(f"a spread needs at least 6 pairs, got {len(a)}")
-  if _is_constant(a, a) or _is_constant(b, b):
-    raise ValueError("the values of a and of b must differ among themselves")
-
-  def ratio(x, y, axis):
-    # Of a resample of one seed alone, 1 in 6^5 or fewer, nothing is known.
-    with np.errstate(divide="ignore", invalid="ignore"):
-      ratios = np.std(x, axis=axis, ddof=1) / np.std(y, axis=axis, ddof=1)
-    return np.where(np.isfinite(ratios), ratios, 1.0)
-
-  return _interval(ratio, (a, b), False, num_resamples, confidence, seed)
+  return 0.0 if abs(mean) <= ROUNDING * _magnitude(a, b) else math.copysign(math.inf, mean)
 
 
 class Counts(NamedTuple):
@@ -373,49 +331,7 @@ def win_tie_loss(intervals: Sequence[tuple[float, float, float]], lower: bool = 
   return Counts(wins, len(intervals) - wins - losses, losses)
 
 
-def seeds_needed(differences: ArrayLike, resolution: float, power: float = 0.8) -> int:
-  """Seeds with which a paired test would find a mean difference as small as `resolution`.
-
-  The two-sided paired t-test at the 5 % level, with the standard deviation of a pilot's
-  differences: the smallest n whose power (noncentral t) is at least `power`. Never below 6,
-  because under 6 pairs `paired_p_value` cannot fall below .05. The pilot's standard deviation is
-  itself uncertain (with 5 seeds the true one is between 0.6 and 2.9 times it), and the answer
-  goes with its square.
-
-  Args:
-    differences: paired differences of a pilot, at least two.
-    resolution: the difference worth finding, in the same units, positive.
-
-  Raises:
-    ValueError: bad differences, resolution not positive, or power outside (0, 1).
-  """
-  deviation = spread(differences)
-  if not 0 < resolution < math.inf:
-    raise ValueError(f"resolution must be positive, got {resolution}")
-  if not 0 < power < 1:
-    raise ValueError(f"power must lie in (0, 1), got {power}")
-  least = math.ceil(math.log2(2 / SIGNIFICANCE))
-  if deviation == 0:
-    return least
-  quantiles = stats.norm.ppf(1 - SIGNIFICANCE / 2) + max(0.0, stats.norm.ppf(power))
-  normal = (quantiles * deviation / resolution) ** 2
-  if normal > 1000:  # the t-test's own correction, below 3 seeds, no longer matters
-    return math.ceil(normal + stats.norm.ppf(1 - SIGNIFICANCE / 2) ** 2 / 2)
-  # The t-test never needs fewer pairs than the normal approximation.
-  count = max(least, math.floor(normal)) if power >= 0.5 else least
-  while _power(count, resolution / deviation) < power:
-    count += 1
-  return count
-
-
-def _power(count: int, effect: float) -> float:
-  freedom, noncentrality = count - 1, effect * math.sqrt(count)
-  critical = stats.t.ppf(1 - SIGNIFICANCE / 2, freedom)
-  # Beyond 30 the power is 1, and SciPy's noncentral t loses its digits.
-  return 1.0 if noncentrality > 30 + critical else stats.nct.sf(critical, freedom, noncentrality)
-
-
-def _interval(
+def resampled_interval(
   statistic: Callable[..., np.ndarray],
   samples: Sequence[np.ndarray],
   constant: bool,
@@ -451,7 +367,7 @@ def vector(name: str, values: ArrayLike, minimum: int = 1) -> np.ndarray:
   return values
 
 
-def _pair(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def pair(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
   a, b = vector("a", a, minimum=2), vector("b", b, minimum=2)
   if len(a) != len(b):
     raise ValueError(f"a and b must pair up, got {len(a)} and {len(b)} values")
@@ -462,6 +378,6 @@ def _magnitude(*values: np.ndarray) -> float:
   return max(float(np.abs(value).max()) for value in values)
 
 
-def _is_constant(sample: np.ndarray, *sources: np.ndarray) -> bool:
+def is_constant(sample: np.ndarray, *sources: np.ndarray) -> bool:
   """Whether a sample computed from `sources` is constant up to rounding."""
-  return float(np.ptp(sample)) <= _ROUNDING * _magnitude(*sources)
+  return float(np.ptp(sample)) <= ROUNDING * _magnitude(*sources)

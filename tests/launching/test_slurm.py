@@ -14,6 +14,7 @@ from experiments import report
 from qlora_jax import errors
 from qlora_jax.launching import options, slurm, status
 from qlora_jax.studies import records, study
+from qlora_jax.studies import workdir as workdir_lib
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 ROOT = pathlib.Path(__file__).parents[2]
@@ -109,7 +110,7 @@ def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed
   assert "lora/final: 1 trial, 120 steps, from step " in log.read_text()
 
   local = tmp_path / "local"
-  study.prepare(local, config, "test")
+  workdir_lib.prepare(local, config, "test")
   study.run(config, points[1:], local)
   tables = [pd.read_parquet(folder / "results.parquet")[COMPARED] for folder in (workdir, local)]
   pd.testing.assert_frame_equal(*tables, rtol=1e-3)  # float32 in processes of other threads

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
-from qlora_jax.studies import stability, statistics
+from qlora_jax.studies import spread, stability, statistics
 
 _VALUES = st.floats(-1e3, 1e3, allow_nan=False)
 _SAMPLES = st.lists(_VALUES, min_size=2, max_size=12)
@@ -197,7 +197,7 @@ def test_equal_methods_have_p_value_one_and_no_effect():
 def test_effect_size_is_mean_over_deviation_of_differences():
   a, b = [3.0, 5.0, 9.0], [1.0, 2.0, 5.0]  # differences 2, 3, 4
   assert statistics.effect_size(a, b) == pytest.approx(3.0)
-  assert statistics.spread([2.0, 3.0, 4.0]) == pytest.approx(1.0)
+  assert spread.standard_deviation([2.0, 3.0, 4.0]) == pytest.approx(1.0)
 
 
 def test_student_matches_the_example_by_hand_and_covers_with_three_seeds():
@@ -283,8 +283,8 @@ def test_diverged_share_counts_non_finite_and_worse_than_the_base():
 def test_seeds_needed_matches_the_textbook_and_simulation():
   pilot = np.array([-1.0, 1.0]) / math.sqrt(2)  # standard deviation 1
   # Cohen's medium effect, d_z = .5: 34 pairs at power .8, 44 at .9 (G*Power).
-  assert statistics.seeds_needed(pilot, 0.5) == 34
-  assert statistics.seeds_needed(pilot, 0.5, power=0.9) == 44
+  assert spread.seeds_needed(pilot, 0.5) == 34
+  assert spread.seeds_needed(pilot, 0.5, power=0.9) == 44
   samples = np.random.default_rng(7).normal(0.5, 1, (4000, 34))
   found = stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05
   assert np.mean(found) == pytest.approx(0.8, abs=0.03)
@@ -292,8 +292,8 @@ def test_seeds_needed_matches_the_textbook_and_simulation():
 
 def test_seeds_needed_has_a_floor_and_grows_with_precision():
   pilot = [0.1, 0.3, 0.2]
-  assert statistics.seeds_needed(pilot, 100.0) == statistics.seeds_needed([0.1, 0.1], 1.0) == 6
-  counts = [statistics.seeds_needed(pilot, r) for r in (0.1, 0.05, 0.02, 0.01, 0.005, 0.001)]
+  assert spread.seeds_needed(pilot, 100.0) == spread.seeds_needed([0.1, 0.1], 1.0) == 6
+  counts = [spread.seeds_needed(pilot, r) for r in (0.1, 0.05, 0.02, 0.01, 0.005, 0.001)]
   assert counts == sorted(counts) and len(set(counts)) == len(counts)
   # n = (1.960 + 0.842)^2 / d^2 for many seeds.
   assert counts[-1] == pytest.approx(7.849 * (0.1 / 0.001) ** 2, rel=1e-3)
@@ -339,7 +339,7 @@ def test_bad_pairs_are_refused(function, a, b):
     lambda: statistics.holm([]),
     lambda: statistics.holm([0.5, np.nan]),
     lambda: statistics.holm([1.5]),
-    lambda: statistics.spread([1.0]),
+    lambda: spread.standard_deviation([1.0]),
     lambda: stability.learning_rate_basin([], []),
     lambda: stability.learning_rate_basin([1.0, 2.0], [1.0]),
     lambda: stability.learning_rate_basin([0.0, 2.0], [1.0, 1.0]),
@@ -347,9 +347,9 @@ def test_bad_pairs_are_refused(function, a, b):
     lambda: stability.learning_rate_basin([1.0, 2.0], [1.0, 1.0], -0.1),
     lambda: stability.diverged_share([], 1.0),
     lambda: stability.diverged_share([1.0], np.nan),
-    lambda: statistics.seeds_needed([1.0], 1.0),
-    lambda: statistics.seeds_needed([1.0, 2.0], 0.0),
-    lambda: statistics.seeds_needed([1.0, 2.0], 1.0, power=1.0),
+    lambda: spread.seeds_needed([1.0], 1.0),
+    lambda: spread.seeds_needed([1.0, 2.0], 0.0),
+    lambda: spread.seeds_needed([1.0, 2.0], 1.0, power=1.0),
   ],
 )
 def test_bad_arguments_are_refused(call):
@@ -365,19 +365,19 @@ def test_spread_ratio_covers_one_where_spreads_are_equal():
   hits = 0
   for trial in range(200):
     a, b = rng.normal(size=(2, 10)) + rng.normal(size=10)
-    found = statistics.paired_spread_ratio(a, b, num_resamples=400, seed=trial)
+    found = spread.paired_spread_ratio(a, b, num_resamples=400, seed=trial)
     hits += found.low <= 1 <= found.high
   assert 0.82 <= hits / 200 <= 0.97
 
 
 def test_spread_ratio_is_that_of_the_sample():
   a = np.random.default_rng(1).normal(size=12)
-  found = statistics.paired_spread_ratio(3 * a, a)
+  found = spread.paired_spread_ratio(3 * a, a)
   assert found == pytest.approx((3, 3, 3))
   with pytest.raises(ValueError, match="at least 6"):
-    statistics.paired_spread_ratio(a[:5], a[:5])
+    spread.paired_spread_ratio(a[:5], a[:5])
   with pytest.raises(ValueError, match="differ"):
-    statistics.paired_spread_ratio(a, np.ones(12))
+    spread.paired_spread_ratio(a, np.ones(12))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from experiments import report
 from qlora_jax import errors, sweeps
 from qlora_jax.adapters import registry, rerouting
 from qlora_jax.studies import study
+from qlora_jax.studies import workdir as workdir_lib
 from qlora_jax.training import checkpoint, loop, progress, step
 from qlora_jax.workloads import cohort_program, regression, workload
 from qlora_jax.workloads import regression_config as settings
@@ -127,7 +128,7 @@ def test_a_sweep_writes_tables_and_a_report_and_skips_what_is_finished(tiny, tmp
     sweeps.sweep("adapter.name", ("none", "lora", "queryable_prior")),
     sweeps.sweep("optimizer.learning_rate", (1e-3, 1e-2)),
   )
-  study.prepare(tmp_path, tiny, "test")
+  workdir_lib.prepare(tmp_path, tiny, "test")
   study.run(tiny, points, tmp_path)
   rows = pd.read_parquet(tmp_path / "results.parquet")
   assert len(rows) == 1 + 2 + 2 * (2 + 2)
@@ -234,20 +235,20 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
 
 
 def test_a_work_directory_of_another_config_is_refused_by_field(tiny, tmp_path):
-  study.prepare(tmp_path, tiny, "test")
+  workdir_lib.prepare(tmp_path, tiny, "test")
   before = json.loads((tmp_path / "study.json").read_text())
   other = tiny.copy_and_resolve_references()
   other.optimizer.steps = 41
   with pytest.raises(errors.UserError, match=r"optimizer\.steps was 40, is 41;"):
-    study.prepare(tmp_path, other, "test")
+    workdir_lib.prepare(tmp_path, other, "test")
   assert json.loads((tmp_path / "study.json").read_text()) == before
 
 
 def test_a_work_directory_goes_on_with_other_checkpoints_and_another_mesh(tiny, tmp_path):
-  study.prepare(tmp_path, tiny, "test")
+  workdir_lib.prepare(tmp_path, tiny, "test")
   other = tiny.copy_and_resolve_references()
   other.checkpoint.keep, other.mesh.runs = 5, 2
-  study.prepare(tmp_path, other, "test")
+  workdir_lib.prepare(tmp_path, other, "test")
 
 
 def test_an_empty_learning_rate_list_is_refused():
