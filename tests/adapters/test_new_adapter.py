@@ -124,7 +124,7 @@ def test_a_name_is_registered_once_and_forgotten_by_unregister(family):
   try:
     with pytest.raises(errors.UserError, match=f"{NAME!r} is unknown"):
       factory.check_name(NAME)
-    with pytest.raises(errors.UserError, match=r"adapter\.method"):
+    with pytest.raises(errors.UserError, match=r"adapter\.family"):
       config.AdapterConfig(family=NAME)
   finally:
     registry.register(family)
