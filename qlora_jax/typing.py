@@ -1,11 +1,14 @@
 """Array aliases and the axis legend that every signature and einsum string follows.
 
 B batch          T tokens (regression: T = 1)   D model width     F hidden width
+D_in, D_out widths of a map
 R rank           M atoms                        Q query width     k atoms kept per token
-N blocks         S layers per block             L = N * S layers
+R2 rank, on the right of an R x R matrix (s in einsum strings)
+N blocks         S layers per block             L = N * S layers  I routers of a block
 E instruction width (P: width of the prior's descriptors)
 V vocabulary     H heads                        G key/value heads (J = H / G queries each)
 K head width     C key slots (the sequence itself, or the cache)
+Z kinds of rotary embedding                     X data shards of the mesh
 """
 
 import os

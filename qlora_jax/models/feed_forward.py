@@ -23,7 +23,7 @@ class FeedForward(nn.Module):
   Attributes:
     make_map: builds one adapted map by its name.
     activation: a key of `ACTIVATIONS`.
-    gated: whether there is a gate.
+    gated: whether the network has a gate.
   """
 
   make_map: Callable[[str], nn.Module]
@@ -36,16 +36,16 @@ class FeedForward(nn.Module):
     self.down = self.make_map("down")
 
   def __call__(self, x: Array, routing, shared) -> tuple[Array, list]:
-    """Maps x [*batch, D] to ([*batch, D], the maps' own routings)."""
-    act, own = ACTIVATIONS[self.activation], []
+    """Maps x [*batch, D] to (y [*batch, D], one routing or None per map)."""
+    act = ACTIVATIONS[self.activation]
     if self.gated:
       low_rank = dense.project(x, (self.gate, self.up))
-      gate, routed = self.gate(x, routing, shared, low_rank.get("gate"))
-      inner, second = self.up(x, routing, shared, low_rank.get("up"))
-      inner, own = act(gate) * inner, [routed, second]
+      gate, gate_routing = self.gate(x, routing, shared, low_rank.get("gate"))
+      inner, up_routing = self.up(x, routing, shared, low_rank.get("up"))
+      inner, map_routings = act(gate) * inner, [gate_routing, up_routing]
     else:
-      inner, routed = self.up(x, routing, shared)
-      inner, own = act(inner), [routed]
+      inner, up_routing = self.up(x, routing, shared)
+      inner, map_routings = act(inner), [up_routing]
     inner = sharding.constrain(inner, "batch", *[None] * (inner.ndim - 2), "mlp")
-    y, routed = self.down(inner, routing, shared)
-    return y, [*own, routed]
+    y, down_routing = self.down(inner, routing, shared)
+    return y, [*map_routings, down_routing]

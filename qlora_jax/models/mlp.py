@@ -1,6 +1,6 @@
 """A pre-norm residual MLP over N blocks of S layers, for regression.
 
-Layer: x <- x + down(gelu(up(RMSNorm(x)))), both maps in the adapter slot; the scan over blocks
+Layer: x <- x + down(gelu(up(RMSNorm(x)))), with both maps in adapter slots. The scan over blocks
 and its routing are `adapters/block.py`. Letters as in `qlora_jax/typing.py`.
 """
 
@@ -19,7 +19,7 @@ from qlora_jax.typing import Array, PyTree
 
 MAPS = ("up", "down")
 _AXES = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
-_SCAN_UNROLL = 8  # at this width a block is faster than one iteration of a compiled loop
+_SCAN_UNROLL = 8  # a block of this width takes less time than one iteration of a compiled loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,9 @@ class MLPConfig:
     hidden: F.
     layers: L; layers_per_block: S, which must divide L.
     unroll: a Python loop over the blocks instead of the scan.
+
+  Raises:
+    UserError: a size is below 1, or S does not divide L.
   """
 
   inputs: int = 16
@@ -58,11 +61,12 @@ class MLPConfig:
 
   @property
   def map_shapes(self) -> dict[str, tuple[int, int]]:
+    """(D_in, D_out) of both maps."""
     return {"up": (self.width, self.hidden), "down": (self.hidden, self.width)}
 
 
 class Prediction(NamedTuple):
-  """`values` [*batch] and what the blocks routed."""
+  """`values` float32 [*batch], and the blocks' routing."""
 
   values: Array
   routing: block.RoutingRecord
@@ -81,7 +85,7 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-  """One residual layer."""
+  """One residual layer, see `block.BlockStack` for its methods."""
 
   config: MLPConfig
   adapter: adapter_config.AdapterConfig
@@ -99,15 +103,16 @@ class Layer(nn.Module):
     return self.up.low_rank_state(self.norm(hidden))
 
   def __call__(self, hidden, routing, shared):
-    inner, first = self.up(self.norm(hidden), routing, shared)
-    update, second = self.down(nn.gelu(inner), routing, shared)
-    return hidden + update, tuple(own for own in (first, second) if own is not None)
+    inner, up_routing = self.up(self.norm(hidden), routing, shared)
+    update, down_routing = self.down(nn.gelu(inner), routing, shared)
+    map_routings = (up_routing, down_routing)
+    return hidden + update, tuple(routed for routed in map_routings if routed is not None)
 
 
 def in_blocks(base: PyTree, layers_per_block: int) -> PyTree:
-  """A base of blocks of one layer as one of blocks of S layers; the same function.
+  """Converts a base with one layer per block to S layers per block; the function is the same.
 
-  Leaves [L, ..] of the one layer become leaves [L / S, ..] of `layer_0` to `layer_{S-1}`.
+  Leaves [L, ..] of `layer_0` become leaves [L / S, ..] of `layer_0` to `layer_{S-1}`.
   """
   if layers_per_block == 1:
     return base
@@ -120,7 +125,7 @@ def in_blocks(base: PyTree, layers_per_block: int) -> PyTree:
 
 
 class MLP(nn.Module):
-  """Features [*batch, inputs] and an instruction [*batch, E] or None to a `Prediction`."""
+  """Maps features [*batch, inputs] and an instruction [*batch, E] or None to a `Prediction`."""
 
   config: MLPConfig
   adapter: adapter_config.AdapterConfig
@@ -133,7 +138,7 @@ class MLP(nn.Module):
       frozen, "input", cfg.inputs, cfg.width, 0, ("features", "embed"), name="input"
     )(features, None, {})
     if self.adapter.instruction_in_input:
-      # Zeros, so that the adapted network starts as its base whatever the instruction is.
+      # Zeros, so that the adapted network starts as its base for every instruction.
       kernel = self.param(
         "instruction_input",
         nn.with_logical_partitioning(nn.initializers.zeros, ("instruction", "embed")),
