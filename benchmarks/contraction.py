@@ -2,9 +2,9 @@
 
   python -m benchmarks.contraction
 
-Prints microseconds of a gradient (forward and backward) for the seven adapted maps of one decoder
-layer's block, and the order that `auto` picks. The physical limit is the fewest multiply-adds,
-those of the k atoms alone, at the machine's matrix-product rate, printed as `limit`.
+Prints microseconds of a gradient (forward and backward) for the seven adapted maps of a block of
+one decoder layer, and the order that `auto` chooses. The column `limit` is the physical limit: the
+minimum number of multiply-adds, those of the k atoms, at the machine's matrix-product rate.
 """
 
 import argparse
@@ -34,14 +34,14 @@ def seconds(function, *values) -> float:
 
 
 def product_rate() -> float:
-  """Multiply-adds a second of a large float32 matrix product on this machine."""
+  """Multiply-adds per second of a large float32 matrix product on this machine."""
   side = 1024
   x = jnp.ones((side, side))
   return side**3 / seconds(jnp.matmul, x, x)
 
 
 def block(config: config_lib.AdapterConfig, kind: str):
-  """The gradient of seven routed states, in the order `kind`, as a block's router makes them."""
+  """The gradient function of seven routed states, in the order `kind`, as in a block's router."""
   fixed = dataclasses.replace(config, contraction=kind)
 
   def loss(low_rank, logits, atoms):
@@ -53,17 +53,17 @@ def block(config: config_lib.AdapterConfig, kind: str):
       weights = functional.sparse_weights(logits, config.kept_atoms)
       operator = functional.routed_operator(weights, atoms) if kind == "operator" else None
     return sum(
-      jnp.sum(jnp.sin(contraction.contract(fixed, MAPS, each, weights, operator, atoms)))
-      for each in low_rank
+      jnp.sum(jnp.sin(contraction.contract(fixed, MAPS, state, weights, operator, atoms)))
+      for state in low_rank
     )
 
   return jax.grad(loss, argnums=(0, 1, 2))
 
 
 def main() -> None:
-  argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # takes none
+  argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # no options
   rate, rng = product_rate(), np.random.default_rng(0)
-  print(f"{TOKENS} tokens, {MAPS} maps; microseconds; {rate / 1e9:.0f} G multiply-adds a second")
+  print(f"{TOKENS} tokens, {MAPS} maps; microseconds; {rate / 1e9:.0f} G multiply-adds per second")
   print("  R     M    k  operator   product    gather   limit  auto")
   for rank, (atoms, top_k) in itertools.product(
     (8, 16, 64), ((16, 0), (16, 4), (64, 0), (64, 4), (64, 8), (256, 4), (1024, 4), (4096, 4))
@@ -74,11 +74,11 @@ def main() -> None:
     memory = rng.normal(size=(atoms, rank, rank)).astype("f")
     cells = []
     for kind in ("operator", "product", "gather"):
-      if kind == "product" and atoms * rank > 2**14:  # an array of tokens x M x R a map
+      if kind == "product" and atoms * rank > 2**14:  # one array [tokens, M, R] per map
         cells.append(f"{'-':>9s}")
         continue
       cells.append(f"{1e6 * seconds(block(config, kind), low_rank, logits, memory):9.0f}")
-    # A gradient is two products for each of the forward pass.
+    # The backward pass has two products per product of the forward pass.
     work = 3 * min(atoms, config.kept_atoms) * rank**2 + 3 * MAPS * rank**2
     limit = 1e6 * TOKENS * work / rate
     chosen = contraction.choose(config, MAPS)

@@ -2,7 +2,7 @@
 
 With `_ENVIRONMENT` libtpu does not search for a TPU. libtpu is imported as an installed package, or
 from the folder `libtpu` of the environment, where `make setup-tpu` installs it. Other processes do
-not import it from there; if they did, it would print warnings.
+not import it from there; otherwise every start of JAX would search for a TPU and print warnings.
 """
 
 import dataclasses
