@@ -1,4 +1,4 @@
-"""Launches runs, sweeps and dry runs from a config file.
+"""Trains one config or a study, prints dry runs, plans and status: the command line.
 
   python launch.py --config=configs/regression.py:runlocal --workdir=DIR
   python launch.py --config=configs/regression.py --workdir=DIR --sweep
@@ -8,8 +8,8 @@
   python launch.py --config=configs/regression.py --workdir=DIR --sweep --cluster=slurm
   python launch.py --status --workdir=DIR
 
-A user's mistake is one line on standard error and exit code 2; an interrupted run saves, exits
-with 130 (143 after SIGTERM), and goes on where it stopped when the same command is given again.
+A user's error gives one line on standard error and exit code 2. An interrupted training saves and
+exits with 130 (143 after SIGTERM); the same command then continues it.
 """
 
 import pathlib
@@ -23,22 +23,22 @@ from qlora_jax import config_files, errors
 from qlora_jax.launching import options
 from qlora_jax.training import stop
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
 flags.FLAGS["config"].parser = config_files.FlagParser()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results and checkpoints.")
-_SWEEP = flags.DEFINE_bool("sweep", False, "Run every point of the config's get_hyper.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print points and parameter counts only.")
+_SWEEP = flags.DEFINE_bool("sweep", False, "Train all trials of the config's get_hyper.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print trials and parameter counts.")
 _CLUSTER = flags.DEFINE_enum("cluster", "local", ["local", "slurm", "tpu"], "Where it runs.")
 _MAX_PARALLEL = flags.DEFINE_integer(
-  "max_parallel", None, "Slurm jobs of a sweep that run at a time.", lower_bound=1
+  "max_parallel", None, "Maximum simultaneous Slurm jobs of a study.", lower_bound=1
 )
-_STATUS = flags.DEFINE_bool("status", False, "Show what the settings in --workdir are doing.")
-_PLAN = flags.DEFINE_bool("plan", False, "Show what a training step takes on --topology.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU chips of a plan, such as v5p:4x4x4.")
-_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "File of a plan's JSON; else plan.json in --workdir.")
+_STATUS = flags.DEFINE_bool("status", False, "Show the status of the arms in --workdir.")
+_PLAN = flags.DEFINE_bool("plan", False, "Show memory and time of a training step on --topology.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU topology of a plan, such as v5p:4x4x4.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of slices of --topology.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "File of a plan's JSON; by default plan.json in --workdir.")
 _WORKERS = flags.DEFINE_integer(
-  "workers", None, "Processes of a sweep on a CPU; one a core unless told.", lower_bound=1
+  "workers", None, "Processes of a study on a CPU; by default one per core.", lower_bound=1
 )
 
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
   if _CLUSTER.value == "tpu":
     from qlora_jax.launching import tpu
 
-    if not _DRY_RUN.value:  # a mistake is told before anything is created
+    if not _DRY_RUN.value:  # report config errors before any TPU is created
       from qlora_jax.studies import study
 
       study.resolve(config)
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
       _DRY_RUN.value,
     )
     return
-  from qlora_jax.studies import study  # after the flags: a mistake there answers fast
+  from qlora_jax.studies import study  # imported late, so that a flag error is reported fast
   from qlora_jax.workloads import workload
 
   path = flags.FLAGS["config"].config_filename
@@ -84,12 +84,12 @@ def main(argv: list[str]) -> None:
     _submit(config, points if _SWEEP.value else None, cluster.slurm)
     return
   if _DRY_RUN.value:
-    for own, rates in study.expand(config, points):
-      resolved = study.resolve(own, abstract=True)
-      adapter = resolved.model.adapter if study.is_language(own) else resolved.adapter
+    for arm_config, rates in study.expand(config, points):
+      resolved = study.resolve(arm_config, abstract=True)
+      adapter = resolved.model.adapter if study.is_language(arm_config) else resolved.adapter
       for rate in rates:
         print(
-          f"{workload.task_name(own)}/{workload.arm_name(own)} lr {rate:g}: "
+          f"{workload.task_name(arm_config)}/{workload.arm_name(arm_config)} lr {rate:g}: "
           f"{resolved.trainable_params} trainable parameters, rank {adapter.rank}"
         )
     if _SWEEP.value:
@@ -101,8 +101,8 @@ def main(argv: list[str]) -> None:
   workdir = _workdir()
   from qlora_jax.parallel import processes
 
-  processes.start()  # before anything asks for a device
-  stop.install()  # JAX has set a handler of its own if there are others
+  processes.start()  # before the first use of a device
+  stop.install()  # again, because JAX sets a signal handler if there are several processes
   with processes.together():
     _run(config, points, workdir)
 
@@ -115,7 +115,7 @@ def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
   study.resolve(config)
   with workdir_lib.claimed(workdir, config, "python " + shlex.join(sys.argv)):
     if _SWEEP.value:
-      # A language model keeps all cores busy on its own.
+      # One language model uses all cores.
       count = _WORKERS.value or (1 if study.is_language(config) else _default_workers())
       study.run(config, points, workdir, count)
     else:
@@ -127,7 +127,7 @@ def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
     if study.is_language(config):
       from qlora_jax.workloads import language
 
-      if (workdir / language.ADAPTER).is_dir():  # else nothing was trained
+      if (workdir / language.ADAPTER).is_dir():  # absent if nothing was trained
         print(f"adapter: {workdir / language.ADAPTER}")
     _report(workdir)
     return
@@ -135,24 +135,24 @@ def _run(config, points: list[dict], workdir: pathlib.Path) -> None:
     _report(workdir, show=True)
 
 
-def _submit(config, points: list[dict] | None, options_of_slurm) -> None:
+def _submit(config, points: list[dict] | None, slurm_options) -> None:
   from experiments import report
   from qlora_jax.launching import slurm
 
   if _DRY_RUN.value:
-    print(slurm.dry_run(config, points, _WORKDIR.value, options_of_slurm, _MAX_PARALLEL.value))
+    print(slurm.dry_run(config, points, _WORKDIR.value, slurm_options, _MAX_PARALLEL.value))
     return
-  told, finished = slurm.launch(
+  message, has_final_results = slurm.launch(
     config,
     points,
     _workdir(),
-    options_of_slurm,
+    slurm_options,
     "python " + shlex.join(sys.argv),
     _MAX_PARALLEL.value,
     report.write_report,
   )
-  print(told)
-  if finished:
+  print(message)
+  if has_final_results:
     _report(_workdir(), show=True)
 
 
@@ -188,27 +188,37 @@ def _default_workers() -> int:
 
 
 def cli() -> None:
-  """Parses flags and runs `main`, turning mistakes into one line."""
+  """Parses the flags and runs `main`; a user's error is reported in one line."""
   stop.install()
   try:
-    arguments = flags.FLAGS(sys.argv)
-    main(arguments)
+    main(_parse_flags())
   except errors.UserError as error:
     _fail(str(error))
   except OSError as error:
-    if told := errors.unwritable(error, _WORKDIR.value):
-      _fail(told)
+    if message := errors.unwritable(error, _WORKDIR.value):
+      _fail(message)
     raise
-  except (flags.Error, AttributeError, KeyError, TypeError) as error:
-    if "arguments" in locals():
-      raise  # a bug, not a flag
-    # A mistake in a config file comes in the text of its traceback.
-    _, _, mistake = str(error).strip().rpartition("UserError: ")
-    own = "UserError: " in str(error)
-    _fail(mistake if own else f"flags: {' '.join(mistake.split())}; see the config file's fields")
   except KeyboardInterrupt as interruption:
     print("interrupted; the same command continues", file=sys.stderr)
     sys.exit(stop.exit_code(interruption))
+
+
+def _parse_flags() -> list[str]:
+  """Parses the flags and returns the positional arguments.
+
+  Raises:
+    UserError: a flag or a field of the config is wrong.
+  """
+  try:
+    return flags.FLAGS(sys.argv)
+  except (flags.Error, AttributeError, KeyError, TypeError) as error:
+    text = str(error)
+    # ml_collections puts the traceback of a config file's error into the text of its own error.
+    if "UserError: " in text:
+      raise errors.UserError(text.strip().rpartition("UserError: ")[2]) from error
+    raise errors.UserError(
+      f"flags: {' '.join(text.split())}; see the config file's fields"
+    ) from error
 
 
 def _fail(message: str) -> None:

@@ -1,13 +1,13 @@
-"""Host memory of loading weights, as a multiple of the model's size in the type it is loaded in.
+"""Host memory while weights are loaded, as a multiple of the model's size in the loaded dtype.
 
   python -m benchmarks.load_memory --out=load_memory.json
 
-Each case is a process of its own: imports and the start of JAX come before the baseline, then
-`hf_layout.load_base` runs while this process reads the other's /proc entry every millisecond. Two
-peaks above the baseline are told: `anonymous` is memory that only this process has, which the
-claim of 1.3 x is about; `resident` adds pages of the memory-mapped files, which the system takes
-back when it needs them. The folder is a Llama of random weights in bfloat16 shards; four devices
-are four forced CPU devices with parameters split over `fsdp`.
+Each case runs in a separate process. Imports and the start of JAX come before the baseline; then
+`hf_layout.load_base` runs while this process reads the other's /proc entry every millisecond. The
+output has two peaks above the baseline. `anonymous` is the private memory of the process, which may
+be at most 1.3 times the model's size. `resident` adds pages of the memory-mapped files, which the
+system frees when it needs memory. The folder holds a Llama of random weights in bfloat16 shards;
+with four devices, four forced CPU devices split the parameters over `fsdp`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 
-# Heavy modules are imported in the children: this process only samples.
+# Heavy modules are imported only in the children; this process only samples.
 BUILT_IN = "smollm2-135m-instruct"
 SHAPE = {
   "architectures": ["LlamaForCausalLM"],
@@ -40,7 +40,7 @@ SHAPE = {
 
 
 def write_folder(folder: str, layers: int) -> None:
-  """A Hugging Face folder of SHAPE with `layers` layers, a shard for every two of them."""
+  """Writes a Hugging Face folder of SHAPE with `layers` layers, one shard per two layers."""
   import ml_dtypes
   import numpy as np
   from safetensors import numpy as safetensors_numpy
@@ -73,22 +73,22 @@ def write_folder(folder: str, layers: int) -> None:
         for name, shape in layer.items()
       }
     )
-  rng, where, size = np.random.default_rng(0), {}, 0
+  rng, weight_map, size = np.random.default_rng(0), {}, 0
   for number, shapes in enumerate(shards):
     file, tensors = f"model-{number:05d}.safetensors", {}
     for name, shape in shapes.items():
       bits = rng.integers(0, 2**16, shape, np.uint16)
-      # Without its upper exponent bit a number is below 2: neither infinite nor NaN.
+      # Without the highest exponent bit a number is below 2, so neither infinite nor NaN.
       tensors[name] = (bits & np.uint16(0xBFFF)).view(ml_dtypes.bfloat16)
-      where[name], size = file, size + tensors[name].nbytes
+      weight_map[name], size = file, size + tensors[name].nbytes
     safetensors_numpy.save_file(tensors, pathlib.Path(folder, file))
-  index = {"metadata": {"total_size": size}, "weight_map": where}
+  index = {"metadata": {"total_size": size}, "weight_map": weight_map}
   pathlib.Path(folder, "model.safetensors.index.json").write_text(json.dumps(index))
   pathlib.Path(folder, "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers}))
 
 
 def load(weights: str, dtype: str) -> None:
-  """Says that it is ready, loads, says the model's size and a sum that proves it is there."""
+  """The child: prints 'ready', loads when a line arrives, and prints size, time and devices."""
   import jax
   import numpy as np
   from jax import numpy as jnp
@@ -101,12 +101,12 @@ def load(weights: str, dtype: str) -> None:
   devices = mesh.make(layout)
   source = sources.open_source(weights)
   config = families.config_from_hf(source.config, layers_per_block=2, base_dtype=dtype, dtype=dtype)
-  placed = sharding.tree(devices, layout.rules, decoder.abstract(config)["base"])
+  shardings = sharding.tree(devices, layout.rules, decoder.abstract(config)["base"])
   jax.block_until_ready(jax.device_put(np.ones(8), sharding.replicated(devices)) + 1)
   print("ready", flush=True)
   sys.stdin.readline()
   began = time.monotonic()
-  base = jax.block_until_ready(hf_layout.load_base(source, config, placed))
+  base = jax.block_until_ready(hf_layout.load_base(source, config, shardings))
   seconds = time.monotonic() - began
   leaves = jax.tree.leaves(base)
   print(
@@ -119,12 +119,12 @@ def load(weights: str, dtype: str) -> None:
     ),
     flush=True,
   )
-  sys.stdin.readline()  # the sampler has what it needs
+  sys.stdin.readline()  # waits until the sampler is done
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in leaves if leaf.ndim < 3)
 
 
 def resident(pid: int) -> tuple[int, int]:
-  """(RssAnon, VmRSS) of a process, bytes."""
+  """(RssAnon, VmRSS) of a process, in bytes."""
   text = pathlib.Path(f"/proc/{pid}/status").read_text()
   return tuple(
     1024 * int(re.search(rf"^{name}:\s+(\d+)", text, re.MULTILINE)[1])
@@ -133,7 +133,7 @@ def resident(pid: int) -> tuple[int, int]:
 
 
 def measure(weights: str, dtype: str, devices: int) -> dict:
-  """Peaks above the baseline while one child loads."""
+  """Peaks above the baseline, in bytes, while one child loads."""
   flags = f"--xla_force_host_platform_device_count={devices}"
   child = subprocess.Popen(
     [sys.executable, "-m", "benchmarks.load_memory", f"--load={weights}", f"--dtype={dtype}"],
@@ -154,12 +154,12 @@ def measure(weights: str, dtype: str, devices: int) -> dict:
     line += child.stdout.readline() or ""
     if child.poll() is not None:
       raise SystemExit(f"the loading process ended with code {child.returncode}")
-  found = json.loads(line)
-  assert found["devices"] == devices, found
+  loaded = json.loads(line)
+  assert loaded["devices"] == devices, loaded
   print(file=child.stdin, flush=True)
   assert child.wait() == 0
-  anonymous, everything = (a - b for a, b in zip(peak, before, strict=True))
-  return {"dtype": dtype, "anonymous": anonymous, "resident": everything, **found}
+  anonymous, resident_peak = (a - b for a, b in zip(peak, before, strict=True))
+  return {"dtype": dtype, "anonymous": anonymous, "resident": resident_peak, **loaded}
 
 
 def main(options) -> None:
@@ -180,36 +180,36 @@ def main(options) -> None:
       ],
       check=True,
     )
-    places = {"SmolLM2, GGUF": BUILT_IN, "Llama, bfloat16 shards": folder}
-    for label, weights in list(places.items())[options.folder_only :]:
+    sources = {"SmolLM2, GGUF": BUILT_IN, "Llama, bfloat16 shards": folder}
+    for label, weights in list(sources.items())[options.folder_only :]:
       for dtype in ("float32", "bfloat16"):
         for devices in (1, 4):
-          found = {"weights": label, **measure(weights, dtype, devices)}
-          results.append(found)
-          size, anonymous, everything = (found[name] for name in ("bytes", "anonymous", "resident"))
+          case = {"weights": label, **measure(weights, dtype, devices)}
+          results.append(case)
+          size, anonymous, peak = (case[name] for name in ("bytes", "anonymous", "resident"))
           print(
             f"| {label} | {dtype} | {devices} | {size / 2**20:.0f} | {anonymous / 2**20:.0f}"
-            f" | {anonymous / size:.2f} | {everything / 2**20:.0f} | {everything / size:.2f}"
-            f" | {found['seconds']:.1f} |",
+            f" | {anonymous / size:.2f} | {peak / 2**20:.0f} | {peak / size:.2f}"
+            f" | {case['seconds']:.1f} |",
             flush=True,
           )
   if options.out:
     pathlib.Path(options.out).write_text(json.dumps(results, indent=1))
-  assert all(each["anonymous"] < 1.3 * each["bytes"] for each in results), "above 1.3 x"
+  assert all(case["anonymous"] < 1.3 * case["bytes"] for case in results), "above 1.3 x"
 
 
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--out", help="JSON file of all measurements")
-  parser.add_argument("--layers", type=int, default=10, help="of the folder's Llama, even")
-  parser.add_argument("--folder_only", action="store_true", help="leaves the GGUF file out")
+  parser.add_argument("--layers", type=int, default=10, help="layers of the folder's Llama, even")
+  parser.add_argument("--folder_only", action="store_true", help="skips the GGUF file")
   parser.add_argument("--write", help=argparse.SUPPRESS)
   parser.add_argument("--load", help=argparse.SUPPRESS)
   parser.add_argument("--dtype", help=argparse.SUPPRESS)
-  given = parser.parse_args()
-  if given.write:
-    write_folder(given.write, given.layers)
-  elif given.load:
-    load(given.load, given.dtype)
+  flags = parser.parse_args()
+  if flags.write:
+    write_folder(flags.write, flags.layers)
+  elif flags.load:
+    load(flags.load, flags.dtype)
   else:
-    main(given)
+    main(flags)

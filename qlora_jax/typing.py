@@ -8,6 +8,7 @@ N blocks         S layers per block             L = N * S layers  I routers of a
 E instruction width (P: width of the prior's descriptors)
 V vocabulary     H heads                        G key/value heads (J = H / G queries each)
 K head width     C key slots (the sequence itself, or the cache)
+Z kinds of rotary embedding                     X data shards of the mesh
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The command as a user runs it: killed, stopped, resumed, side by side, and given bad input."""
+"""The command line: killed, stopped, resumed, with several workers, and with bad input."""
 
 import os
 import pathlib
@@ -59,9 +59,9 @@ def whole(tmp_path_factory, shared_data):
 
 
 def test_two_workers_give_the_results_of_one(whole, tmp_path, shared_data):
-  told = finish(tmp_path / "run", shared_data, "--sweep", "--workers=2")
-  assert "lora/search: done" in told and "queryable/final: done" in told
-  # A core of its own changes how a matrix product is cut up: float32 rounding over 60 steps.
+  stderr = finish(tmp_path / "run", shared_data, "--sweep", "--workers=2")
+  assert "lora/search: done" in stderr and "queryable/final: done" in stderr
+  # With one core a matrix product is split differently: float32 rounding over 60 steps.
   pd.testing.assert_frame_equal(results(tmp_path / "run"), whole, rtol=1e-3)
 
 
@@ -69,7 +69,7 @@ def test_two_workers_give_the_results_of_one(whole, tmp_path, shared_data):
   ("sent", "code"),
   [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
 )
-def test_a_stopped_sweep_goes_on_to_the_same_bits(whole, tmp_path, shared_data, sent, code):
+def test_a_stopped_study_continues_to_the_same_bits(whole, tmp_path, shared_data, sent, code):
   workdir = tmp_path / "run"
   process = subprocess.Popen(
     command(workdir, shared_data, "--sweep", "--workers=1"),
@@ -77,13 +77,13 @@ def test_a_stopped_sweep_goes_on_to_the_same_bits(whole, tmp_path, shared_data, 
     stderr=subprocess.PIPE,
     text=True,
   )
-  while not list(workdir.glob("cohorts/*/checkpoints/[0-9]*")):  # in the middle of a cohort
+  while not list(workdir.glob("cohorts/*/checkpoints/[0-9]*")):  # within a cohort
     assert process.poll() is None, process.stderr.read()
     time.sleep(0.02)
   process.send_signal(sent)
-  _, told = process.communicate(timeout=60)
-  assert process.returncode == code, told
-  assert "Traceback" not in told
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == code, stderr
+  assert "Traceback" not in stderr
   finish(workdir, shared_data, "--sweep", "--workers=1")
   pd.testing.assert_frame_equal(results(workdir), whole, check_exact=True)
 
@@ -98,7 +98,7 @@ def refused(*arguments):
 
 def test_a_work_directory_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").write_text("kept")
-  done = subprocess.run(  # the exit code that the shell sees; the other tests are in this process
+  done = subprocess.run(  # for the exit code of the process; `refused` runs in this process
     [sys.executable, "launch.py", *TINY, f"--workdir={tmp_path}/file/run"],
     cwd=ROOT,
     capture_output=True,
@@ -134,21 +134,23 @@ def test_a_locked_directory_of_another_config_names_the_field(tmp_path, shared_d
 
 
 @pytest.mark.parametrize(
-  ("fields", "says"),
+  ("fields", "message"),
   [
     (["--config.data.name=missing.jsonl"], "data.name: there is no file missing.jsonl"),
     (["--config.mesh.data=3"], "mesh: slice 1 x data 3 x fsdp -1 x tensor 1 does not fit 1 device"),
   ],
 )
-def test_a_mistake_that_shows_late_leaves_no_work_directory(tmp_path, tiny_llama, fields, says):
+def test_an_error_that_is_found_late_leaves_no_work_directory(
+  tmp_path, tiny_llama, fields, message
+):
   model = f"--config.model.weights={tiny_llama}"
   sizes = ["--config.model.layers_per_block=1", "--config.adapter.budget=2000"]
   run = tmp_path / "run"
   line = refused("--config=configs/llm.py", f"--workdir={run}", model, *sizes, *fields)
-  assert says in line and not run.exists()
+  assert message in line and not run.exists()
 
 
-def test_a_bad_value_deep_in_a_sweep_is_told_before_anything_trains(tmp_path):
+def test_a_bad_value_deep_in_a_study_is_reported_before_training(tmp_path):
   config = tmp_path / "late.py"
   config.write_text(
     f"import sys; sys.path.insert(0, {str(ROOT / 'configs')!r})\n"
@@ -161,7 +163,7 @@ def test_a_bad_value_deep_in_a_sweep_is_told_before_anything_trains(tmp_path):
   assert not list((tmp_path / "run").glob("cohorts/*"))
 
 
-def test_a_dry_run_prints_every_point_and_writes_nothing(tmp_path):
+def test_a_dry_run_prints_every_trial_and_writes_nothing(tmp_path):
   done = subprocess.run(
     [sys.executable, "launch.py", *TINY, "--sweep", "--dry_run"],
     cwd=ROOT,

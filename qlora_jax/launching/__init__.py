@@ -1,1 +1,1 @@
-"""Runs on clusters: Slurm jobs, TPU slices, and what a work directory's settings are doing."""
+"""Launching on clusters: Slurm jobs, TPU slices, and the status of the arms of a work directory."""

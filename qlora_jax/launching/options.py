@@ -1,6 +1,6 @@
-"""The config's group `cluster`: what to ask of Slurm and of Google Cloud; it changes no result.
+"""The config's group `cluster`: options for Slurm and Google Cloud; no result depends on it.
 
-Imports neither JAX nor submitit, so that config files can.
+This file imports neither JAX nor submitit, so that config files can import it fast.
 """
 
 import re
@@ -17,18 +17,18 @@ _DURATION = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 def default() -> ml_collections.ConfigDict:
-  """The group with nothing asked; None leaves a choice to the cluster."""
+  """The group with its defaults; None leaves the choice to the cluster."""
   cluster = ml_collections.ConfigDict()
   cluster.slurm = dict(
     time="1:00:00",  # as sbatch --time: minutes, H:M:S, D-H or D-H:M:S
     nodes=1,
-    tasks_per_node=1,  # processes of one training; with GPUs one for each
+    tasks_per_node=1,  # processes of one training; with GPUs one per GPU
     gpus_per_node=0,
     cpus_per_task=1,
     signal_seconds=90,  # before the time limit: save and requeue
-    requeues=100,  # times that a job goes on after preemption or its time limit
+    requeues=100,  # maximum number of requeues of a job, after preemption or its time limit
     setup=(),  # shell lines before Python starts, such as ("module load cuda",)
-    sbatch=(),  # more options, such as ("--reservation=night",)
+    sbatch=(),  # further options, such as ("--reservation=night",)
   )
   for name in ("partition", "account", "qos", "constraint"):
     cluster.slurm[name] = config_dict.placeholder(str)
@@ -39,13 +39,13 @@ def default() -> ml_collections.ConfigDict:
     accelerator="v5litepod-8",  # of one slice; xpk's --tpu-type
     slices=1,
     spot=False,
-    delete=False,  # the TPU-VM when the run has ended
+    delete=False,  # deletes the TPU-VM after the training
     python="python3.11",
     setup=("sudo apt-get update -q", "sudo apt-get install -yq python3.11-venv"),
-    # Installed on every worker; () takes `python` as it is.
+    # Installed on every worker; with () the workers use `python` without an environment.
     packages=("requirements.txt", "requirements-data.txt", "requirements-llm.txt"),
   )
-  # version: the TPU-VM's runtime; topology, cluster, image: of xpk; the rest Google Cloud's.
+  # version: runtime of the TPU-VM; topology, cluster, image: for xpk; the others: Google Cloud.
   for name in ("version", "project", "zone", "bucket", "cluster", "topology", "image", "network"):
     cluster.tpu[name] = config_dict.placeholder(str)
   return cluster
@@ -54,20 +54,20 @@ def default() -> ml_collections.ConfigDict:
 def split(
   config: ml_collections.ConfigDict,
 ) -> tuple[ml_collections.ConfigDict, ml_collections.ConfigDict]:
-  """(config without its group `cluster`, that group): a run does not depend on where it ran."""
-  own = config.copy_and_resolve_references()
-  own.unlock()
-  cluster = own.get("cluster") or default()
-  if "cluster" in own:
-    del own["cluster"]
-  return own.lock(), cluster
+  """(config without its group `cluster`, that group); studies do not store where they ran."""
+  trained = config.copy_and_resolve_references()
+  trained.unlock()
+  cluster = trained.get("cluster") or default()
+  if "cluster" in trained:
+    del trained["cluster"]
+  return trained.lock(), cluster
 
 
 def minutes(text: str) -> int:
-  """A time limit of sbatch in whole minutes, rounded up.
+  """The whole minutes of a time limit in sbatch's format, rounded up.
 
   Raises:
-    errors.UserError: it is none.
+    errors.UserError: the text is no time, or less than a minute.
   """
   matched = _DURATION.fullmatch(str(text).strip())
   if not matched:
@@ -75,21 +75,21 @@ def minutes(text: str) -> int:
       f"cluster.slurm.time: {text!r} is not a time; use minutes, H:M:S, D-H or D-H:M:S"
     )
   days, *parts = matched.groups()
-  given = [int(part) for part in parts if part is not None]
+  numbers = [int(part) for part in parts if part is not None]
   if days is not None:  # D-H[:M[:S]]
-    hours, minute, second = [*given, 0, 0][:3]
-  elif len(given) == 3:  # H:M:S
-    hours, minute, second = given
+    hours, minute, second = [*numbers, 0, 0][:3]
+  elif len(numbers) == 3:  # H:M:S
+    hours, minute, second = numbers
   else:  # M[:S]
-    hours, (minute, second) = 0, [*given, 0][:2]
+    hours, (minute, second) = 0, [*numbers, 0][:2]
   seconds = ((int(days or 0) * 24 + hours) * 60 + minute) * 60 + second
   if seconds < 60:
-    raise errors.UserError(f"cluster.slurm.time: {text!r} is under a minute; ask for more")
+    raise errors.UserError(f"cluster.slurm.time: {text!r} is under a minute; use at least 1")
   return -(-seconds // 60)
 
 
 def check_slurm(slurm: ml_collections.ConfigDict) -> None:
-  """Raises a UserError that names the first option that is wrong."""
+  """Raises a UserError that names the first invalid option."""
   minutes(slurm.time)
   for name in ("nodes", "tasks_per_node", "cpus_per_task"):
     if slurm[name] < 1:
@@ -100,8 +100,8 @@ def check_slurm(slurm: ml_collections.ConfigDict) -> None:
   tasks = slurm.nodes * slurm.tasks_per_node
   if tasks > 1 and slurm.gpus_per_node not in (0, slurm.tasks_per_node):
     raise errors.UserError(
-      f"cluster.slurm.tasks_per_node: {slurm.tasks_per_node} for {slurm.gpus_per_node} GPUs a node;"
-      f" a training of several processes has one a GPU: use {slurm.gpus_per_node}"
+      f"cluster.slurm.tasks_per_node: {slurm.tasks_per_node} for {slurm.gpus_per_node} GPUs per"
+      f" node; several processes need one GPU each: use {slurm.gpus_per_node}"
     )
   if slurm.memory_gb is not None and slurm.memory_gb <= 0:
     raise errors.UserError(f"cluster.slurm.memory_gb: {slurm.memory_gb} is not above 0")
@@ -113,10 +113,10 @@ def check_slurm(slurm: ml_collections.ConfigDict) -> None:
 
 
 def require_slurm() -> None:
-  """Raises a UserError unless Slurm's commands are on the path."""
+  """Raises a UserError if a command of Slurm is not on the path."""
   missing = [name for name in _SLURM if shutil.which(name) is None]
   if missing:
     raise errors.UserError(
-      f"--cluster=slurm: {missing[0]} is not on the path; start it on a login node of the Slurm"
+      f"--cluster=slurm: {missing[0]} is not on the path; run this on a login node of the Slurm"
       " cluster, or use --cluster=local"
     )

@@ -1,4 +1,4 @@
-"""Submits to Slurm: a sweep as one job array, a training of several processes as one job."""
+"""Submits to Slurm: a study as one job array, a training of several processes as one job."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class _Executor(submitit.SlurmExecutor):
-  """submitit's, which also writes scripts on a machine without Slurm."""
+  """submitit's executor, which can also write scripts on a machine without Slurm."""
 
   @classmethod
   def affinity(cls) -> int:
@@ -36,14 +36,17 @@ def make_executor(
     folder: of scripts, pickled jobs and logs; all nodes see it.
     slurm: the config's `cluster.slurm`.
     name: of the jobs.
-    max_parallel: jobs of an array that run at a time; None lets Slurm decide.
+    max_parallel: maximum number of simultaneous jobs of an array; None lets Slurm decide.
+
+  Raises:
+    errors.UserError: an option is invalid.
   """
   options.check_slurm(slurm)
   executor = _Executor(folder)
-  more: dict[str, Any] = {"requeue": True}
+  extra_options: dict[str, Any] = {"requeue": True}
   for option in slurm.sbatch:
     key, _, value = option.removeprefix("--").partition("=")
-    more[key] = value or True
+    extra_options[key] = value or True
   executor.update_parameters(
     job_name=re.sub(r"[^\w.-]", "_", name) or "qlora_jax",
     time=options.minutes(slurm.time),
@@ -59,21 +62,21 @@ def make_executor(
     signal_delay_s=slurm.signal_seconds,
     array_parallelism=max_parallel or 1_000_000,
     setup=[f"export PYTHONPATH={json.dumps(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}", *slurm.setup],
-    # Since 22.05 srun does not take this from sbatch.
+    # Since Slurm 22.05 srun does not inherit this from sbatch.
     srun_args=[f"--cpus-per-task={slurm.cpus_per_task}"],
     wckey=None,
-    additional_parameters=more,
+    additional_parameters=extra_options,
   )
   return executor
 
 
 def script(executor: submitit.SlurmExecutor, count: int) -> str:
-  """What sbatch would be given for `count` jobs."""
-  shown = _Executor(executor.folder)
-  shown.update_parameters(**executor.parameters)
+  """The script that sbatch gets for `count` jobs."""
+  copy = _Executor(executor.folder)
+  copy.update_parameters(**executor.parameters)
   if count > 1:
-    shown.parameters["map_count"] = count
-  return shown._make_submission_file_text(shown._submitit_command_str, "")
+    copy.parameters["map_count"] = count
+  return copy._make_submission_file_text(copy._submitit_command_str, "")
 
 
 def launch(
@@ -85,31 +88,31 @@ def launch(
   max_parallel: int | None,
   report: Callable[[pathlib.Path], Any],
 ) -> tuple[str, bool]:
-  """Submits what is left of a sweep or run, and writes the tables of what is done.
+  """Submits the unfinished arms of a study, and writes the tables of the finished ones.
 
   Args:
     config: without the group `cluster`.
-    points: of a sweep; None for the config's own run.
+    points: overrides of a sweep, see `study.expand`; None trains the config itself.
     workdir: a directory that all nodes see.
     slurm: the config's `cluster.slurm`.
-    command: what the user gave, for the records.
+    command: the user's command, for the records.
     max_parallel: see `make_executor`.
     report: called with `workdir` by the job that ends last.
 
   Returns:
-    Lines about it, and whether there are final results to report.
+    A message about the submission, and whether final results exist.
 
   Raises:
-    errors.UserError: no Slurm here, an option is wrong, or sbatch refused.
+    errors.UserError: Slurm is missing, an option is invalid, or sbatch refused.
   """
   options.require_slurm()
   pairs = check(config, points, slurm)
   workdir_lib.prepare(workdir, config, command)
   arms = [study.describe_single(config)] if points is None else study.describe(config, points)
   records.write_list(workdir, arms)
-  told = submit(workdir, tasks(workdir, pairs, slurm, report), slurm, max_parallel)
+  message = submit(workdir, tasks(workdir, pairs, slurm, report), slurm, max_parallel)
   with files.lock(workdir / records.LIST):
-    return told, workdir_lib.gather(workdir)
+    return message, workdir_lib.gather(workdir)
 
 
 def dry_run(
@@ -119,7 +122,7 @@ def dry_run(
   slurm: ml_collections.ConfigDict,
   max_parallel: int | None,
 ) -> str:
-  """The script that `launch` would give to sbatch for a fresh work directory."""
+  """The script that `launch` submits for a new work directory."""
   pairs = check(config, points, slurm)
   directory = pathlib.Path(workdir or "runs/slurm")
   folder = (directory / status.SLURM_FOLDER).absolute()
@@ -129,15 +132,15 @@ def dry_run(
 def check(
   config: ml_collections.ConfigDict, points: list[dict] | None, slurm: ml_collections.ConfigDict
 ) -> list[tuple]:
-  """(config, learning rates) of every job, rates None for a single run.
+  """(config of the arm, learning rates) of every job; the rates are None for a single trial.
 
   Raises:
-    errors.UserError: an arm or an option of Slurm is wrong.
+    errors.UserError: an arm or an option of Slurm is invalid.
   """
   options.check_slurm(slurm)
   pairs = [(config, None)] if points is None else study.expand(config, points)
-  for own, _ in pairs:
-    study.resolve(own)
+  for arm_config, _ in pairs:
+    study.resolve(arm_config)
   count = slurm.nodes * slurm.tasks_per_node
   if count > 1 and not study.is_language(config):
     raise errors.UserError(
@@ -149,23 +152,23 @@ def check(
 
 def submit(
   workdir: pathlib.Path,
-  jobs_of: dict[str, task.Task],
+  arm_tasks: dict[str, task.Task],
   slurm: ml_collections.ConfigDict,
   max_parallel: int | None = None,
 ) -> str:
-  """Submits the tasks whose arms are neither done nor in the queue.
+  """Submits the tasks of the arms that are neither done nor in the queue.
 
   Args:
-    workdir: prepared; its list of arms is written.
-    jobs_of: tasks by the key of their arm.
+    workdir: prepared by `study.prepare`, with its list of arms.
+    arm_tasks: tasks by the key of their arm.
     slurm: the config's `cluster.slurm`.
     max_parallel: see `make_executor`.
 
   Returns:
-    Lines about it.
+    A message about the submission.
 
   Raises:
-    errors.UserError: no Slurm here, an option is wrong, or sbatch refused.
+    errors.UserError: Slurm is missing, an option is invalid, or sbatch refused.
   """
   options.require_slurm()
   folder = workdir / status.SLURM_FOLDER
@@ -173,16 +176,16 @@ def submit(
   rows = status.look(workdir)
   states = [row.state for row in rows]
   queued = sum(row.queued for row in rows)
-  left = [row.arm.key for row in rows if row.state != "done" and not row.queued]
-  told = f"{states.count('done')} done, {queued} in the queue"
-  if not left:
-    return f"nothing to submit: of {len(rows)} arms {told}"
-  jobs = _sbatch(executor, folder, [jobs_of[key] for key in left])
-  submitted = {key: job.job_id for key, job in zip(left, jobs, strict=True)}
+  open_keys = [row.arm.key for row in rows if row.state != "done" and not row.queued]
+  counts = f"{states.count('done')} done, {queued} in the queue"
+  if not open_keys:
+    return f"nothing to submit: of {len(rows)} arms {counts}"
+  jobs = _sbatch(executor, folder, [arm_tasks[key] for key in open_keys])
+  submitted = {key: job.job_id for key, job in zip(open_keys, jobs, strict=True)}
   status.write_jobs(workdir, {**status.read_jobs(workdir), **submitted})
-  first = jobs[0].job_id.split("_")[0]
+  array_id = jobs[0].job_id.split("_")[0]
   return (
-    f"submitted {len(left)} of {len(rows)} arms as job {first} ({told}); logs: {folder}\n"
+    f"submitted {len(open_keys)} of {len(rows)} arms as job {array_id} ({counts}); logs: {folder}\n"
     f"python launch.py --status --workdir={workdir}"
   )
 
@@ -192,37 +195,37 @@ def _sbatch(
 ) -> list[submitit.Job]:
   before = set(folder.glob("*"))
   try:
-    with _outside():
+    with _outside_job():
       return executor.map_array(task.Task.__call__, tasks)
   except submitit.core.utils.FailedJobError as error:
     for path in set(folder.glob("*")) - before:
       path.unlink()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = (lines or ["it gave no reason"])[-1].removeprefix("sbatch: error: ")
+    reason = (lines or ["no reason"])[-1].removeprefix("sbatch: error: ")
     raise errors.UserError(
-      f"cluster.slurm: sbatch refused: {said}; `sinfo` shows what there is"
+      f"cluster.slurm: sbatch refused: {reason}; `sinfo` shows partitions and nodes"
     ) from error
 
 
 @contextlib.contextmanager
-def _outside() -> Iterator[None]:
-  """Hides the Slurm job that this process is in, if any: a new job would take over its shape."""
+def _outside_job() -> Iterator[None]:
+  """Hides the Slurm job of this process, if any: a new job would inherit its resources."""
   if "SLURM_JOB_ID" not in os.environ:
     yield
     return
-  kept = os.environ.get("SLURM_CONF")
+  slurm_conf = os.environ.get("SLURM_CONF")
   with submitit.helpers.clean_env():
-    if kept:
-      os.environ["SLURM_CONF"] = kept
+    if slurm_conf:
+      os.environ["SLURM_CONF"] = slurm_conf
     yield
 
 
 def tasks(
   workdir: pathlib.Path, pairs: list[tuple], slurm: ml_collections.ConfigDict, report: Any
 ) -> dict[str, task.Task]:
-  """A task for each of the pairs of `check`, by the key of its arm."""
-  found = {}
-  for own, rates in pairs:
-    key = study.describe_single(own).key if rates is None else records.key(own, rates)
-    found[key] = task.Task(workdir.absolute(), own, rates, slurm.requeues, report)
-  return found
+  """One task per pair of `check`, by the key of its arm."""
+  arm_tasks = {}
+  for config, rates in pairs:
+    key = study.describe_single(config).key if rates is None else records.key(config, rates)
+    arm_tasks[key] = task.Task(workdir.absolute(), config, rates, slurm.requeues, report)
+  return arm_tasks

@@ -1,8 +1,8 @@
-"""What a Slurm job runs: one setting of a sweep, or one training; saved and requeued when asked.
+"""The body of a Slurm job: one arm of a study, or one trial; it saves and requeues on a signal.
 
-Slurm asks with SIGUSR2, `cluster.slurm.signal_seconds` before the time limit, and with SIGTERM when
-it preempts or cancels. The loop saves at its next chunk and raises `stop.Stopped`; a job that Slurm
-has not ended itself then requeues itself, under the same job id, and goes on from what was saved.
+Slurm sends SIGUSR2 `cluster.slurm.signal_seconds` before the time limit, and SIGTERM when it
+preempts or cancels. The loop saves at its next chunk and raises `stop.Stopped`. If Slurm is not
+already ending the job, the job requeues itself under the same id and continues from its checkpoint.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ class Task:
   """A picklable job.
 
   Attributes:
-    workdir: prepared by `workdir_lib.prepare`; all nodes see it.
-    config: of a setting (without what the sweep varies in learning rate), or of a single run.
-    rates: the setting's learning rates; None for a single run.
-    requeues: how many times it may be requeued.
-    report: called with `workdir` when nothing of a sweep is left to train.
+    workdir: prepared by `studies.workdir.prepare`; all nodes see it.
+    config: of the arm, or of the single trial.
+    rates: learning rates of the arm; None for a single trial.
+    requeues: maximum number of requeues.
+    report: called with `workdir` when all arms of the study have ended.
   """
 
   workdir: pathlib.Path
@@ -38,11 +38,15 @@ class Task:
   report: Callable[[pathlib.Path], Any] | None = None
 
   def __call__(self) -> str:
-    """Trains; returns a line about it. Exits with 143 or 140 if it was stopped and has saved."""
+    """Trains and returns a message.
+
+    It exits with 143 (SIGTERM) or 140 (SIGUSR2) after a signal, when it has saved, and with 2 after
+    a user's error.
+    """
     from qlora_jax.parallel import processes
 
-    processes.start()  # before any device is used
-    # After submitit and JAX, which both set handlers of their own.
+    processes.start()  # before the first use of a device
+    # After submitit and JAX, because both set signal handlers.
     stop.install(patient=True, also=(signal.SIGUSR2,))
     try:
       with processes.together():
@@ -54,10 +58,10 @@ class Task:
       sys.stderr.flush()
       sys.exit(stop.exit_code(stopped))
     except (errors.UserError, OSError) as error:
-      told = errors.unwritable(error, self.workdir) if isinstance(error, OSError) else str(error)
-      if told is None:
+      message = errors.unwritable(error, self.workdir) if isinstance(error, OSError) else str(error)
+      if message is None:
         raise
-      print(f"error: {told}", file=sys.stderr)  # its line, not its traceback
+      print(f"error: {message}", file=sys.stderr)  # one line, no traceback
       sys.exit(2)
 
   def _train(self) -> str:
@@ -65,9 +69,9 @@ class Task:
     from qlora_jax.studies import study
     from qlora_jax.training import progress
 
-    told = "done"
+    message = "done"
     if self.rates is None:
-      _, told = study.single(self.config, self.workdir)
+      _, message = study.single(self.config, self.workdir)
     else:
       trials = len(study.search_trials(self.config, self.rates))
       with progress.Display(
@@ -79,41 +83,43 @@ class Task:
         study.train_arm(resources, (self.config, self.rates))
     if processes.is_first():
       gather(self.workdir, self.report)
-    return told
+    return message
 
 
 def gather(workdir: pathlib.Path, report: Callable[[pathlib.Path], Any] | None) -> None:
-  """Writes a sweep's tables from what is done; the report too if no setting is left to train."""
+  """Writes a study's tables from the finished arms; after the last arm also the report."""
   from qlora_jax.studies import workdir as workdir_lib
 
   with files.lock(workdir / records.LIST):
-    found = workdir_lib.gather(workdir)
-    states = [records.read(workdir, each) for each in records.read_list(workdir)]
-    left = any(state is None or state.state in ("running", "stopped") for state in states)
-    if found and report is not None and not left:
+    has_final_results = workdir_lib.gather(workdir)
+    arm_records = [records.read(workdir, arm) for arm in records.read_list(workdir)]
+    unfinished = any(
+      record is None or record.state in ("running", "stopped") for record in arm_records
+    )
+    if has_final_results and report is not None and not unfinished:
       report(workdir)
 
 
 def requeue(limit: int) -> str:
-  """Requeues this job unless Slurm is ending it already, or it was requeued often enough.
+  """Requeues this job, unless Slurm is already ending it or it has been requeued `limit` times.
 
-  A cancelled job, one past its time limit and one that Slurm requeues itself are COMPLETING by the
-  time that their processes get the signal; in its grace time before preemption a job is RUNNING.
+  When the processes get the signal, a job is COMPLETING if it was cancelled, has exceeded its time
+  limit, or is being requeued by Slurm. In its grace time before preemption it is RUNNING.
 
   Returns:
-    A line about it.
+    A message about the result.
   """
   job = records.job_id()
   if job is None:
     return "not in a Slurm job: not requeued"
   command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
-  asked = subprocess.run(command, capture_output=True, text=True, check=False)
-  if asked.stdout.strip() != "RUNNING":
-    return f"Slurm ends job {job} itself: not requeued"
+  queue = subprocess.run(command, capture_output=True, text=True, check=False)
+  if queue.stdout.strip() != "RUNNING":
+    return f"Slurm is already ending job {job}: not requeued"
   count = int(os.environ.get("SLURM_RESTART_COUNT", 0))
   if count >= limit:
     return f"requeued {count} times already (cluster.slurm.requeues): not requeued"
   done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
   if done.returncode:
     return f"scontrol requeue {job}: {(done.stderr or done.stdout).strip()}"
-  return f"job {job} requeued: it goes on from its checkpoint"
+  return f"job {job} requeued: it continues from its checkpoint"

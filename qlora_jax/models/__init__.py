@@ -1,1 +1,1 @@
-"""Backbones with an adapter slot in every linear map. These files only assemble."""
+"""Backbones with an adapter slot in every linear map; the files of the models only assemble."""

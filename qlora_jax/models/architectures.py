@@ -1,8 +1,8 @@
-"""Shapes of published models, as their `config.json` gives them, for plans without weights.
+"""Shapes of published models, in the form of their `config.json`, for plans without weights.
 
 Llama 3.x: arXiv 2407.21783, table 3; Llama 3.2 3B: its model card. Qwen3: arXiv 2505.09388, table
-1. Gemma 2: arXiv 2408.00118, table 1. Gemma 3: arXiv 2503.19786. A test holds each to the published
-number of parameters.
+1. Gemma 2: arXiv 2408.00118, table 1. Gemma 3: arXiv 2503.19786. A test compares each parameter
+count with the published one.
 """
 
 from typing import Any
@@ -105,7 +105,7 @@ def config(name: str) -> dict[str, Any]:
   """The `config.json` of a published model.
 
   Raises:
-    UserError: an unknown name; lists the known.
+    UserError: the name is unknown; the message lists the known names.
   """
   if name not in PUBLISHED:
     raise errors.UserError(

@@ -1,8 +1,8 @@
 """Causal grouped-query attention and its key-value cache, as pure functions.
 
-Masks are given by positions and segments, never by slots: a query sees the keys of its own
-segment at its own position or before, and inside the layer's window. Padding has its own segment.
-Letters as in `qlora_jax/typing.py`; small letters in einsum strings are the same axes.
+Masks follow from positions and segments, never from slots. A query sees the keys of the same
+segment, at the same position or earlier, inside the layer's window. Padding is a separate segment.
+Letters as in `qlora_jax/typing.py`; lower-case letters in einsum strings are the same axes.
 """
 
 from typing import NamedTuple
@@ -12,9 +12,9 @@ from jax import numpy as jnp
 
 from qlora_jax.typing import Array, Bool, Float, Int, typed
 
-FLOOR = -1e30  # finite: exp underflows to 0 exactly, and a fully masked row is not NaN
+FLOOR = -1e30  # finite: exp underflows to exactly 0, and a fully masked row is not NaN
 PADDING = 0  # the segment of padding tokens
-EMPTY = -1  # the segment of cache slots that hold nothing
+EMPTY = -1  # the segment of unwritten cache slots
 
 
 class MaskInfo(NamedTuple):
@@ -27,9 +27,12 @@ class MaskInfo(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """Keys and values [L, B, C, G, K] of `length` written slots, with their place in the text.
+  """Keys and values of the earlier tokens.
 
-  `positions` and `segments` are [B, C]; unwritten slots have the segment `EMPTY`.
+  Attributes:
+    keys, values: [L, B, C, G, K].
+    positions, segments: int32 [B, C]; unwritten slots have the segment `EMPTY`.
+    length: int32 scalar, number of written slots.
   """
 
   keys: Array
@@ -41,7 +44,7 @@ class Cache(NamedTuple):
 
 @typed
 def visible(mask: MaskInfo, window: Int[Array, ""] | int = 0) -> Bool[Array, "B T C"]:
-  """Which keys a query sees; `window` counts the keys of a local layer, 0 means all before."""
+  """Which keys each query sees; `window` is the number of visible keys, 0 means no limit."""
   distance = mask.query_positions[:, :, None] - mask.key_positions[:, None, :]
   seen = (mask.query_segments[:, :, None] == mask.key_segments[:, None, :]) & (distance >= 0)
   if isinstance(window, int):
@@ -61,8 +64,8 @@ def attention(
   soft_cap: float = 0.0,
 ) -> Float[Array, "B T H K"]:
   """softmax(cap(scale q k^T)) v with scores and softmax in float32; cap(x) = c tanh(x / c)."""
-  groups = key.shape[2]
-  query = query.reshape(*query.shape[:2], groups, -1, query.shape[-1])  # [B, T, G, J, K]
+  kv_heads = key.shape[2]
+  query = query.reshape(*query.shape[:2], kv_heads, -1, query.shape[-1])  # [B, T, G, J, K]
   scores = jnp.einsum("btgjk,bcgk->bgjtc", query, key, preferred_element_type=jnp.float32) * scale
   if soft_cap:
     scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -75,7 +78,7 @@ def attention(
 def empty_cache(
   layers: int, batch: int, length: int, groups: int, head_dim: int, dtype: jnp.dtype
 ) -> Cache:
-  """A cache of `length` unwritten slots a row."""
+  """A cache of `length` unwritten slots per row; `groups` counts the key/value heads."""
   shape = (layers, batch, length, groups, head_dim)
   slots = (batch, length)
   return Cache(
@@ -88,26 +91,34 @@ def empty_cache(
 
 
 def extend(cache: Cache, positions: Array, segments: Array) -> Cache:
-  """The cache with T more slots claimed for tokens at positions [B, T] of segments [B, T]."""
-  at = (0, cache.length)
+  """The cache with T more slots reserved, for tokens of positions and segments int32 [B, T]."""
+  start = (0, cache.length)
   return cache._replace(
-    positions=jax.lax.dynamic_update_slice(cache.positions, positions, at),
-    segments=jax.lax.dynamic_update_slice(cache.segments, segments, at),
+    positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
+    segments=jax.lax.dynamic_update_slice(cache.segments, segments, start),
     length=cache.length + positions.shape[1],
   )
 
 
 def store(
-  kept: tuple[Array, Array], layer: Array | int, start: Array, key: Array, value: Array
+  buffers: tuple[Array, Array], layer: Array | int, start: Array, key: Array, value: Array
 ) -> tuple[tuple[Array, Array], Array, Array]:
-  """Writes key and value [B, T, G, K] of a layer at slot `start` of [L, B, C, G, K] in place.
+  """Writes the new keys and values of a layer into the cache's buffers, in place.
+
+  Args:
+    buffers: keys and values [L, B, C, G, K].
+    layer: index of the layer.
+    start: first slot to write.
+    key, value: [B, T, G, K], converted to the buffers' dtype.
 
   Returns:
-    The two buffers, and the layer's own keys and values [B, C, G, K].
+    The two buffers, and this layer's keys and values [B, C, G, K].
   """
-  at = (layer, 0, start, 0, 0)
-  kept = tuple(
-    jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), at)
-    for buffer, new in zip(kept, (key, value), strict=True)
+  begin = (layer, 0, start, 0, 0)
+  buffers = tuple(
+    jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), begin)
+    for buffer, new in zip(buffers, (key, value), strict=True)
   )
-  return kept, *(jax.lax.dynamic_index_in_dim(buffer, layer, 0, keepdims=False) for buffer in kept)
+  return buffers, *(
+    jax.lax.dynamic_index_in_dim(buffer, layer, 0, keepdims=False) for buffer in buffers
+  )

@@ -1,7 +1,7 @@
-"""The decoder families: a Hugging Face `config.json` to a `DecoderConfig`.
+"""The decoder families: reads a Hugging Face `config.json` as a `DecoderConfig`.
 
 Llama 2 and 3.x, SmolLM2 (a Llama), Mistral, Qwen2 and 2.5, Qwen3, Gemma 2, Gemma 3 (text), GPT-2.
-Both spellings of rotary settings are read: `rope_parameters`, and `rope_theta` with `rope_scaling`.
+Rotary fields are read in both spellings: `rope_parameters`, and `rope_theta` with `rope_scaling`.
 """
 
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ def config_from_hf(hf: Mapping[str, Any], **overrides: Any) -> decoder.DecoderCo
   """The decoder that `config.json` describes.
 
   Args:
-    hf: the file's content.
-    **overrides: fields of `DecoderConfig` that the file does not decide, such as
-      `layers_per_block`, `adapted`, `dtype`.
+    hf: content of the file.
+    **overrides: fields of `DecoderConfig` that the file does not set, such as `layers_per_block`,
+      `adapted`, `dtype`.
 
   Raises:
-    UserError: an unknown family, a missing field, or a feature that the decoder does not have.
+    UserError: the family is unknown, a field is missing, or the decoder lacks a feature.
   """
   family = hf.get("model_type")
   if family == "gemma3" and "text_config" in hf:
@@ -109,7 +109,7 @@ def _llama_like(hf: Mapping[str, Any], family: str) -> dict[str, Any]:
     "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
     "post_norms": gemma,
     "qk_norm": family in ("qwen3", "gemma3_text"),
-    # Gemma's `hidden_act` is a leftover that its own code does not read.
+    # Gemma's code ignores `hidden_act`, so it is not read.
     "activation": _activation(
       hf.get("hidden_activation", "gelu_pytorch_tanh") if gemma else hf.get("hidden_act", "silu")
     ),
@@ -133,7 +133,7 @@ def _llama_like(hf: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 
 def _layer_types(hf: Mapping[str, Any], family: str, layers: int) -> list[str]:
-  """'full_attention' or 'sliding_attention' of every layer."""
+  """'full_attention' or 'sliding_attention' for every layer."""
   full, sliding = "full_attention", "sliding_attention"
   if hf.get("layer_types"):
     kinds = list(hf["layer_types"])
@@ -147,55 +147,63 @@ def _layer_types(hf: Mapping[str, Any], family: str, layers: int) -> list[str]:
   if family == "gemma2":
     return [full if index % 2 else sliding for index in range(layers)]
   if family == "gemma3_text":
-    every = hf.get("sliding_window_pattern") or 6
-    return [sliding if (index + 1) % every else full for index in range(layers)]
+    period = hf.get("sliding_window_pattern") or 6
+    return [sliding if (index + 1) % period else full for index in range(layers)]
   if family in ("qwen2", "qwen3"):
-    first = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else layers
-    return [full if index < first else sliding for index in range(layers)]
+    full_layers = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else layers
+    return [full if index < full_layers else sliding for index in range(layers)]
   return [sliding if family == "mistral" and hf.get("sliding_window") else full] * layers
 
 
 def _ropes(hf, family, kinds, length) -> tuple[tuple[rope.RopeConfig, ...], tuple[int, ...]]:
-  """The kinds of rotation, and the index of each layer's (empty where there is one kind)."""
-  given = hf.get("rope_parameters")
-  if given and "full_attention" in given:
-    both = [given["full_attention"], given.get("sliding_attention") or given["full_attention"]]
-  elif given:
-    both = [given, None]
+  """The kinds of rotation, and the index of each layer's kind (empty if there is one kind)."""
+  parameters = hf.get("rope_parameters")
+  sliding = None  # full and sliding layers share one rotation
+  if parameters and "full_attention" in parameters:
+    full = parameters["full_attention"]
+    sliding = parameters.get("sliding_attention") or full
+  elif parameters:
+    full = parameters
   else:
-    scaling = dict(hf.get("rope_scaling") or {})
-    both = [{"rope_theta": hf.get("rope_theta"), **scaling}, None]
+    full = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {})}
     if family == "gemma3_text":
-      both[0]["rope_theta"] = both[0]["rope_theta"] or 1_000_000.0
-      both[1] = {"rope_theta": hf.get("rope_local_base_freq") or 10_000.0}
-  if both[1] is None:
-    return (_rope(both[0], hf, length),), ()
-  made = tuple(_rope(each, hf, length) for each in both)
-  return made, tuple(int(kind == "sliding_attention") for kind in kinds)
+      full["rope_theta"] = full["rope_theta"] or 1_000_000.0
+      sliding = {"rope_theta": hf.get("rope_local_base_freq") or 10_000.0}
+  if sliding is None:
+    return (_rope(full, hf, length),), ()
+  ropes = (_rope(full, hf, length), _rope(sliding, hf, length))
+  return ropes, tuple(int(kind == "sliding_attention") for kind in kinds)
 
 
-def _rope(given: Mapping[str, Any], hf: Mapping[str, Any], length: int) -> rope.RopeConfig:
-  kind = given.get("rope_type") or given.get("type") or "default"
+def _rope(parameters: Mapping[str, Any], hf: Mapping[str, Any], length: int) -> rope.RopeConfig:
+  kind = parameters.get("rope_type") or parameters.get("type") or "default"
   if kind not in rope.KINDS:
     raise errors.UserError(
       f"config.json: rope scaling {kind!r} is unknown; known are {', '.join(rope.KINDS)}"
     )
-  if hf.get("partial_rotary_factor", given.get("partial_rotary_factor", 1.0)) not in (1, 1.0, None):
+  if hf.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0)) not in (
+    1,
+    1.0,
+    None,
+  ):
     raise errors.UserError("config.json: partial_rotary_factor other than 1 is not supported")
-  fields: dict[str, Any] = {"theta": float(given.get("rope_theta") or 10_000.0), "kind": kind}
+  fields: dict[str, Any] = {"theta": float(parameters.get("rope_theta") or 10_000.0), "kind": kind}
   if kind != "default":
-    fields["factor"] = float(_get(given, "factor"))
+    fields["factor"] = float(_get(parameters, "factor"))
   if kind in ("llama3", "yarn"):
-    fields["original_length"] = given.get("original_max_position_embeddings") or length
+    fields["original_length"] = parameters.get("original_max_position_embeddings") or length
   if kind == "llama3":
-    fields |= {"low": given.get("low_freq_factor", 1.0), "high": given.get("high_freq_factor", 4.0)}
+    fields |= {
+      "low": parameters.get("low_freq_factor", 1.0),
+      "high": parameters.get("high_freq_factor", 4.0),
+    }
   if kind == "yarn":
-    if given.get("mscale") or given.get("mscale_all_dim"):
+    if parameters.get("mscale") or parameters.get("mscale_all_dim"):
       raise errors.UserError("config.json: YaRN's mscale is not supported")
     fields |= {
-      "low": given.get("beta_slow") or 1.0,
-      "high": given.get("beta_fast") or 32.0,
-      "attention_factor": given.get("attention_factor") or 0.0,
-      "truncate": given.get("truncate", True),
+      "low": parameters.get("beta_slow") or 1.0,
+      "high": parameters.get("beta_fast") or 32.0,
+      "attention_factor": parameters.get("attention_factor") or 0.0,
+      "truncate": parameters.get("truncate", True),
     }
   return rope.RopeConfig(**fields)

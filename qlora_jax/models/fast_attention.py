@@ -1,13 +1,13 @@
-"""Which attention runs where, chosen in one place (`choose`), and the fast ones.
+"""The choice of the attention implementation (`choose`), and the fast implementations.
 
   reference  `attention.attention`: any platform, any mask, and always with a cache
-  splash     TPU: a blockwise Pallas kernel; no [T, T] scores, and blocks that a causal or local
-             mask empties are skipped
+  splash     TPU: a blockwise Pallas kernel; it makes no [T, T] scores, and skips blocks that a
+             causal or local mask empties
   cudnn      GPU: cuDNN's fused attention through `jax.nn.dot_product_attention`
 
-Rows are those of training: a segment's tokens lie side by side with positions 0, 1, .., so that
-distances between slots are distances between positions. Padding sees what it likes. Letters as in
-`qlora_jax/typing.py`.
+The fast implementations expect rows of training: the tokens of a segment are adjacent, at positions
+0, 1, .., so that distances between slots equal distances between positions. The outputs of padding
+tokens are undefined. Letters as in `qlora_jax/typing.py`.
 """
 
 import functools
@@ -24,12 +24,12 @@ from qlora_jax.typing import Array
 
 KINDS = ("auto", "reference", "splash", "cudnn")
 _PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
-_LANES = 128  # a TPU's: lengths are padded to it
-_BLOCK = 512  # tokens of a block of splash attention, at most
+_LANES = 128  # lanes of a TPU; lengths are padded to a multiple
+_BLOCK = 512  # maximum tokens per block of splash attention
 
 
 def check(kind: str, platform: str) -> None:
-  """Raises a UserError if a kind that is asked for by name cannot run on a platform."""
+  """Raises a UserError if an explicitly named kind cannot run on the platform."""
   needed = _PLATFORMS.get(kind, platform)
   if needed != platform:
     raise errors.UserError(
@@ -39,7 +39,10 @@ def check(kind: str, platform: str) -> None:
 
 
 def platform() -> str:
-  """Of the mesh in use, whose devices may be another machine's, or of this process."""
+  """The platform of the current mesh if there is one, else JAX's default backend.
+
+  The devices of the mesh may be on another machine.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else mesh.abstract_device
   return jax.default_backend() if device is None else device.platform
@@ -55,10 +58,12 @@ def choose(
   length: int,
   soft_cap: float,
 ) -> str:
-  """'reference', 'splash' or 'cudnn' for one attention; a kind asked for by name is kept.
+  """The implementation of one attention: 'reference', 'splash' or 'cudnn'.
+
+  Without a cache, a kind other than 'auto' is returned unchanged.
 
   Args:
-    kind: of `KINDS`.
+    kind: one of `KINDS`.
     platform: 'cpu', 'gpu' or 'tpu'.
     cached: whether keys come from a cache.
     dtype: of queries and keys.
@@ -71,9 +76,9 @@ def choose(
     return kind
   if platform == "tpu":
     return "splash"
-  half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+  half_precision = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
   # cuDNN: half precision, no cap, even lengths with a mask, heads up to 128 (256 on Hopper).
-  if platform == "gpu" and half and not soft_cap and head_dim <= 128:
+  if platform == "gpu" and half_precision and not soft_cap and head_dim <= 128:
     return "cudnn" if head_dim % 8 == 0 and length % 2 == 0 else "reference"
   return "reference"
 
@@ -91,14 +96,17 @@ def attend(
   soft_cap: float,
   cached: bool,
 ) -> Array:
-  """Attention [B, T, H, K] of one layer by the implementation that `choose` names.
+  """Attention [B, T, H, K] of one layer, by the implementation that `choose` returns.
 
   Args:
-    kind: of `KINDS`.
+    kind: one of `KINDS`.
     query, key, value, mask, scale, soft_cap: as for `attention.attention`.
-    windows: of the layers that are compiled as this one (the same slot of every block).
-    place: index of this layer among them, which may be traced.
+    windows: window of each layer that shares this compiled program (the same slot of every block).
+    place: index of this layer in `windows`; may be traced.
     cached: whether keys come from a cache.
+
+  Raises:
+    UserError: cuDNN cannot run these shapes, this precision or a soft cap.
   """
   length, head_dim = query.shape[1], query.shape[-1]
   chosen = choose(
@@ -111,15 +119,15 @@ def attend(
     soft_cap=soft_cap,
   )
   if chosen == "splash":
-    kinds = sorted(set(windows))
-    choice = jnp.asarray([kinds.index(window) for window in windows])[place]
+    distinct = sorted(set(windows))
+    choice = jnp.asarray([distinct.index(window) for window in windows])[place]
     return splash(
       query,
       key,
       value,
       mask.query_segments,
       scale=scale,
-      windows=kinds,
+      windows=distinct,
       choice=choice,
       soft_cap=soft_cap,
     )
@@ -141,19 +149,21 @@ def cudnn(
   window: Array | int = 0,
   implementation: str = "cudnn",
 ) -> Array:
-  """Fused attention [B, T, H, K] on a GPU; `implementation='xla'` is the same mask on any device.
+  """Fused attention [B, T, H, K] on a GPU.
+
+  `implementation='xla'` computes the same with the same mask on any device.
 
   Raises:
-    UserError: cuDNN cannot run these shapes or this precision; says which.
+    UserError: cuDNN cannot run these shapes or this precision; the message gives cuDNN's reason.
   """
-  seen = attention.visible(mask, window)[:, None]  # [B, 1, T, C]
+  visible = attention.visible(mask, window)[:, None]  # [B, 1, T, C]
   try:
     return jax.nn.dot_product_attention(
-      query, key, value, mask=seen, scale=scale, implementation=implementation
+      query, key, value, mask=visible, scale=scale, implementation=implementation
     )
   except (NotImplementedError, RuntimeError) as error:
     raise errors.UserError(
-      f"model.attention: cuDNN refuses it: {' '.join(str(error).split())}; use 'reference'"
+      f"model.attention: cuDNN reports: {' '.join(str(error).split())}; use 'reference'"
     ) from error
 
 
@@ -171,37 +181,39 @@ def splash(
 ) -> Array:
   """Blockwise causal attention [B, T, H, K] within segments [B, T].
 
-  On a mesh each device takes its own rows and heads; where the mesh splits heads finer than there
-  are key heads, those are repeated first.
+  On a mesh each device computes its shard of the rows and heads. If the tensor axis does not divide
+  the KV heads, they are repeated first.
 
   Args:
-    query, key, value: [B, T, H, K] and twice [B, T, G, K].
-    segments: int32, which text each token belongs to.
+    query: [B, T, H, K].
+    key, value: [B, T, G, K].
+    segments: int32, the text that each token belongs to.
     scale: factor on the scores.
-    windows: the kinds of layers: keys that a token sees, 0 for all before.
-    choice: index into `windows`, which may be traced.
-    soft_cap: c of c tanh(score / c), 0 for none.
-    interpret: runs the kernel's program on any device, slowly.
+    windows: the distinct windows: the number of keys that a token sees, 0 for all earlier keys.
+    choice: index into `windows`; may be traced.
+    soft_cap: c of c tanh(score / c), 0 for no cap.
+    interpret: runs the kernel in Pallas' interpreter, on any device but slowly.
   """
   length, heads = query.shape[1:3]
-  found = sharding.current()
-  if found is not None:
-    split = found[0]["tensor"]
-    repeats = split // math.gcd(key.shape[2], split)
+  mesh_and_rules = sharding.current()
+  if mesh_and_rules is not None:
+    tensor = mesh_and_rules[0]["tensor"]
+    repeats = tensor // math.gcd(key.shape[2], tensor)
     if repeats > 1 and heads % (key.shape[2] * repeats) == 0:
-      key, value = (jnp.repeat(each, repeats, axis=2) for each in (key, value))
+      key, value = jnp.repeat(key, repeats, axis=2), jnp.repeat(value, repeats, axis=2)
   padded = -(-length // _LANES) * _LANES
   block = next(size for size in (_BLOCK, _BLOCK // 2, _LANES) if padded % size == 0)
 
-  def pad(x):  # [B, T, H, K] to [B, H, T', K]; what is added has a segment of its own
+  def pad(x):  # [B, T, H, K] to [B, H, T', K]; T' is the padded length
     return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))), 1, 2)
 
+  # Padding to whole lanes is a separate segment, so that no token sees it.
   segments = jnp.pad(segments, ((0, 0), (0, padded - length)), constant_values=attention.EMPTY)
 
   from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
-  def own(query, key, value, segments, choice):
-    def kind(window):
+  def attend_rows(query, key, value, segments, choice):
+    def with_window(window):
       kernel = _kernel(query.shape[1], padded, window, block, soft_cap, interpret)
 
       def row(query, key, value, segments):
@@ -209,25 +221,25 @@ def splash(
 
       return jax.vmap(row)
 
-    kinds = [kind(window) for window in windows]
-    if len(kinds) == 1:
-      return kinds[0](query, key, value, segments)
-    return jax.lax.switch(choice, kinds, query, key, value, segments)
+    kernels = [with_window(window) for window in windows]
+    if len(kernels) == 1:
+      return kernels[0](query, key, value, segments)
+    return jax.lax.switch(choice, kernels, query, key, value, segments)
 
   arguments = (pad(query * scale), pad(key), pad(value), segments, jnp.asarray(choice))
-  own = _settled(own)
-  if found is not None:
-    own = _sharded(own, found, arguments)
-  mixed = own(*arguments)
+  run = _with_barrier(attend_rows)
+  if mesh_and_rules is not None:
+    run = _sharded(run, mesh_and_rules, arguments)
+  mixed = run(*arguments)
   return jnp.swapaxes(mixed, 1, 2)[:, :length].astype(query.dtype)
 
 
-def _settled(function):
-  """The function of (query, key, value, segments, choice), whose gradient keeps nothing half done.
+def _with_barrier(function):
+  """The same function of (query, key, value, segments, choice), with smaller residuals.
 
-  The kernel leaves the logarithms of its sums with 128 equal lanes a query, and slices them. Left
-  alone, the TPU compiler may slice them when the gradient asks, and hold twice the bytes of the
-  queries until then: here nothing reads the result before.
+  The kernel returns the log-sum-exp of each query in 128 equal lanes and slices them to one. The
+  TPU compiler may delay that slice until the backward pass and keep all lanes until then, which
+  takes twice the bytes of the queries. The barrier forces the slice before the result is used.
   """
 
   @jax.custom_vjp
@@ -240,27 +252,27 @@ def _settled(function):
 
     return jax.lax.optimization_barrier(jax.vjp(differentiated, query, key, value))
 
-  def backward(pull, grad):
-    return (*pull(grad), None, None)
+  def backward(vjp, grad):
+    return (*vjp(grad), None, None)
 
   run.defvjp(forward, backward)
   return run
 
 
-def _sharded(function, found, arguments):
-  """The function over each device's own rows and heads of [B, H, T, K]."""
+def _sharded(function, mesh_and_rules, arguments):
+  """The function under `shard_map`: each device has a shard of the rows and heads [B, H, T, K]."""
   query, key, _, segments, _ = arguments
-  of_key = sharding.spec(key.shape, ("batch", "kv_heads", None, None), *found)
-  of_query = sharding.spec(query.shape, ("batch", "heads", None, None), *found)
-  if of_key[1:2] != of_query[1:2]:  # heads that cannot be split alike stay whole
-    of_key = of_query = sharding.spec(query.shape, ("batch", None, None, None), *found)
-  of_row = sharding.spec(segments.shape, ("batch", None), *found)
-  whole = jax.sharding.PartitionSpec()
+  key_spec = sharding.spec(key.shape, ("batch", "kv_heads", None, None), *mesh_and_rules)
+  query_spec = sharding.spec(query.shape, ("batch", "heads", None, None), *mesh_and_rules)
+  if key_spec[1:2] != query_spec[1:2]:  # the heads cannot be split the same way: do not split them
+    key_spec = query_spec = sharding.spec(query.shape, ("batch", None, None, None), *mesh_and_rules)
+  segment_spec = sharding.spec(segments.shape, ("batch", None), *mesh_and_rules)
+  replicated = jax.sharding.PartitionSpec()
   return jax.shard_map(
     function,
-    in_specs=(of_query, of_key, of_key, of_row, whole),
-    out_specs=of_query,
-    check_vma=False,  # a Pallas call does not say over which axes its result varies
+    in_specs=(query_spec, key_spec, key_spec, segment_spec, replicated),
+    out_specs=query_spec,
+    check_vma=False,  # a Pallas call does not declare the mesh axes over which its result varies
   )
 
 
@@ -269,13 +281,13 @@ def _masks(heads: int, length: int, window: int):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
   shape = (length, length)
-  # The window counts the token itself: keys at distances 0 .. window - 1.
+  # The window includes the token itself: keys at distances 0 .. window - 1.
   mask = splash_lib.LocalMask(shape, (window - 1, 0), 0) if window else splash_lib.CausalMask(shape)
   return splash_lib.MultiHeadMask([mask] * heads)
 
 
 def _kernel(heads, length, window, block, soft_cap, interpret):
-  # Imported where it is used: Pallas takes seconds to import, and most machines have no TPU.
+  # Imported here, because Pallas takes seconds to import and most machines have no TPU.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
   sizes = splash_lib.BlockSizes(

@@ -1,7 +1,7 @@
-"""Text from a decoder: batched, with a key-value cache, greedy or sampled.
+"""Text generation with a decoder: batched, with a key-value cache, greedy or sampled.
 
-Prompts of different lengths are padded on the left; padding is a segment of its own, so that it
-is never seen. One compiled program takes the prompts, another makes the next token.
+Prompts of different lengths are padded on the left. Padding is a separate segment, so that no
+token sees it. One compiled program reads the prompts; another computes the next token.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from qlora_jax.models import attention, decoder
 from qlora_jax.parallel import sharding
 from qlora_jax.typing import Array, PyTree
 
-# Prompts and caches are padded to multiples of these, so that few lengths are compiled: a place of
-# a prompt costs a pass through the model, a slot of the cache next to nothing.
+# Prompts and caches are padded to multiples of these, so that few lengths are compiled. The step
+# for caches is larger because an unused slot is cheap; a padded prompt token is computed in full.
 _ROUND_PROMPT = 8
 _ROUND_CACHE = 32
 
@@ -29,10 +29,13 @@ class SamplingConfig:
   """How the next token is chosen.
 
   Attributes:
-    max_tokens: most tokens that are made.
+    max_tokens: maximum number of generated tokens.
     temperature: divides the logits; 0 takes the most likely token.
-    top_p: samples among the fewest tokens whose probabilities sum to this much.
+    top_p: samples from the smallest set of tokens whose probabilities sum to at least this.
     seed: of the sampling.
+
+  Raises:
+    UserError: a field is out of range.
   """
 
   max_tokens: int = 64
@@ -50,7 +53,15 @@ class SamplingConfig:
 
 
 class State(NamedTuple):
-  """What one step hands to the next: the last token [B], its position [B], done [B], cache."""
+  """State between two steps of generation.
+
+  Attributes:
+    token: int32 [B], the last token of each row.
+    position: int32 [B], its position.
+    done: bool [B], whether the row has produced a stop token.
+    cache: keys and values of the earlier tokens.
+    key: of the sampling.
+  """
 
   token: Array
   position: Array
@@ -67,15 +78,18 @@ def generate(
   sampling: SamplingConfig | None = None,
   instruction: Array | None = None,
 ) -> list[list[int]]:
-  """The tokens that follow each prompt, up to the first of `stop` (left out).
+  """The tokens that follow each prompt, up to and without the first token of `stop`.
 
   Args:
-    model: the decoder; its adapter is on when it has one.
-    variables: all of its collections.
-    prompts: token ids, at least one a prompt.
+    model: the decoder, with its adapter if it has one.
+    variables: all collections of the model.
+    prompts: token ids, at least one per prompt.
     stop: ids that end a text.
-    sampling: see `SamplingConfig`; greedy unless given.
-    instruction: embedding [B, E] a prompt, or None.
+    sampling: see `SamplingConfig`; greedy by default.
+    instruction: embeddings [B, E], one per prompt, or None.
+
+  Raises:
+    UserError: a prompt is empty, or prompt and new tokens exceed the model's context.
   """
   texts: list[list[int]] = [[] for _ in prompts]
   ended = [False] * len(prompts)
@@ -95,7 +109,7 @@ def stream(
   sampling: SamplingConfig | None = None,
   instruction: Array | None = None,
 ) -> Iterator[np.ndarray]:
-  """Yields the next token [B] of every prompt until all have stopped; see `generate`."""
+  """Yields the next tokens int32 [B], one per prompt, until all have stopped; see `generate`."""
   sampling = sampling or SamplingConfig()
   if not prompts or not all(len(prompt) for prompt in prompts):
     raise errors.UserError("prompt: empty; give at least one token")
@@ -119,14 +133,15 @@ def stream(
     model, slots, sampling, variables, tokens, positions, segments, instruction, ends
   )
   for step in range(sampling.max_tokens):
-    # The next step is dispatched before this one is read, so that the host never holds it up.
-    following = None
+    # The next step is dispatched before this one is read, so that the device does not wait for
+    # the host.
+    next_state = None
     if step + 1 < sampling.max_tokens:
-      following = _step(model, sampling, variables, state, instruction, ends)
+      next_state = _step(model, sampling, variables, state, instruction, ends)
     yield np.asarray(state.token)
     if np.asarray(state.done).all():
       return
-    state = following
+    state = next_state
 
 
 def _rounded(number: int, multiple: int) -> int:
@@ -145,7 +160,7 @@ def _prefill(model, slots, sampling, variables, tokens, positions, segments, ins
   return _next(model, sampling, variables, output, positions[:, -1], done, key, ends)
 
 
-# Not donated: the state is read by the host while the next step already runs.
+# The state is not donated: the host reads it while the next step runs.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step(model, sampling, variables, state, instruction, ends):
   position = state.position[:, None] + 1
@@ -158,9 +173,9 @@ def _step(model, sampling, variables, state, instruction, ends):
 
 def _next(model, sampling, variables, output, position, done, key, ends) -> State:
   logits = model.apply(variables, output.hidden[:, -1], method="logits")
-  key, own = jax.random.split(key)
-  # All processes of a mesh read the tokens.
-  token = sharding.constrain(choose(logits, sampling, own), None)
+  key, step_key = jax.random.split(key)
+  # Replicated, because all processes of a mesh read the tokens.
+  token = sharding.constrain(choose(logits, sampling, step_key), None)
   done = sharding.constrain(done | jnp.isin(token, ends), None)
   return State(token, position, done, output.cache, key)
 
@@ -173,6 +188,6 @@ def choose(logits: Array, sampling: SamplingConfig, key: Array) -> Array:
   if sampling.top_p < 1:
     ordered = jnp.sort(logits, axis=-1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
-    least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    logits = jnp.where(logits >= least, logits, -jnp.inf)
+    lowest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits >= lowest, logits, -jnp.inf)
   return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

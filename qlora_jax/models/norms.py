@@ -13,11 +13,11 @@ class Norm(nn.Module):
   """Normalises the last axis in float32 and returns x's dtype.
 
   Attributes:
-    kind: 'rms' x w / rms(x); 'rms_offset' the same with 1 + w (Gemma); 'layer' LayerNorm with
+    kind: 'rms': x w / rms(x); 'rms_offset': x (1 + w) / rms(x) (Gemma); 'layer': LayerNorm with
       scale and bias (GPT-2).
-    width: of the last axis.
+    width: size of the last axis.
     epsilon: added to the mean square or the variance.
-    base_dtype: dtype in which the scale is stored.
+    base_dtype: dtype of the stored scale and bias.
     axis: logical axis name of the scale.
   """
 

@@ -1,6 +1,6 @@
 """Rotary position embedding (arXiv 2104.09864) in the half-split layout, and its scalings.
 
-Letters as in `qlora_jax/typing.py`; Z counts the kinds of rotation of a model (Gemma 3 has two).
+A model has Z kinds of rotation; Gemma 3 has two. Letters as in `qlora_jax/typing.py`.
 """
 
 import dataclasses
@@ -21,12 +21,15 @@ class RopeConfig:
 
   Attributes:
     theta: the base of the wavelengths.
-    kind: one of `KINDS`: none, positions divided by `factor`, Llama 3's, or YaRN's scaling.
-    factor: how much longer the context is than `original_length`.
-    original_length: tokens of the context before it was stretched (llama3, yarn).
+    kind: one of `KINDS`: no scaling, positions divided by `factor`, Llama 3's scaling, or YaRN's.
+    factor: ratio of the new context to `original_length`.
+    original_length: context before the extension, in tokens (llama3, yarn).
     low, high: llama3's low_freq_factor and high_freq_factor; YaRN's beta_slow and beta_fast.
     attention_factor: YaRN's factor on queries and keys; 0 means 1 + 0.1 log(factor).
-    truncate: whether YaRN rounds its range of dimensions to whole ones.
+    truncate: whether YaRN rounds the ends of its range of dimensions to integers.
+
+  Raises:
+    UserError: an unknown kind.
   """
 
   theta: float = 10_000.0
@@ -44,7 +47,7 @@ class RopeConfig:
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-  """Radians a position [K/2] and the factor on cos and sin (1 but for YaRN)."""
+  """Radians per position, float64 [K/2], and the factor on cos and sin (1 except for YaRN)."""
   plain = rope.theta ** -(np.arange(0, head_dim, 2) / head_dim)
   slow = plain / rope.factor
   if rope.kind == "default":
@@ -52,12 +55,12 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
   if rope.kind == "linear":
     return slow, 1.0
   if rope.kind == "llama3":
-    # Wavelengths above original/low are stretched, below original/high kept, between: blended.
+    # Wavelengths above original/low are scaled, below original/high unchanged, between: blended.
     turns = rope.original_length * plain / (2 * math.pi)
-    kept = np.clip((turns - rope.low) / (rope.high - rope.low), 0.0, 1.0)
-    return slow * (1 - kept) + plain * kept, 1.0
+    plain_share = np.clip((turns - rope.low) / (rope.high - rope.low), 0.0, 1.0)
+    return slow * (1 - plain_share) + plain * plain_share, 1.0
 
-  def dimension(rotations):  # that turns `rotations` times over the original context
+  def dimension(rotations):  # the dimension that turns `rotations` times over the original context
     turns = rope.original_length / (rotations * 2 * math.pi)
     return head_dim * math.log(turns) / (2 * math.log(rope.theta))
 
@@ -66,9 +69,9 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
     first, last = math.floor(first), math.ceil(last)
   first, last = max(first, 0), min(last, head_dim - 1)
   ramp = np.arange(head_dim // 2) - first
-  kept = 1.0 - np.clip(ramp / (last - first or 1e-3), 0.0, 1.0)
+  plain_share = 1.0 - np.clip(ramp / (last - first or 1e-3), 0.0, 1.0)
   scale = rope.attention_factor or (0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0)
-  return slow * (1 - kept) + plain * kept, scale
+  return slow * (1 - plain_share) + plain * plain_share, scale
 
 
 @typed
@@ -76,9 +79,9 @@ def tables(
   ropes: tuple[RopeConfig, ...], head_dim: int, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "Z B T K2"], Float[Array, "Z B T K2"]]:
   """cos and sin of every kind of rotation at the positions, float32."""
-  turned = [frequencies(rope, head_dim) for rope in ropes]
-  rates = jnp.asarray(np.stack([rate for rate, _ in turned]), jnp.float32)
-  scale = jnp.asarray([scale for _, scale in turned], jnp.float32)[:, None, None, None]
+  rates_and_scales = [frequencies(rope, head_dim) for rope in ropes]
+  rates = jnp.asarray(np.stack([rate for rate, _ in rates_and_scales]), jnp.float32)
+  scale = jnp.asarray([scale for _, scale in rates_and_scales], jnp.float32)[:, None, None, None]
   angles = jnp.einsum("bt,zk->zbtk", positions.astype(jnp.float32), rates)
   return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
@@ -87,8 +90,8 @@ def tables(
 def rotate(
   x: Float[Array, "B T H K"], cos: Float[Array, "B T K2"], sin: Float[Array, "B T K2"]
 ) -> Float[Array, "B T H K"]:
-  """Turns the pairs (x_i, x_{i + K/2}) by their angles, in float32."""
+  """Rotates the pairs (x_i, x_{i + K/2}) by their angles, in float32; returns x's dtype."""
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = cos[:, :, None], sin[:, :, None]
-  turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-  return turned.astype(x.dtype)
+  rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+  return rotated.astype(x.dtype)

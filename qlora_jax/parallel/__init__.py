@@ -1,1 +1,1 @@
-"""Many devices and processes: the mesh, what is sharded how, and the start of processes."""
+"""Many devices and processes: the mesh, the sharding of arrays, and the start of processes."""

@@ -1,1 +1,1 @@
-"""What a training step would take on a TPU pod, found out on a machine without TPUs."""
+"""Plans: memory, collectives and time of a training step on TPUs, without having any TPU."""

@@ -1,8 +1,8 @@
-"""Compiling a step for a TPU topology that is not there, in a process of its own.
+"""Compiles a step for a TPU topology without having any TPU, in a separate process.
 
-libtpu compiles without a TPU when told not to look for one; `_ENVIRONMENT` does that. It is found
-where it is installed, or in the folder `libtpu` of the environment, where `make setup-tpu` puts it:
-there it is out of the way of ordinary runs, which it would make write warnings.
+With `_ENVIRONMENT` libtpu does not search for a TPU. libtpu is imported as an installed package, or
+from the folder `libtpu` of the environment, where `make setup-tpu` installs it. Other processes do
+not import it from there; otherwise every start of JAX would search for a TPU and print warnings.
 """
 
 import dataclasses
@@ -36,12 +36,19 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class CompilerError(RuntimeError):
-  """The TPU compiler stopped for another reason than memory; the message is one line."""
+  """The TPU compiler failed for a reason other than memory; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What a worker compiles: `result` is where it writes JSON, `hlo` where the text, if anywhere."""
+  """A worker's task.
+
+  Attributes:
+    job: the step.
+    topology: the chips.
+    result: file for the result, as JSON.
+    hlo: file for the text of the compiled program; '' writes none.
+  """
 
   job: program.Job
   topology: hardware.Topology
@@ -50,12 +57,12 @@ class Request:
 
 
 def folder() -> pathlib.Path:
-  """Where `make setup-tpu` puts libtpu."""
+  """The folder into which `make setup-tpu` installs libtpu."""
   return pathlib.Path(sys.prefix) / "libtpu"
 
 
 def check() -> None:
-  """Raises a UserError where libtpu is not installed."""
+  """Raises a UserError if libtpu is not installed."""
   if importlib.util.find_spec("libtpu") is None and not (folder() / "libtpu").is_dir():
     raise errors.UserError(
       "--plan: libtpu, the TPU compiler, is not installed; run `make setup-tpu` (213 MB) or"
@@ -64,11 +71,11 @@ def check() -> None:
 
 
 def run(job: program.Job, topology: hardware.Topology, hlo: str = "") -> dict[str, Any]:
-  """Compiles; see `worker.measure` for the result.
+  """Compiles a step and returns the result of `worker.measure`.
 
   Raises:
     UserError: libtpu is not installed.
-    CompilerError: the compiler failed for another reason than memory; with its last words.
+    CompilerError: the compiler failed for a reason other than memory; has its last line of output.
   """
   check()
   with tempfile.TemporaryDirectory() as scratch:
@@ -76,7 +83,7 @@ def run(job: program.Job, topology: hardware.Topology, hlo: str = "") -> dict[st
     request = Request(job, topology, str(result), hlo)
     environment = {**os.environ, **_ENVIRONMENT}
     path = [str(_ROOT), str(folder()), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(each for each in path if each)
+    environment["PYTHONPATH"] = os.pathsep.join(entry for entry in path if entry)
     worker = subprocess.Popen(
       [sys.executable, "-m", "qlora_jax.planning.worker"],
       env=environment,
@@ -85,32 +92,37 @@ def run(job: program.Job, topology: hardware.Topology, hlo: str = "") -> dict[st
       stderr=subprocess.PIPE,
     )
     try:
-      _, said = worker.communicate(pickle.dumps(request))
+      _, stderr = worker.communicate(pickle.dumps(request))
     finally:
-      worker.kill()  # where this process was interrupted
+      worker.kill()  # if this process was interrupted
       worker.wait()
     if not result.exists():
-      raise CompilerError(f"the TPU compiler {_ended(worker.returncode, said)}")
+      raise CompilerError(f"the TPU compiler {_ending(worker.returncode, stderr)}")
     return json.loads(result.read_text())
 
 
-def _ended(code: int, said: bytes) -> str:
-  """How a process ended, with its last words; libtpu's traces are addresses without names."""
+def _ending(code: int, stderr: bytes) -> str:
+  """How a process ended, with its last line on standard error.
+
+  Lines of libtpu's traces are skipped, because they are addresses without names.
+  """
   lines = [
     line.strip()
-    for line in said.decode(errors="replace").splitlines()
+    for line in stderr.decode(errors="replace").splitlines()
     if line.strip() and "symbolize" not in line
   ]
-  how = f"crashed ({signal.Signals(-code).name})" if code < 0 else f"stopped with code {code}"
-  return f"{how}: {lines[-1]}" if lines and code >= 0 else how
+  if code < 0:
+    return f"crashed ({signal.Signals(-code).name})"
+  stopped = f"stopped with code {code}"
+  return f"{stopped}: {lines[-1]}" if lines else stopped
 
 
 def exceeded(message: str) -> dict[str, int] | None:
-  """Bytes that a program which does not fit needs and has, from the compiler's words."""
-  found = _USED.search(message)
-  if found is None:
+  """HBM in bytes that a program uses and its limit, from the compiler's error; None if absent."""
+  matched = _USED.search(message)
+  if matched is None:
     return None
-  used, used_unit, limit, limit_unit = found.groups()
+  used, used_unit, limit, limit_unit = matched.groups()
   return {
     "used": int(float(used) * 1024 ** _UNITS[used_unit.upper()]),
     "limit": int(float(limit) * 1024 ** _UNITS[limit_unit.upper()]),

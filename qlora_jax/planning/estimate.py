@@ -1,8 +1,8 @@
-"""How long a step takes, by the slowest of compute, memory and networks.
+"""Estimates the time of a step: the slowest of compute, memory and networks.
 
-Published peaks are never reached: `UTILISATION` of the peak FLOP/s is assumed while the chip
-multiplies, and is stated wherever a time is. Collectives are taken to run over one dimension of the
-torus at a time (its two links of a chip), which is what a ring along one mesh axis uses.
+No program reaches the published peaks: matrix products are assumed to reach `UTILISATION` of the
+peak FLOP/s, and every output with a time states this share. Collectives are assumed to use one
+dimension of the torus at a time, that is two links per chip, as a ring along one mesh axis does.
 """
 
 import dataclasses
@@ -16,13 +16,15 @@ UTILISATION = 0.55  # of the peak; well-tuned decoders reach 0.5 to 0.65 on TPUs
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-  """Seconds a step on each resource.
+  """Seconds per step on each resource.
 
   Attributes:
     compute: hardware FLOPs at `UTILISATION` of the peak.
-    memory: parameters and kept states moved between HBM and the cores.
+    memory: parameters and saved activations, moved between HBM and the cores.
     ici, dcn: collectives inside a slice, and between slices.
-    model_flops: of the whole step, without recomputation; chips: of all slices; peak: FLOP/s.
+    model_flops: of the whole step, without recomputation.
+    chips: of all slices.
+    peak: FLOP/s per chip.
   """
 
   compute: float
@@ -35,17 +37,17 @@ class StepTime:
 
   @property
   def overlapped(self) -> float:
-    """Everything at once: the slowest decides. The estimate."""
+    """The estimate: all resources work at the same time, and the slowest decides."""
     return max(self.compute, self.memory, self.ici, self.dcn)
 
   @property
   def serial(self) -> float:
-    """Nothing at once: an upper bound under the same assumptions."""
+    """An upper bound under the same assumptions: the resources work one after another."""
     return self.compute + self.memory + self.ici + self.dcn
 
   @property
   def mfu(self) -> float:
-    """Model FLOPs utilisation that the estimate means."""
+    """Model FLOPs utilisation at the estimated time."""
     return self.model_flops / (self.overlapped * self.chips * self.peak)
 
   @property
@@ -63,21 +65,22 @@ def step_time(
   gathered_base: float,
   activations: float,
 ) -> StepTime:
-  """See `StepTime`.
+  """The estimated `StepTime` of a job.
 
   Args:
-    job: the step; topology: where it runs.
+    job: the step.
+    topology: the chips.
     flops: of the whole step.
-    collectives: of a chip's program.
-    gathered_base: bytes of the base that a chip reads in one pass over it.
-    activations: bytes that a chip keeps for the gradient.
+    collectives: of the program of one chip.
+    gathered_base: bytes of the base that a chip reads per pass.
+    activations: bytes that a chip saves for the gradient.
   """
   chip = topology.chip
   passes = (3 if job.model.config.remat == "full" else 2) * job.micro_batches
   moved = passes * gathered_base + 2 * activations
   link = chip.ici_bandwidth / 2 / chip.dimensions
-  inside = sum(each.wire * each.times for each in collectives if not each.across)
-  across = sum(each.wire * each.times for each in collectives if each.across)
+  inside = sum(entry.wire * entry.times for entry in collectives if not entry.across)
+  across = sum(entry.wire * entry.times for entry in collectives if entry.across)
   return StepTime(
     flops.hardware / (topology.chips * chip.flops * UTILISATION),
     moved / chip.hbm_bandwidth,
@@ -90,21 +93,21 @@ def step_time(
 
 
 def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, dict[str, float]]:
-  """Kind (and 'between slices') -> how many run in a step, and bytes a chip receives."""
-  found: dict[str, dict[str, float]] = {}
-  for each in collectives:
-    name = f"{each.kind} between slices" if each.across else each.kind
-    entry = found.setdefault(name, {"count": 0, "bytes": 0.0})
-    entry["count"] += each.times
-    entry["bytes"] += each.wire * each.times
-  return dict(sorted(found.items()))
+  """Kind (and 'between slices') -> number per step, and bytes that a chip receives per step."""
+  totals: dict[str, dict[str, float]] = {}
+  for collective in collectives:
+    kind = f"{collective.kind} between slices" if collective.across else collective.kind
+    total = totals.setdefault(kind, {"count": 0, "bytes": 0.0})
+    total["count"] += collective.times
+    total["bytes"] += collective.wire * collective.times
+  return dict(sorted(totals.items()))
 
 
 def of_routing(collectives: Sequence[hlo.Collective]) -> list[hlo.Collective]:
-  """Collectives in the loop over blocks that the router, the memory or the summary asked for."""
+  """The collectives of the router, the memory and the summary in the loop over blocks."""
 
-  def asked(source: str) -> bool:
-    source = source.replace("/mlp/gate/", "/")  # a map; the summary has a gate too
+  def is_routing(source: str) -> bool:
+    source = source.replace("/mlp/gate/", "/")  # a map; the summary's gate is /gate/ too
     return any(part in source for part in ("/router/", "/memory/", "/gate/"))
 
-  return [each for each in collectives if each.times > 1 and asked(each.source)]
+  return [entry for entry in collectives if entry.times > 1 and is_routing(entry.source)]

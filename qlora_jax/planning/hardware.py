@@ -1,8 +1,8 @@
-"""Published figures of TPU chips, and the topologies that can be planned for.
+"""Published figures of TPU chips, and the topologies that a plan accepts.
 
 Sources: the system architecture pages of Cloud TPU (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e)
 as of 2026, and "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus) for the network
-between hosts of v4. All figures are a chip; bandwidths are bytes a second.
+between hosts of v4. All figures are per chip; bandwidths are bytes per second.
 """
 
 import dataclasses
@@ -20,15 +20,18 @@ class Chip:
   """One kind of TPU chip.
 
   Attributes:
-    name: as in a topology's name.
+    name: the part of a topology's name before the colon.
     flops: peak bfloat16 FLOP/s.
-    hbm: bytes of memory; hbm_bandwidth: between it and the cores.
-    ici_bandwidth: of all links of a chip to its neighbours, both directions together.
+    hbm: bytes of memory.
+    hbm_bandwidth: between memory and cores.
+    ici_bandwidth: of all links of a chip to its neighbours, sum of both directions.
     dcn_bandwidth: a chip's share of its host's network to other slices, one direction.
-    host_memory: bytes of RAM a host; chips_per_host: how many chips share it.
-    dimensions: of the torus; pod: most chips of one slice.
-    layouts: common slices, as Cloud TPU offers them.
-    options: what the topology's description needs so that a device is a chip.
+    host_memory: bytes of RAM per host.
+    chips_per_host: number of chips that share a host.
+    dimensions: of the torus.
+    pod: maximum number of chips per slice.
+    layouts: common slices that Cloud TPU offers.
+    options: of the topology's description, so that one device is one chip.
   """
 
   name: str
@@ -63,7 +66,7 @@ _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CHIPS = {
   chip.name: chip
   for chip in (
-    # Six links of 50 GB/s both ways; two cores that run as one ("megacore").
+    # Six links of 50 GB/s, both directions; two cores that run as one ("megacore").
     Chip(
       "v4",
       275e12,
@@ -101,7 +104,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """`slices` equal slices of chips; `layout` is one slice's extent, such as (4, 4, 4)."""
+  """`slices` equal slices of chips; `layout` is the extent of one slice, such as (4, 4, 4)."""
 
   chip: Chip
   layout: tuple[int, ...]
@@ -112,46 +115,46 @@ class Topology:
     return f"{self.chip.name}:{'x'.join(map(str, self.layout))}"
 
   @property
-  def chips_a_slice(self) -> int:
+  def chips_per_slice(self) -> int:
     return math.prod(self.layout)
 
   @property
   def chips(self) -> int:
-    return self.slices * self.chips_a_slice
+    return self.slices * self.chips_per_slice
 
   @property
   def hosts(self) -> int:
-    return self.slices * -(-self.chips_a_slice // self.chip.chips_per_host)
+    return self.slices * -(-self.chips_per_slice // self.chip.chips_per_host)
 
 
 def known() -> str:
-  """The common topologies, for messages."""
+  """The common topologies, as text for messages."""
   return "; ".join(f"{chip.name}:{{{','.join(chip.layouts)}}}" for chip in CHIPS.values())
 
 
 def parse(name: str, slices: int = 1) -> Topology:
-  """The topology that `name` such as 'v5p:4x4x4' stands for.
+  """The topology with a name such as 'v5p:4x4x4'.
 
-  Any layout that the chip's network has is taken: two (v5e, v6e) or three (v4, v5p) numbers, the
-  first two even, up to the size of a pod.
+  Every layout of the chip's network is valid: two (v5e, v6e) or three (v4, v5p) numbers, the first
+  two even, up to the size of a pod.
 
   Raises:
-    UserError: an unknown chip or a layout that it does not have; lists the known.
+    UserError: the chip is unknown or does not have the layout; the message lists common topologies.
   """
   matched = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
   chip = CHIPS.get(matched[1]) if matched else None
   layout = tuple(int(size) for size in matched[2].split("x")) if matched else ()
-  wrong = None
+  problem = None
   if chip is None:
-    wrong = "is unknown"
+    problem = "is unknown"
   elif len(layout) != chip.dimensions:
-    wrong = f"is no {chip.name}: its network has {chip.dimensions} dimensions"
+    problem = f"does not exist: the network of {chip.name} has {chip.dimensions} dimensions"
   elif min(layout) < 1 or layout[0] % 2 or layout[1] % 2:
-    wrong = "does not exist: the first two sizes are even, because a host has 2 x 2 chips"
+    problem = "does not exist: the first two sizes must be even, because a host has 2 x 2 chips"
   elif math.prod(layout) > chip.pod:
-    wrong = f"has {math.prod(layout)} chips, more than the {chip.pod} of a {chip.name} slice"
-  if wrong:
-    raise errors.UserError(f"--topology: {name!r} {wrong}; known are {known()}")
+    problem = f"has {math.prod(layout)} chips, but a {chip.name} slice has at most {chip.pod}"
+  if problem:
+    raise errors.UserError(f"--topology: {name!r} {problem}; use one of {known()}")
   if slices < 1:
     raise errors.UserError(f"--slices: {slices} is not at least 1")
   return Topology(chip, layout, slices)

@@ -1,7 +1,8 @@
-"""Collectives and kept states of a compiled program, read from its text (HLO).
+"""Reads collectives and saved activations from the text (HLO) of a compiled program.
 
-A loop's body stands once in the text: what is in it is multiplied by the loop's trip count, which
-is written beside the loop, or is the constant that its condition compares a counter from 0 with.
+The body of a loop occurs once in the text, so its instructions are multiplied by the loop's trip
+count. The count is an attribute of the loop, or the constant with which its condition compares a
+counter that starts at 0.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line of a computation: name, type, opcode, and the rest of the line."""
+  """One line of a computation: name, type, opcode, and the remaining text."""
 
   name: str
   type: str
@@ -63,12 +64,12 @@ class Collective:
   """One collective of a step.
 
   Attributes:
-    kind: of `KINDS`.
-    bytes: of the whole array that a group of chips makes or exchanges, each time.
-    group: chips that take part together.
-    times: how often a step runs it.
-    across: whether its group spans slices, so that it runs over the data centre's network.
-    source: where in the model it comes from, as the compiler noted it.
+    kind: one of `KINDS`.
+    bytes: size of the whole array that a group of chips produces or exchanges, per execution.
+    group: number of chips per group.
+    times: executions per step.
+    across: whether a group spans slices, so that it uses the network of the data centre.
+    source: its origin in the model, from the compiler's metadata.
   """
 
   kind: str
@@ -80,7 +81,7 @@ class Collective:
 
   @property
   def wire(self) -> float:
-    """Bytes that a chip receives each time, by the ring algorithms."""
+    """Bytes that a chip receives per execution, with ring algorithms."""
     if self.kind == "collective-permute":
       return float(self.bytes)
     share = (self.group - 1) / self.group
@@ -88,150 +89,158 @@ class Collective:
 
 
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """The instructions of every computation, and the name of the entry."""
-  found: dict[str, list[Instruction]] = {}
+  """The instructions of every computation by its name, and the name of the entry computation."""
+  bodies: dict[str, list[Instruction]] = {}
   entry, name = "", ""
   for line in text.splitlines():
     if not line.startswith(" ") and (head := _HEAD.match(line)):
       name = head[2]
-      found[name] = []
+      bodies[name] = []
       entry = name if head[1] else entry
     elif name and (parsed := _INSTRUCTION.match(line)):
-      found[name].append(Instruction(*parsed.groups()))
-  return found, entry
+      bodies[name].append(Instruction(*parsed.groups()))
+  return bodies, entry
 
 
 def size(shape: str) -> int:
-  """Bytes of a type such as 'bf16[16,8192]{1,0}'; of a tuple, of all its parts."""
-  return sum(each[1] for each in _arrays(shape))
+  """Bytes of a type such as 'bf16[16,8192]{1,0}'; for a tuple the sum over its parts."""
+  return sum(count for _, count in _arrays(shape))
 
 
 def _arrays(shape: str) -> list[tuple[tuple[int, ...], int]]:
-  """(dimensions, bytes) of each array of a type."""
-  found = []
+  """(dimensions, bytes) of each array in a type."""
+  arrays = []
   for dtype, dims in _SHAPE.findall(shape):
     if dtype in _BYTES:
-      sizes = tuple(int(each) for each in dims.split(",") if each)
-      found.append((sizes, int(math.prod(sizes) * _BYTES[dtype])))
-  return found
+      sizes = tuple(int(dim) for dim in dims.split(",") if dim)
+      arrays.append((sizes, int(math.prod(sizes) * _BYTES[dtype])))
+  return arrays
 
 
 def visited(text: str) -> Iterator[tuple[Instruction, int, str]]:
-  """(instruction, times a step, computation) of everything that runs, loops multiplied out."""
-  found, entry = computations(text)
+  """(instruction, executions per step, computation) of every instruction that runs."""
+  bodies, entry = computations(text)
   stack = [(entry, 1)]
   while stack:
     name, times = stack.pop()
-    for each in found.get(name, ()):
-      yield each, times, name
-      if each.opcode.endswith(("-done", "-update")):
-        continue  # its start has been followed
+    for instruction in bodies.get(name, ()):
+      yield instruction, times, name
+      if instruction.opcode.endswith(("-done", "-update")):
+        continue  # the computations that it names were visited at its -start
       trips = 1
-      if each.opcode == "while":
-        trips = _trips(each, found)
-      called = _CALLED.findall(each.rest)
-      if branches := _BRANCHES.search(each.rest):
+      if instruction.opcode == "while":
+        trips = _trips(instruction, bodies)
+      called = _CALLED.findall(instruction.rest)
+      if branches := _BRANCHES.search(instruction.rest):
         called += re.findall(r"[\w.\-]+", branches[1])
-      if each.opcode in ("all-reduce", "reduce-scatter", "all-reduce-start", "reduce", "sort"):
-        called = []  # the sum itself
-      stack += [(other, times * trips) for other in called]
+      if instruction.opcode in (
+        "all-reduce",
+        "reduce-scatter",
+        "all-reduce-start",
+        "reduce",
+        "sort",
+      ):
+        called = []  # only the scalar function, such as a sum
+      stack += [(computation, times * trips) for computation in called]
 
 
-def _trips(loop: Instruction, found: dict[str, list[Instruction]]) -> int:
-  """How often a loop runs its body; 1 where that depends on data."""
+def _trips(loop: Instruction, bodies: dict[str, list[Instruction]]) -> int:
+  """The number of executions of a loop's body; 1 if it depends on data."""
   if known := _TRIPS.search(loop.rest):
     return int(known[1])
-  condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-  lines = {each.name: each for each in found.get(condition[1] if condition else "", ())}
-  compare = [each for each in lines.values() if each.opcode == "compare"]
-  if len(compare) != 1 or "direction=LT" not in compare[0].rest:
+  matched = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+  condition = bodies.get(matched[1] if matched else "", ())
+  compares = [line for line in condition if line.opcode == "compare"]
+  if len(compares) != 1 or "direction=LT" not in compares[0].rest:
     return 1
   limits = [
-    each.rest
-    for name, each in lines.items()
-    if each.opcode == "constant" and re.search(rf"%?{re.escape(name)}[,)]", compare[0].rest)
+    line.rest
+    for line in condition
+    if line.opcode == "constant" and re.search(rf"%?{re.escape(line.name)}[,)]", compares[0].rest)
   ]
   number = re.match(r"(\d+)\)", limits[0]) if len(limits) == 1 else None
   return int(number[1]) if number else 1
 
 
-def collectives(text: str, chips_a_slice: int = 0) -> list[Collective]:
+def collectives(text: str, chips_per_slice: int = 0) -> list[Collective]:
   """Every collective of a compiled step.
 
   Args:
     text: of the compiled program.
-    chips_a_slice: 0 where there is one slice.
+    chips_per_slice: 0 for one slice.
   """
-  found = []
-  for each, times, computation in visited(text):
-    kind = each.opcode.removesuffix("-start")
+  result = []
+  for instruction, times, computation in visited(text):
+    kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
       continue
-    groups = _groups(each.rest)
-    length = len(groups[0]) if groups else 1
-    if length < 2:
+    groups = _groups(instruction.rest)
+    group_size = len(groups[0]) if groups else 1
+    if group_size < 2:
       continue
-    arrays = _arrays(each.type)
-    if each.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-      # A tuple of operands and results; permutes carry two words of context too.
+    arrays = _arrays(instruction.type)
+    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+      # The type is a tuple of operands and results; a permute has two more scalars.
       arrays = [array for array in arrays if array[0]]
       arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[:1]
-    whole = sum(array[1] for array in arrays)
+    whole = sum(count for _, count in arrays)
     if kind == "reduce-scatter":
-      whole *= length
+      whole *= group_size
     elif kind == "all-reduce" and "all-reduce-scatter" in computation:
-      kind = "reduce-scatter"  # a fusion that keeps its own part of the sum
-    across = bool(chips_a_slice) and any(
-      len({device // chips_a_slice for device in group}) > 1 for group in groups
+      kind = "reduce-scatter"  # a fusion in which each chip keeps a part of the sum
+    across = bool(chips_per_slice) and any(
+      len({device // chips_per_slice for device in group}) > 1 for group in groups
     )
-    source = re.search(r'op_name="([^"]*)"', each.rest)
-    found.append(Collective(kind, whole, length, times, across, source[1] if source else ""))
-  return found
+    op_name = re.search(r'op_name="([^"]*)"', instruction.rest)
+    source = op_name[1] if op_name else ""
+    result.append(Collective(kind, whole, group_size, times, across, source))
+  return result
 
 
 def _groups(rest: str) -> list[list[int]]:
-  """The groups of devices that take part together; pairs for a permute."""
+  """The groups of devices of a collective; pairs for a permute."""
   if listed := (_LIST_GROUPS.search(rest) or _PAIRS.search(rest)):
     return [
-      [int(each) for each in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", listed[1])
+      [int(device) for device in group.split(",")]
+      for group in re.findall(r"\{([\d, ]+)\}", listed[1])
     ]
   if named := _MESH_GROUPS.search(rest):
     axes = [part.split("=") for part in named[1].split(",")]
     sizes = [int(size) for _, size in axes]
     devices = _iota(named[2], named[3], sizes).reshape(sizes)
     names = [name.strip("' ") for name, _ in axes]
-    together = [names.index(part.strip("' ")) for part in named[4].split(",")]
-    rest_axes = [place for place in range(len(names)) if place not in together]
-    count = math.prod(sizes[place] for place in together)
-    return devices.transpose(rest_axes + together).reshape(-1, count).tolist()
+    group_axes = [names.index(part.strip("' ")) for part in named[4].split(",")]
+    other_axes = [axis for axis in range(len(names)) if axis not in group_axes]
+    count = math.prod(sizes[axis] for axis in group_axes)
+    return devices.transpose(other_axes + group_axes).reshape(-1, count).tolist()
   if iota := _IOTA_GROUPS.search(rest):
     return _iota(iota[3], iota[4], []).reshape(int(iota[1]), int(iota[2])).tolist()
   return []
 
 
 def _iota(dims: str | None, order: str | None, sizes: list[int]) -> np.ndarray:
-  """Devices 0, 1, .. laid out as [dims] (else `sizes`) and transposed to `order`."""
-  shape = [int(each) for each in dims.split(",")] if dims else sizes
+  """Devices 0, 1, .. in an array of shape `dims` (by default `sizes`), transposed to `order`."""
+  shape = [int(dim) for dim in dims.split(",")] if dims else sizes
   devices = np.arange(math.prod(shape)).reshape(shape)
-  return devices.transpose([int(each) for each in order.split(",")]) if order else devices
+  return devices.transpose([int(axis) for axis in order.split(",")]) if order else devices
 
 
-def kept_bytes(text: str, trips: int, excluded: set[tuple[int, ...]]) -> int:
-  """Bytes of the arrays [trips, ..] that the first loop over the blocks leaves behind.
+def saved_bytes(text: str, trips: int, excluded: set[tuple[int, ...]]) -> int:
+  """Bytes of the arrays [trips, ..] that the first loop over the blocks returns.
 
-  They are what the forward pass keeps for the gradient.
+  These are the activations that the forward pass saves for the gradient.
 
   Args:
     text: of the compiled program.
-    trips: blocks.
-    excluded: shapes [trips, ..] of a chip's own shards of the step's arguments.
+    trips: number of blocks.
+    excluded: shapes [trips, ..] of a chip's shards of the step's arguments.
   """
-  found, _ = computations(text)
-  for each, _, _ in visited(text):
-    if each.opcode == "while" and _trips(each, found) == trips:
+  bodies, _ = computations(text)
+  for instruction, _, _ in visited(text):
+    if instruction.opcode == "while" and _trips(instruction, bodies) == trips:
       return sum(
         count
-        for dims, count in _arrays(each.type)
+        for dims, count in _arrays(instruction.type)
         if len(dims) > 1 and dims[0] == trips and dims not in excluded
       )
   return 0

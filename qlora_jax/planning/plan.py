@@ -1,6 +1,6 @@
-"""The plan of a run: what its step takes on a topology, whether it fits, and what would.
+"""The plan of a training step on a topology: memory, time, whether it fits, and a suggestion.
 
-The compiler has the word on memory and collectives; FLOPs are analytic; times follow from both and
+Memory and collectives come from the compiler; FLOPs are analytic; times follow from both and from
 the published figures of the chips.
 """
 
@@ -16,22 +16,23 @@ from qlora_jax import errors
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.planning import compile as compile_lib
 from qlora_jax.planning import estimate, flops, hardware, hlo, program, search
-from qlora_jax.workloads import language_config as language_settings
+from qlora_jax.workloads import language_config
 
-TRIES = 2  # suggestions that are compiled before the rest is left an estimate
+TRIES = 2  # maximum number of suggestions that are compiled
 
 
 def job_of(config: ml_collections.ConfigDict, topology: hardware.Topology) -> program.Job:
-  """The step that a config trains, checked against the topology.
+  """The training step of a config, checked against the topology.
 
   Raises:
-    UserError: the config is not a language model's, or its mesh or batch does not fit the chips.
+    UserError: the config does not train a language model, or its mesh or batch does not fit the
+      chips.
   """
   if config.get("kind") != "language":
     raise errors.UserError(
       "--plan: the config is not a language model's; use one such as configs/llama.py:size=70b"
     )
-  settings = language_settings.resolve(config, abstract=True)
+  resolved = language_config.resolve(config, abstract=True)
   layout = mesh_lib.from_config(config.mesh)
   if topology.slices > 1 and layout.slice == 1:
     layout = dataclasses.replace(layout, slice=topology.slices)
@@ -43,15 +44,15 @@ def job_of(config: ml_collections.ConfigDict, topology: hardware.Topology) -> pr
   layout = dataclasses.replace(layout, **dict(zip(mesh_lib.AXES, sizes, strict=True)))
   mesh_lib.check_batch(
     jax.sharding.AbstractMesh(sizes, mesh_lib.AXES),
-    settings.optimizer.batch_size,
-    settings.micro_batches,
+    resolved.optimizer.batch_size,
+    resolved.micro_batches,
   )
   return program.Job(
-    settings.model,
-    settings.optimizer,
+    resolved.model,
+    resolved.optimizer,
     layout,
     config.data.length,
-    micro_batches=settings.micro_batches,
+    micro_batches=resolved.micro_batches,
   )
 
 
@@ -62,67 +63,72 @@ def make(
   suggest: bool = True,
   hlo_file: str = "",
 ) -> dict[str, Any]:
-  """Compiles the step and gives its plan, as it is stored.
+  """Compiles the step and returns its plan, in the stored form.
 
   Args:
-    job: of the run; topology: where it would run.
-    log: told what is going on: compiling takes minutes.
-    suggest: whether a change is looked for, and compiled, where the step does not fit.
-    hlo_file: where the compiled program's text is kept, if anywhere.
+    job: the step.
+    topology: the chips.
+    log: called with a progress message before each compilation, which takes minutes.
+    suggest: whether to search for a change, and compile it, if the step does not fit.
+    hlo_file: file for the text of the compiled program; '' writes none.
+
+  Raises:
+    UserError: libtpu is not installed.
+    CompilerError: the compiler failed for a reason other than memory.
   """
-  log(f"compiling the step for {_place(topology)}")
+  log(f"compiling the step for {_describe_chips(topology)}")
   compiled = compile_lib.run(job, topology, hlo_file)
   plan = describe(job, topology, compiled)
   if plan["fits"] or not suggest:
     return plan
-  guess = search.estimated(job, topology).total
-  found = search.nearest(job, topology, plan["hbm"]["needed"] / guess)
+  estimated_bytes = search.estimated(job, topology).total
+  changes = search.nearest(job, topology, plan["hbm"]["needed"] / estimated_bytes)
   plan["suggestion"] = None
-  for change in itertools.islice(found, TRIES):
+  for change in itertools.islice(changes, TRIES):
     log(f"does not fit; compiling with {change.text}")
-    tried = describe(change.job, change.topology, compile_lib.run(change.job, change.topology))
+    changed = describe(change.job, change.topology, compile_lib.run(change.job, change.topology))
     plan["suggestion"] = {
       "flags": list(change.flags),
-      "verified": tried["fits"],
-      "hbm": tried["hbm"],
-      "step_time": tried["step_time"],
+      "verified": changed["fits"],
+      "hbm": changed["hbm"],
+      "step_time": changed["step_time"],
     }
-    if tried["fits"]:
+    if changed["fits"]:
       break
   return plan
 
 
 def guess(job: program.Job, topology: hardware.Topology) -> dict[str, Any]:
-  """The plan without compiling: memory by the estimate, and no collectives."""
+  """The plan without compilation: memory is estimated, and collectives are omitted."""
   kinds = dataclasses.asdict(search.estimated(job, topology))
-  nothing = {"trace_seconds": 0.0, "compile_seconds": 0.0, "host_peak_bytes": 0}
-  found = describe(job, topology, {"fits": True, "memory": kinds, "estimated": True, **nothing})
-  change = None if found["fits"] else next(search.nearest(job, topology), None)
+  times = {"trace_seconds": 0.0, "compile_seconds": 0.0, "host_peak_bytes": 0}
+  plan = describe(job, topology, {"fits": True, "memory": kinds, "estimated": True, **times})
+  change = None if plan["fits"] else next(search.nearest(job, topology), None)
   if change is not None:
-    found["suggestion"] = {
+    plan["suggestion"] = {
       "flags": list(change.flags),
       "verified": False,
       "hbm": {"needed": change.bytes},
       "step_time": None,
     }
-  return found
+  return plan
 
 
 def describe(
   job: program.Job, topology: hardware.Topology, compiled: dict[str, Any]
 ) -> dict[str, Any]:
-  """The plan of a step from what its compilation found."""
+  """The plan of a step from the result of its compilation, see `worker.measure`."""
   shape, chip = job.model.config, topology.chip
   sizes = dict(zip(mesh_lib.AXES, mesh_lib.resolve(job.mesh, topology.chips), strict=True))
   shards = sizes["slice"] * sizes["data"] * sizes["fsdp"]
   answers = job.places(shards) * shards * job.micro_batches
   work = flops.step(shape, job.model.adapter, job.rows, job.length, answers)
-  collectives = [hlo.Collective(**each) for each in compiled.get("collectives", ())]
-  guessed = search.estimated(job, topology)
+  collectives = [hlo.Collective(**fields) for fields in compiled.get("collectives", ())]
+  estimated = search.estimated(job, topology)
   kinds = dict(compiled["memory"])
   needed = compiled.get("used") or sum(kinds.values())
-  if not compiled["fits"]:  # the compiler gives the sum only
-    kinds["activations"] = guessed.activations
+  if not compiled["fits"]:  # the compiler reports only the sum
+    kinds["activations"] = estimated.activations
     kinds["temporaries"] = max(0, needed - sum(kinds.values()))
   limit = compiled.get("limit") or int(chip.hbm)
   fits = compiled["fits"] and needed <= limit
@@ -184,12 +190,12 @@ def describe(
 def host_memory(
   job: program.Job, topology: hardware.Topology, kinds: dict[str, int]
 ) -> dict[str, float]:
-  """Bytes of RAM that a host needs at the most, and has.
+  """Bytes of RAM that a host needs at most, and has; and its number of chips.
 
-  A host reads its chips' shards of the base one tensor at a time, and writes checkpoints from a
-  copy of its chips' adapters and optimiser states.
+  A host reads the shards of the base for its chips one tensor at a time. It writes checkpoints from
+  a copy of its chips' adapters and optimiser states.
   """
-  chips = min(topology.chip.chips_per_host, topology.chips_a_slice)
+  chips = min(topology.chip.chips_per_host, topology.chips_per_slice)
   shape = job.model.config
   largest = max(
     shape.vocabulary * shape.width,
@@ -201,14 +207,14 @@ def host_memory(
 
 
 def verdict(plan: dict[str, Any]) -> str:
-  """One sentence: fits with how much to spare, or by how much it does not and what would."""
+  """One sentence: the free memory if the step fits, else the missing memory and a suggestion."""
   hbm = plan["hbm"]
   gap = abs(hbm["limit"] - hbm["needed"]) / hardware.GIB
-  of = f"of {hbm['limit'] / hardware.GIB:.1f} GiB a chip"
-  by = "" if plan["compiled"] else "by the estimate "
+  limit = f"{hbm['limit'] / hardware.GIB:.1f} GiB per chip"
+  source = "" if plan["compiled"] else "by the estimate "
   if plan["fits"]:
-    return f"{by}fits with {gap:.1f} GiB {of} to spare"
-  text = f"{by}the step needs {gap:.1f} GiB more than there is {of}"
+    return f"{source}fits with {gap:.1f} GiB of {limit} to spare"
+  text = f"{source}the step needs {gap:.1f} GiB more than the {limit}"
   suggestion = plan.get("suggestion")
   if suggestion is None:
     return f"{text}; no mesh, remat or topology of this chip was found that fits"
@@ -217,9 +223,9 @@ def verdict(plan: dict[str, Any]) -> str:
     return f"{text}; fits with {flags} ({suggestion['hbm']['needed'] / hardware.GIB:.1f} GiB)"
   if not plan["compiled"]:
     return f"{text}; it should fit with {flags}, which was not compiled"
-  return f"{text}; nearest tried, which does not fit either: {flags}"
+  return f"{text}; the nearest change that was compiled does not fit either: {flags}"
 
 
-def _place(topology: hardware.Topology) -> str:
+def _describe_chips(topology: hardware.Topology) -> str:
   slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
   return f"{slices}{topology.name} ({topology.chips} chips)"

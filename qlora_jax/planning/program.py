@@ -1,4 +1,4 @@
-"""The step that training runs, with shapes for values, on a mesh of devices that need not exist."""
+"""The training step with shapes instead of values, on a mesh whose devices need not exist."""
 
 import dataclasses
 import math
@@ -22,11 +22,11 @@ class Job:
 
   Attributes:
     model: the decoder and its adapter.
-    optimizer: with the batch's rows.
+    optimizer: its config, with the number of rows per batch.
     mesh: sizes and rules.
-    length: tokens a row, all of one text.
-    answers: share of the places that have a loss; 1.0 is the most a step can need.
-    micro_batches: parts of the batch, one after another.
+    length: T; all tokens of a row belong to one text.
+    answers: share of the tokens that have a loss; 1.0 needs the most memory.
+    micro_batches: number of sequential parts of the batch.
   """
 
   model: decoder.Decoder
@@ -41,7 +41,7 @@ class Job:
     return self.optimizer.batch_size
 
   def places(self, shards: int) -> int:
-    """Answer places of one micro-batch on one data shard, rounded up as training rounds them."""
+    """Answer places A / X of one micro-batch on one data shard, rounded up as in training."""
     tokens = self.rows * self.length // (shards * self.micro_batches)
     size = language_step.CHUNK
     while size < self.answers * tokens:
@@ -50,10 +50,10 @@ class Job:
 
 
 def arguments(job: Job, shards: language_shards.Shards) -> tuple[PyTree, PyTree, PyTree]:
-  """(state, frozen, batch) as shapes with shardings, as training holds them."""
+  """(state, frozen, batch) as shapes with the shardings of training."""
   model = job.model
   shapes = nn.meta.unbox(decoder.abstract(model.config, model.adapter))
-  places = shards.variables(model)
+  shardings = shards.variables(model)
   params = shapes.get("params", {})
   if model.adapter.trains_base:
     params = {**params, "base": shapes["base"]}
@@ -62,23 +62,23 @@ def arguments(job: Job, shards: language_shards.Shards) -> tuple[PyTree, PyTree,
     jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, jax.ShapeDtypeStruct((), jnp.float32)
   )
   frozen = step_lib.Frozen(shapes["base"], shapes.get("frozen", {}))
-  placed = step_lib.Frozen(places["base"], places.get("frozen", {}))
+  frozen_shardings = step_lib.Frozen(shardings["base"], shardings.get("frozen", {}))
   return (
     _sharded(state, _full(state, shards.state(model, job.optimizer))),
-    _sharded(frozen, placed),
+    _sharded(frozen, frozen_shardings),
     batch(job, shards.mesh),
   )
 
 
 def batch(job: Job, mesh: jax.sharding.Mesh) -> language_step.LanguageBatch:
-  """A step's inputs, with a leading axis of micro-batches."""
+  """The batch of a step as shapes with shardings, with a leading axis of micro-batches."""
   shards, parts = mesh_lib.data_shards(mesh), job.micro_batches
   rows, dim = job.rows // parts, job.model.adapter.instruction_dim
   places = job.places(shards)
-  split = sharding.rows(mesh, leading=1)
+  by_rows = sharding.rows(mesh, leading=1)
 
   def array(*shape, dtype=jnp.int32):
-    return _leaf((parts, *shape), dtype, split)
+    return _leaf((parts, *shape), dtype, by_rows)
 
   return language_step.LanguageBatch(
     array(rows, job.length),
@@ -93,34 +93,36 @@ def batch(job: Job, mesh: jax.sharding.Mesh) -> language_step.LanguageBatch:
 
 
 def lower(job: Job, shards: language_shards.Shards, platform: str) -> jax.stages.Lowered:
-  """Traces and lowers the very function that training calls each step."""
+  """Traces and lowers the same function that training calls each step."""
   step = language_shards.jitted(job.model, job.optimizer, shards)
-  given = arguments(job, shards)
+  shapes = arguments(job, shards)
   with shards.use():
-    return step.trace(*given).lower(lowering_platforms=(platform,))
+    return step.trace(*shapes).lower(lowering_platforms=(platform,))
 
 
-def bytes_a_chip(tree: PyTree) -> int:
-  """Bytes of a chip's own shards of a tree of shapes with shardings."""
+def bytes_per_chip(tree: PyTree) -> int:
+  """Bytes of one chip's shards, for a tree of shapes with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
   )
 
 
-def _leaf(shape, dtype, place) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+def _leaf(shape, dtype, leaf_sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding)
 
 
-def _sharded(tree: PyTree, places: PyTree) -> PyTree:
-  return jax.tree.map(lambda leaf, place: _leaf(leaf.shape, leaf.dtype, place), tree, places)
-
-
-def _full(tree: PyTree, places: PyTree) -> PyTree:
-  """A prefix of shardings, with one for every leaf of the tree."""
+def _sharded(tree: PyTree, shardings: PyTree) -> PyTree:
   return jax.tree.map(
-    lambda place, part: jax.tree.map(lambda _: place, part),
-    places,
+    lambda leaf, leaf_sharding: _leaf(leaf.shape, leaf.dtype, leaf_sharding), tree, shardings
+  )
+
+
+def _full(tree: PyTree, prefix: PyTree) -> PyTree:
+  """Expands a prefix tree of shardings to one sharding per leaf of `tree`."""
+  return jax.tree.map(
+    lambda leaf_sharding, subtree: jax.tree.map(lambda _: leaf_sharding, subtree),
+    prefix,
     tree,
     is_leaf=lambda leaf: isinstance(leaf, jax.sharding.Sharding),
   )

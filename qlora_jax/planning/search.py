@@ -1,7 +1,7 @@
-"""The nearest change of mesh, recomputation or micro-batches with which a step fits.
+"""Searches for the nearest change of mesh, remat, micro-batches or topology with which a step fits.
 
-Everything is searched by the estimate of `memory.py`, scaled by what the compiler said about the
-step that was asked for; the plan then compiles what is found.
+The search uses the estimate of `memory.py`, scaled by the compiled size of the requested step; the
+plan then compiles the changes.
 """
 
 import dataclasses
@@ -13,15 +13,18 @@ from qlora_jax.models import decoder
 from qlora_jax.parallel import mesh as mesh_lib
 from qlora_jax.planning import hardware, memory, program
 
-_REMAT_MEMORY = {"none": 0, "dots": 1, "full": 2}
+_REMAT_SAVING = {"none": 0, "dots": 1, "full": 2}  # a higher level saves more memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """A job that is expected to fit, how it differs, and the estimated bytes a chip.
+  """A change with which the step should fit.
 
   Attributes:
-    flags: command-line flags that make the change; topology: where, perhaps a larger one.
+    job: the changed step.
+    topology: its chips; can be larger than requested.
+    flags: command-line flags of the change.
+    bytes: estimated bytes per chip.
   """
 
   job: program.Job
@@ -45,31 +48,31 @@ def estimated(job: program.Job, topology: hardware.Topology) -> memory.Memory:
 
 
 def nearest(job: program.Job, topology: hardware.Topology, scale: float = 1.0) -> Iterator[Change]:
-  """Changes with which the step should fit, the nearest first; larger topologies last.
+  """Yields changes with which the step should fit, the nearest first; larger topologies last.
 
   Args:
-    job: that does not fit.
+    job: the step that does not fit.
     topology: its chips.
-    scale: compiled bytes of `job` over its estimate.
+    scale: ratio of the compiled bytes of `job` to its estimate.
   """
   larger = [
     hardware.parse(f"{topology.chip.name}:{layout}", topology.slices)
     for layout in topology.chip.layouts
   ]
-  for place in [topology, *(each for each in larger if each.chips > topology.chips)]:
-    limit = place.chip.hbm * (1 - memory.RESERVED)
-    found = []
-    for candidate in _candidates(job, place):
-      need = int(scale * estimated(candidate, place).total)
+  for chips in [topology, *(option for option in larger if option.chips > topology.chips)]:
+    limit = chips.chip.hbm * (1 - memory.RESERVED)
+    changes = []
+    for candidate in _candidates(job, chips):
+      need = int(scale * estimated(candidate, chips).total)
       if need <= limit:
-        flags, distance = _difference(job, candidate, topology, place)
-        found.append((distance, need, Change(candidate, place, flags, need)))
-    yield from (each for _, _, each in sorted(found, key=lambda each: each[:2]))
+        flags, distance = _difference(job, candidate, topology, chips)
+        changes.append((distance, need, Change(candidate, chips, flags, need)))
+    yield from (change for _, _, change in sorted(changes, key=lambda entry: entry[:2]))
 
 
 def _candidates(job: program.Job, topology: hardware.Topology) -> Iterator[program.Job]:
   shape = job.model.config
-  remats = [kind for kind, saved in _REMAT_MEMORY.items() if saved >= _REMAT_MEMORY[shape.remat]]
+  remats = [kind for kind, level in _REMAT_SAVING.items() if level >= _REMAT_SAVING[shape.remat]]
   parts = [job.micro_batches * 2**power for power in range(4)]
   for sizes in _meshes(shape, topology):
     shards = topology.slices * sizes["data"] * sizes["fsdp"]
@@ -88,8 +91,8 @@ def _candidates(job: program.Job, topology: hardware.Topology) -> Iterator[progr
 def _meshes(
   shape: decoder.DecoderConfig, topology: hardware.Topology
 ) -> Iterator[Mapping[str, int]]:
-  """Sizes that the heads allow: tensor parallelism is kept inside the key-value heads."""
-  chips = topology.chips_a_slice
+  """Mesh sizes in which the tensor axis divides the query heads and the KV heads."""
+  chips = topology.chips_per_slice
   for tensor in (1, 2, 4, 8, 16):
     if chips % tensor or shape.heads % tensor or shape.groups % tensor:
       continue
@@ -105,7 +108,7 @@ def _meshes(
 def _difference(
   old: program.Job, new: program.Job, before: hardware.Topology, after: hardware.Topology
 ) -> tuple[tuple[str, ...], float]:
-  """(Flags of the change, how far it is: mesh axes in octaves, recomputation and parts)."""
+  """(flags, distance) of a change: octaves of the mesh axes, remat, micro-batches and topology."""
   flags, distance = [], 0.0
   if after != before:
     flags.append(f"--topology={after.name}")
@@ -122,7 +125,7 @@ def _difference(
   was, now = old.model.config.remat, new.model.config.remat
   if was != now:
     flags.append(f"--config.model.remat={now}")
-    distance += _REMAT_MEMORY[now] - _REMAT_MEMORY[was]
+    distance += _REMAT_SAVING[now] - _REMAT_SAVING[was]
   if old.micro_batches != new.micro_batches:
     flags.append(f"--config.optimizer.micro_batches={new.micro_batches}")
     distance += 2 * math.log2(new.micro_batches / old.micro_batches)

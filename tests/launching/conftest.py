@@ -1,4 +1,4 @@
-"""A Slurm of one node, started for the tests of a module."""
+"""Slurm on one node, started for a test."""
 
 import fcntl
 import pathlib
@@ -26,7 +26,7 @@ def script(*arguments):
 
 @pytest.fixture(scope="session")
 def slurm_packages():
-  # Test workers side by side: one installs.
+  # Several test workers may run at once; the lock lets one install.
   with open("/tmp/qlora_jax_slurm.lock", "w") as handle:
     fcntl.flock(handle, fcntl.LOCK_EX)
     script("install")
@@ -34,7 +34,7 @@ def slurm_packages():
 
 @pytest.fixture
 def slurm(slurm_packages, tmp_path_factory, monkeypatch):
-  """Starts the node; every command of this process and its children speaks to it."""
+  """Starts the node; all Slurm commands of this process and its children use it."""
   folder = tmp_path_factory.mktemp("slurm")
   script("start", folder)
   monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))

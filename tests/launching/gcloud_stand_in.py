@@ -1,8 +1,8 @@
-"""Answers as `gcloud compute tpus` and `gcsfuse` would; every TPU worker is a process of this host.
+"""A stand-in for `gcloud compute tpus` and `gcsfuse`; every TPU worker is a process on this host.
 
-A worker has a home directory of its own and an environment of its own, which says who the others
-are, as a TPU worker's metadata would. Environment of this program: STAND_IN (a directory) and
-STAND_IN_WORKERS (how many workers a slice has).
+A worker has a separate home directory and environment; the environment identifies the other
+workers, as the metadata of a TPU worker does. The program reads two variables: STAND_IN, a
+directory, and STAND_IN_WORKERS, the number of workers per slice.
 """
 
 import os
@@ -38,7 +38,7 @@ def ssh(node, command):
       ["bash", "-c", command],
       cwd=home,
       env={
-        # Fonts and the like are looked up once, not by every new worker.
+        # A shared cache, so that not every new worker searches for fonts.
         "XDG_CACHE_HOME": str(pathlib.Path.home() / ".cache"),
         "HOME": str(home),
         "PATH": os.environ["PATH"],
@@ -72,11 +72,13 @@ def scp(source, target, which):
 def main(arguments):
   with (ROOT / "calls").open("a") as log:
     log.write(" ".join(arguments) + "\n")
-  plain = [each for each in arguments if not each.startswith("--")]
-  given = dict(each[2:].partition("=")[::2] for each in arguments if each.startswith("--"))
-  _, _, kind, verb, *rest = plain
+  positional = [argument for argument in arguments if not argument.startswith("--")]
+  flags = dict(
+    argument[2:].partition("=")[::2] for argument in arguments if argument.startswith("--")
+  )
+  _, _, kind, verb, *rest = positional
   if verb == "create":
-    count = int(given.get("node-count", 1))
+    count = int(flags.get("node-count", 1))
     names = [f"{rest[0]}-{index}" for index in range(count)] if count > 1 else rest[:1]
     for name in names:
       create(name)
@@ -86,13 +88,13 @@ def main(arguments):
       return 1
     print("ACTIVE")
   elif verb == "scp":
-    scp(*rest, int(given["worker"]) if given["worker"] != "all" else 0)
+    scp(*rest, int(flags["worker"]) if flags["worker"] != "all" else 0)
   elif verb == "ssh":
-    return ssh(rest[0], given["command"])
+    return ssh(rest[0], flags["command"])
   elif verb == "delete":
     (ROOT / rest[0]).unlink()
   else:
-    raise SystemExit(f"{kind} {verb}: not known here")
+    raise SystemExit(f"{kind} {verb}: unknown")
   return 0
 
 

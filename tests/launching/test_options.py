@@ -1,4 +1,4 @@
-"""The group `cluster`: times, mistakes, and that a run does not depend on it."""
+"""The group `cluster`: times, errors, and independence of results from it."""
 
 import pathlib
 import subprocess
@@ -29,13 +29,13 @@ def test_a_time_is_read_as_sbatch_reads_it(text, count):
 
 
 @pytest.mark.parametrize("text", ["soon", "1:2:3:4", "", "-5", "0:30"])
-def test_what_is_no_time_is_named(text):
+def test_an_invalid_time_is_named(text):
   with pytest.raises(errors.UserError, match=r"cluster\.slurm\.time"):
     options.minutes(text)
 
 
 @pytest.mark.parametrize(
-  ("fields", "says"),
+  ("fields", "message"),
   [
     ({"nodes": 0}, "cluster.slurm.nodes: 0"),
     ({"requeues": -1}, "cluster.slurm.requeues: -1 is below 0"),
@@ -44,25 +44,25 @@ def test_what_is_no_time_is_named(text):
     ({"sbatch": ("reservation=x",)}, "cluster.slurm.sbatch: 'reservation=x'"),
   ],
 )
-def test_a_mistake_in_an_option_is_one_line(fields, says):
-  own = options.default().slurm
-  own.update(fields)
-  with pytest.raises(errors.UserError) as told:
-    options.check_slurm(own)
-  assert says in str(told.value) and "\n" not in str(told.value)
+def test_an_error_in_an_option_is_one_line(fields, message):
+  slurm_options = options.default().slurm
+  slurm_options.update(fields)
+  with pytest.raises(errors.UserError) as caught:
+    options.check_slurm(slurm_options)
+  assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("module", [regression, llm])
-def test_a_run_does_not_see_where_it_runs(module):
+def test_the_trained_config_has_no_group_cluster(module):
   config, cluster = options.split(module.get_config())
   assert "cluster" not in config and cluster.slurm.time == "1:00:00"
-  again, other = options.split(config)  # a config without the group asks for nothing
+  again, other = options.split(config)  # a config without the group gets the defaults
   assert again == config and other.to_dict() == options.default().to_dict()
 
 
-def test_a_script_asks_for_what_the_config_says(tmp_path):
-  own = options.default().slurm
-  own.update(
+def test_a_script_has_the_options_of_the_config(tmp_path):
+  slurm_options = options.default().slurm
+  slurm_options.update(
     {
       "time": "2:00:00",
       "nodes": 2,
@@ -77,8 +77,10 @@ def test_a_script_asks_for_what_the_config_says(tmp_path):
       "signal_seconds": 30,
     }
   )
-  text = slurm.script(slurm.make_executor(tmp_path, own, "my run", 3), 5)
-  asked = {line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line}
+  text = slurm.script(slurm.make_executor(tmp_path, slurm_options, "my run", 3), 5)
+  script_options = {
+    line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line
+  }
   assert {
     "--array=0-4%3",
     "--time=120",
@@ -94,16 +96,16 @@ def test_a_script_asks_for_what_the_config_says(tmp_path):
     "--exclusive",
     "--signal=USR2@30",
     "--job-name=my_run",
-  } <= asked
+  } <= script_options
   lines = text.splitlines()
   assert lines.index("module load cuda") < next(i for i, e in enumerate(lines) if "srun" in e)
   assert any(line.startswith("srun ") and "--cpus-per-task=8" in line for line in lines)
-  single = slurm.script(slurm.make_executor(tmp_path, own, "my run", 3), 1)
+  single = slurm.script(slurm.make_executor(tmp_path, slurm_options, "my run", 3), 1)
   assert "--array" not in single
   assert not list(tmp_path.iterdir())
 
 
-def test_a_machine_without_slurm_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_machine_without_slurm_is_an_error_of_one_line(tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", str(tmp_path))
   with pytest.raises(errors.UserError, match=r"sbatch is not on the path; .* --cluster=local"):
     options.require_slurm()

@@ -1,4 +1,4 @@
-"""Sweeps and runs on a real Slurm of one node: submitted, preempted, resumed, gathered, failed."""
+"""Studies on real Slurm with one node: submission, preemption, resumption, results, failures."""
 
 import json
 import pathlib
@@ -32,23 +32,23 @@ def regression_config(data):
   return options.split(config)
 
 
-def launch(config, points, workdir, cluster, **more):
+def launch(config, points, workdir, cluster, **overrides):
   return slurm.launch(
     config,
     points,
     workdir,
     cluster.slurm,
     "test",
-    **{"max_parallel": None, "report": report.write_report, **more},
+    **{"max_parallel": None, "report": report.write_report, **overrides},
   )
 
 
-def until(wanted, workdir, seconds=900):
-  """Asks until `wanted(rows)`; returns the rows, or fails with what they say."""
+def until(condition, workdir, seconds=900):
+  """Polls until `condition(rows)`; returns the rows, or fails with rows and logs."""
   ends = time.monotonic() + seconds
   while time.monotonic() < ends:
     rows = status.look(workdir)
-    if wanted(rows):
+    if condition(rows):
       return rows
     time.sleep(0.1)
   logs = [path.read_text()[-2000:] for path in sorted(workdir.glob("slurm/*_log.err"))]
@@ -69,31 +69,31 @@ def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed
   config, cluster = regression_config(shared_data)
   cluster.slurm.requeues = 3
   points = [
-    # Its folder cannot be made, which shows only where it trains.
+    # The folder of the data cannot be created; the error appears only in the job.
     {"adapter.name": "static", "data.data_dir": "/dev/null/data"},
     {"adapter.name": "lora"},
     {"adapter.name": "none"},
   ]
   workdir = tmp_path / "sweep"
-  told, _ = launch(config, points, workdir, cluster, max_parallel=1)
-  assert "submitted 3 of 3 arms" in told
+  message, _ = launch(config, points, workdir, cluster, max_parallel=1)
+  assert "submitted 3 of 3 arms" in message
   until(lambda rows: rows[0].state == "running", workdir)
   assert states(status.look(workdir))[1:] == ["pending", "pending"]  # one at a time
 
   rows = until(lambda rows: rows[0].state == "failed" and saves(workdir), workdir)
   assert rows[0].reason.startswith("NotADirectoryError: [Errno 20]")
   assert states(rows) == ["failed", "running", "pending"]
-  assert rows[2].reason == "waits for others of the sweep (--max_parallel)"
+  assert rows[2].reason == "waits for other jobs of the study (--max_parallel)"
   lora = rows[1].job
   array = lora.split("_")[0]
   assert [row.job for row in rows] == [f"{array}_{index}" for index in range(3)]
 
-  # What Slurm sends ahead of a time limit; SIGTERM in the time of grace is the same to a run.
+  # The signal before a time limit; a training treats SIGTERM in the grace time the same way.
   subprocess.run(["scancel", "--signal=USR2", lora], check=True)
   log = workdir / f"slurm/{lora}_0_log.err"
   until(lambda rows: "requeued" in log.read_text(), workdir)
   assert "stopped by SIGUSR2 after saving" in log.read_text()
-  assert f"job {lora} requeued: it goes on from its checkpoint" in log.read_text()
+  assert f"job {lora} requeued: it continues from its checkpoint" in log.read_text()
 
   page = workdir / "report/report.html"  # the last job writes it
   rows = until(
@@ -104,21 +104,21 @@ def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed
   )
   assert rows[1].job == lora  # the same job
   record = records.read(workdir, rows[1].arm)
-  trained = workdir / "cohorts" / record.cohorts[0]  # one learning rate: nothing to search
+  trained = workdir / "cohorts" / record.cohorts[0]  # one learning rate: no search
   lines = (trained / "metrics.jsonl").read_text().splitlines()
-  assert [json.loads(line)["step"] for line in lines] == list(range(2, 121, 2))  # each one once
+  assert [json.loads(line)["step"] for line in lines] == list(range(2, 121, 2))  # each step once
   assert "lora/final: 1 trial, 120 steps, from step " in log.read_text()
 
   local = tmp_path / "local"
   workdir_lib.prepare(local, config, "test")
   study.run(config, points[1:], local)
   tables = [pd.read_parquet(folder / "results.parquet")[COMPARED] for folder in (workdir, local)]
-  pd.testing.assert_frame_equal(*tables, rtol=1e-3)  # float32 in processes of other threads
+  pd.testing.assert_frame_equal(*tables, rtol=1e-3)  # float32 with another number of threads
 
-  told, finished = launch(config, points, workdir, cluster)
-  assert "submitted 1 of 3 arms" in told and "2 done, 0 in the queue" in told and finished
-  told, _ = launch(config, points, workdir, cluster)
-  assert told == "nothing to submit: of 3 arms 2 done, 1 in the queue"
+  message, finished = launch(config, points, workdir, cluster)
+  assert "submitted 1 of 3 arms" in message and "2 done, 0 in the queue" in message and finished
+  message, _ = launch(config, points, workdir, cluster)
+  assert message == "nothing to submit: of 3 arms 2 done, 1 in the queue"
   again = status.look(workdir)[0].job
   subprocess.run(["scancel", again], check=True)
   rows = until(lambda rows: not rows[0].queued, workdir)
@@ -126,13 +126,11 @@ def test_a_sweep_is_one_array_that_survives_preemption_and_resubmits_what_failed
   assert records.read(workdir, rows[0].arm).job != again  # cancelled, not requeued
 
 
-def test_a_job_of_a_higher_partition_preempts_a_run_which_goes_on_after_it(
-  slurm, tmp_path, shared_data
-):
+def test_a_preempted_job_continues_after_the_job_of_higher_priority(slurm, tmp_path, shared_data):
   config, cluster = regression_config(shared_data)
   config.adapter.name = "lora"
   config.optimizer.steps = 400
-  cluster.slurm.cpus_per_task = 4  # all that the node has: nothing else fits beside it
+  cluster.slurm.cpus_per_task = 4  # all cores of the node, so that no other job fits
   workdir = tmp_path / "run"
   launch(config, None, workdir, cluster)
   job = until(lambda rows: rows[0].state == "running" and saves(workdir), workdir)[0].job
@@ -150,7 +148,7 @@ def test_a_job_of_a_higher_partition_preempts_a_run_which_goes_on_after_it(
   assert rows[0].job == job  # the same job
   record = records.read(workdir, rows[0].arm)
   lines = (workdir / "cohorts" / record.cohorts[0] / "metrics.jsonl").read_text().splitlines()
-  assert [json.loads(line)["step"] for line in lines] == list(range(2, 401, 2))  # each one once
+  assert [json.loads(line)["step"] for line in lines] == list(range(2, 401, 2))  # each step once
   assert "lora/final: 1 trial, 400 steps, from step " in log.read_text()
 
 
@@ -166,8 +164,8 @@ def test_two_tasks_of_a_job_find_each_other_and_train_one_model(slurm, tmp_path,
   config, cluster = options.split(config)
   cluster.slurm.tasks_per_node = 2
   workdir = tmp_path / "run"
-  told, _ = launch(config, None, workdir, cluster)
-  assert "submitted 1 of 1 arms" in told
+  message, _ = launch(config, None, workdir, cluster)
+  assert "submitted 1 of 1 arms" in message
   rows = until(lambda rows: rows[0].state in ("done", "failed"), workdir)
   assert rows[0].state == "done", rows[0].reason
   assert (workdir / "adapter").is_dir()
@@ -184,7 +182,7 @@ def test_two_tasks_of_a_job_find_each_other_and_train_one_model(slurm, tmp_path,
   assert "1 arms: 0 pending, 0 running, 1 done, 0 failed" in done.stdout
 
 
-def test_what_sbatch_refuses_is_one_line_and_leaves_no_job(slurm, tmp_path, shared_data):
+def test_an_error_of_sbatch_is_one_line_and_leaves_no_job(slurm, tmp_path, shared_data):
   config, cluster = regression_config(shared_data)
   cluster.slurm.partition = "absent"
   with pytest.raises(errors.UserError, match=r"sbatch refused: .*[Ii]nvalid partition"):

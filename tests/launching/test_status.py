@@ -1,4 +1,4 @@
-"""What a work directory says of its arms: from files, from Slurm's answers, for local runs."""
+"""The status of the arms of a work directory: from files, from Slurm, and for local training."""
 
 import errno
 import io
@@ -21,7 +21,7 @@ OTHER = records.Arm("k2", "adapter.name=none", 2)
 
 
 def train(workdir, end=None, cohorts=(), key="k1"):
-  """Trains an arm as `study` does, to the end or to the exception `end`."""
+  """Writes the files of a trained arm, as `study` does; raises `end` if it is given."""
   with records.kept(workdir, key, "cpu") as keeper:
     for cohort in cohorts:
       keeper.start(cohort, 60)
@@ -74,13 +74,13 @@ def test_a_local_arm_is_pending_then_running_then_done(workdir):
     (KeyboardInterrupt(), "pending", "interrupted; the same command continues"),
   ],
 )
-def test_how_a_local_setting_ended_is_its_reason(workdir, end, state, reason):
+def test_the_end_of_a_local_arm_is_its_reason(workdir, end, state, reason):
   with pytest.raises(type(end)):
     train(workdir, end, ["g1"])
   assert (only(workdir).state, only(workdir).reason) == (state, reason)
 
 
-def test_a_killed_process_is_lost_and_another_hosts_is_believed(workdir, monkeypatch):
+def test_a_killed_process_is_lost_and_one_on_another_host_counts_as_running(workdir, monkeypatch):
   code = (
     "import os, pathlib, sys\n"
     "from qlora_jax.studies import records\n"
@@ -89,19 +89,19 @@ def test_a_killed_process_is_lost_and_another_hosts_is_believed(workdir, monkeyp
     "  os._exit(1)\n"
   )
   subprocess.run([sys.executable, "-c", code, str(workdir)], cwd=ROOT, check=False)
-  assert only(workdir).state == "failed" and "ended without a word" in only(workdir).reason
+  assert only(workdir).state == "failed" and "ended without a message" in only(workdir).reason
   monkeypatch.setattr(records.socket, "gethostname", lambda: "elsewhere")
-  assert only(workdir).state == "running" and "as far as its files say" in only(workdir).reason
+  assert only(workdir).state == "running" and "according to its files" in only(workdir).reason
 
 
 def slurm_says(workdir, monkeypatch, squeue="", sacct="", job="7_0"):
-  """Puts commands on the path that answer as Slurm's would."""
+  """Puts stand-ins for squeue and sacct on the path."""
   (workdir / "slurm").mkdir(exist_ok=True)
   status.write_jobs(workdir, {"k1": job})
   folder = workdir / "bin"
   folder.mkdir(exist_ok=True)
-  for name, said in (("squeue", squeue), ("sacct", sacct)):
-    (folder / name).write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
+  for name, output in (("squeue", squeue), ("sacct", sacct)):
+    (folder / name).write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\n")
     (folder / name).chmod(0o755)
   monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
@@ -119,14 +119,14 @@ def slurm_says(workdir, monkeypatch, squeue="", sacct="", job="7_0"):
     ("", "", "failed", "lost: Slurm no longer knows job 7_0", False),
   ],
 )
-def test_slurms_state_is_told_in_words(workdir, monkeypatch, squeue, sacct, state, reason, queued):
+def test_slurms_states_have_reasons(workdir, monkeypatch, squeue, sacct, state, reason, queued):
   slurm_says(workdir, monkeypatch, squeue, sacct)
   row = only(workdir)
   assert (row.state, row.queued, row.job) == (state, queued, "7_0")
   assert row.reason.startswith(reason)
 
 
-def test_a_lost_job_shows_the_line_that_its_log_ends_with(workdir, monkeypatch):
+def test_a_lost_job_shows_the_last_line_of_its_log(workdir, monkeypatch):
   slurm_says(workdir, monkeypatch)
   (workdir / "slurm/7_0_0_log.err").write_text(
     "submitit INFO Starting\nslurmstepd: error: Detected 1 oom_kill event\nsrun: error: vm\n"
@@ -134,13 +134,13 @@ def test_a_lost_job_shows_the_line_that_its_log_ends_with(workdir, monkeypatch):
   assert only(workdir).reason.endswith("its log ends: slurmstepd: error: Detected 1 oom_kill event")
 
 
-def test_a_requeued_job_is_pending_and_a_failed_one_says_its_own_reason(workdir, monkeypatch):
+def test_a_requeued_job_is_pending_and_a_failed_one_shows_its_reason(workdir, monkeypatch):
   monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
   monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
   with pytest.raises(stop.Stopped):
     train(workdir, stop.Stopped(12), ["g1"])
   slurm_says(workdir, monkeypatch, "7_0|PENDING|BeginTime")
-  assert only(workdir).reason.startswith("requeued, goes on from its checkpoint")
+  assert only(workdir).reason.startswith("requeued, continues from its checkpoint")
   with pytest.raises(ValueError):
     train(workdir, ValueError("why"), ["g1"])
   slurm_says(workdir, monkeypatch, "7_0|COMPLETING|None")
@@ -161,36 +161,36 @@ def test_the_table_has_a_line_per_arm_and_the_counts(workdir):
   assert lines[-1] == "2 arms: 1 pending, 0 running, 1 done, 0 failed"
 
 
-def test_a_directory_without_a_run_is_named(tmp_path):
+def test_a_directory_without_a_study_is_named(tmp_path):
   with pytest.raises(errors.UserError, match="holds no run"):
     status.look(tmp_path)
 
 
 @pytest.mark.parametrize(
-  ("state", "restarts", "limit", "says"),
+  ("state", "restarts", "limit", "message"),
   [
-    ("COMPLETING", "0", 9, "Slurm ends job 7_0 itself: not requeued"),
+    ("COMPLETING", "0", 9, "Slurm is already ending job 7_0: not requeued"),
     ("RUNNING", "3", 3, "requeued 3 times already"),
     ("RUNNING", "2", 3, "job 7_0 requeued"),
   ],
 )
-def test_a_job_requeues_itself_only_while_it_runs_and_not_for_ever(
-  workdir, monkeypatch, state, restarts, limit, says
+def test_a_job_requeues_itself_only_while_it_runs_and_up_to_a_limit(
+  workdir, monkeypatch, state, restarts, limit, message
 ):
   slurm_says(workdir, monkeypatch, state)
-  asked = workdir / "asked"
-  (workdir / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+  calls = workdir / "calls"
+  (workdir / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
   (workdir / "bin/scontrol").chmod(0o755)
   monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
   monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
   monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-  assert says in task.requeue(limit)
-  assert asked.exists() == (state == "RUNNING" and int(restarts) < limit)
-  if asked.exists():
-    assert asked.read_text() == "requeue 7_0\n"
+  assert message in task.requeue(limit)
+  assert calls.exists() == (state == "RUNNING" and int(restarts) < limit)
+  if calls.exists():
+    assert calls.read_text() == "requeue 7_0\n"
 
 
-def test_a_full_disk_ends_a_job_with_its_line(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_a_job_with_one_line(tmp_path, monkeypatch, capsys):
   def full(config, workdir):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(workdir / "results.csv"))
 
@@ -205,7 +205,7 @@ def test_a_full_disk_ends_a_job_with_its_line(tmp_path, monkeypatch, capsys):
   )
 
 
-def test_settings_are_named_by_what_differs_between_them():
+def test_arms_are_named_by_the_fields_that_differ():
   points = [
     {"data.task": "sines", "adapter.name": name, "optimizer.learning_rate": rate}
     for name in ("lora", "none")

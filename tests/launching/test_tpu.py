@@ -1,4 +1,4 @@
-"""Runs on TPUs: the commands of a config, and a training on a stand-in's two workers."""
+"""Cloud TPUs: the commands of a config, and a training on two workers of a stand-in."""
 
 import json
 import pathlib
@@ -8,15 +8,15 @@ import sys
 import pytest
 
 from qlora_jax import errors
-from qlora_jax.launching import options, tpu
+from qlora_jax.launching import options, tpu, tpu_commands
 
 STAND_IN = pathlib.Path(__file__).parent / "gcloud_stand_in.py"
 
 
 def group(**fields):
-  own = options.default().tpu
-  own.update({"zone": "us-east5-a", "project": "lab", **fields})
-  return own
+  tpu_options = options.default().tpu
+  tpu_options.update({"zone": "us-east5-a", "project": "lab", **fields})
+  return tpu_options
 
 
 def printed(capsys, arguments=("--config=configs/llm.py:demo",), **fields):
@@ -112,25 +112,25 @@ def test_a_gke_workload_carries_the_command(capsys):
     ("v6e-256", 64),
   ],
 )
-def test_an_accelerators_name_tells_its_workers(accelerator, count):
-  assert tpu.hosts(accelerator) == count
+def test_the_name_of_an_accelerator_gives_its_workers(accelerator, count):
+  assert tpu_commands.hosts(accelerator) == count
 
 
 @pytest.mark.parametrize(
-  ("fields", "says"),
+  ("fields", "message"),
   [
     ({"way": "ssh"}, "cluster.tpu.way: 'ssh'"),
-    ({"accelerator": "v9-8"}, "cluster.tpu.accelerator: 'v9-8' is none; use one of v2, "),
+    ({"accelerator": "v9-8"}, "cluster.tpu.accelerator: 'v9-8' is unknown; use one of v2, "),
     ({"accelerator": "v5p-16"}, "cluster.tpu.bucket: missing; 2 workers"),
     ({"slices": 2}, "use cluster.tpu.way=queued"),
     ({"way": "xpk"}, "cluster.tpu.cluster: missing"),
     ({"name": "Up_per"}, "cluster.tpu.name: 'Up_per'"),
   ],
 )
-def test_a_mistake_in_an_option_is_one_line(fields, says):
-  with pytest.raises(errors.UserError) as told:
+def test_an_error_in_an_option_is_one_line(fields, message):
+  with pytest.raises(errors.UserError) as caught:
     tpu.launch([], "runs/one", group(**fields), True)
-  assert says in str(told.value) and "\n" not in str(told.value)
+  assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("way", "program"), [("vm", "gcloud"), ("xpk", "xpk")])
@@ -140,8 +140,8 @@ def test_a_missing_program_is_named_before_anything_runs(way, program, tmp_path,
     tpu.launch([], "runs/one", group(way=way, cluster="gke"), False)
 
 
-def test_workers_get_what_does_not_say_where_to_run():
-  given = [
+def test_workers_get_the_flags_that_do_not_select_where_to_run():
+  flags = [
     "--config=a.py:b",
     "--config.adapter.rank=4",
     "--cluster=tpu",
@@ -153,7 +153,7 @@ def test_workers_get_what_does_not_say_where_to_run():
     "--config.mesh.fsdp",
     "8",
   ]
-  assert tpu.arguments_of_workers(given) == [
+  assert tpu.arguments_of_workers(flags) == [
     "--config=a.py:b",
     "--config.adapter.rank=4",
     "--sweep",
@@ -180,7 +180,7 @@ def test_two_workers_train_one_model_into_the_bucket(stand_in, tiny_llama, tmp_p
     "--config.eval.batch_size=1",
     "--config.mesh.fsdp=2",
   ]
-  asked = group(
+  tpu_options = group(
     accelerator="v5p-16",
     bucket="results",
     setup=(),
@@ -188,13 +188,13 @@ def test_two_workers_train_one_model_into_the_bucket(stand_in, tiny_llama, tmp_p
     python=sys.executable,
     delete=True,
   )
-  tpu.launch(arguments, "runs/one", asked, False)
+  tpu.launch(arguments, "runs/one", tpu_options, False)
   workdir = stand_in / "buckets/results/runs/one"
   assert (workdir / "adapter").is_dir()
   (result,) = workdir.glob("cohorts/*/result.json")
   assert json.loads(result.read_text())["rows"][0]["steps"] == 4
   outputs = [(stand_in / f"nodes/qlora-jax/worker-{index}/stdout").read_text() for index in (0, 1)]
-  assert "adapter: " in outputs[0] and "adapter: " not in outputs[1]  # the first one speaks
+  assert "adapter: " in outputs[0] and "adapter: " not in outputs[1]  # only process 0 prints
   calls = (stand_in / "calls").read_text().splitlines()
   assert [call.split()[3] for call in calls] == [
     "describe",
@@ -207,6 +207,6 @@ def test_two_workers_train_one_model_into_the_bucket(stand_in, tiny_llama, tmp_p
 
 
 def test_a_command_that_fails_on_a_worker_ends_with_one_line(stand_in):
-  asked = group(setup=("exit 7",), packages=())
+  tpu_options = group(setup=("exit 7",), packages=())
   with pytest.raises(errors.UserError, match="ended with 7"):
-    tpu.launch([], "runs/one", asked, False)
+    tpu.launch([], "runs/one", tpu_options, False)

@@ -34,7 +34,7 @@ ADAPTERS = {
   "queryable, output history": {"history": "output"},
   "queryable, top-k": {"top_k": 2},
   "queryable, recurrent": {"summary": "recurrent"},
-  "queryable, an operator a map": {"operator": "map"},
+  "queryable, an operator per map": {"operator": "map"},
   "queryable, instruction": {
     "instruction_dim": E,
     "instruction_in_query": True,
@@ -47,7 +47,7 @@ TOKENS = np.random.default_rng(0).integers(1, 61, (2, 12)).astype(np.int32)
 
 @functools.cache
 def build(name, config=CONFIG):
-  """A model with random adapters: no factor is zero, so that everything that can leak does."""
+  """A model with random adapters; no factor is zero, so that every possible leak shows."""
   adapter = adapter_config.AdapterConfig(**({"rank": 4, "atoms": 5} | ADAPTERS[name]))
   model = decoder.Decoder(config, adapter)
   instruction = jnp.ones((1, E)) if adapter.instruction_dim else None
@@ -76,7 +76,7 @@ def test_no_token_sees_a_later_one(name):
   embedding = variables["base"]["embedding"]
 
   def score(inputs):
-    # One row of the table a token: the gradient to a row is the gradient to that token.
+    # One row of the table per token: the gradient of a row is the gradient of that token.
     base = variables["base"] | {"embedding": inputs, "head": embedding.T}
     tokens = jnp.arange(12, dtype=jnp.int32)[None]
     config = dataclasses.replace(CONFIG, vocabulary=12)
@@ -98,16 +98,16 @@ def test_packed_texts_equal_the_texts_alone(name):
   packed = np.concatenate([TOKENS[0, :7], TOKENS[1, :4], [0, 0]])[None]
   positions = np.concatenate([np.arange(7), np.arange(4), [0, 0]])[None].astype(np.int32)
   segments = np.array([[1] * 7 + [2] * 4 + [attention.PADDING] * 2], np.int32)
-  of_token = None
+  token_instruction = None
   if instruction is not None:
-    of_token = instruction[np.array([0] * 7 + [1] * 4 + [0] * 2)][None]
+    token_instruction = instruction[np.array([0] * 7 + [1] * 4 + [0] * 2)][None]
   together = model.apply(
-    variables, packed.astype(np.int32), positions, segments, of_token, method="score"
+    variables, packed.astype(np.int32), positions, segments, token_instruction, method="score"
   )[0][0]
   for row, (first, length) in enumerate(((0, 7), (7, 4))):
-    own = None if instruction is None else instruction[row : row + 1]
+    row_instruction = None if instruction is None else instruction[row : row + 1]
     alone, _ = model.apply(
-      variables, TOKENS[row : row + 1, :length], instruction=own, method="score"
+      variables, TOKENS[row : row + 1, :length], instruction=row_instruction, method="score"
     )
     np.testing.assert_allclose(together[first : first + length], alone[0], rtol=1e-4, atol=1e-4)
 
@@ -216,7 +216,7 @@ def test_batched_generation_equals_each_prompt_alone_and_needs_no_more_state():
   score = jax.jit(functools.partial(model.apply, method="score"))
   for prompt, expected in zip(prompts, together, strict=True):
     assert generation.generate(model, variables, [prompt], sampling=sampling) == [expected]
-    tokens = np.zeros((1, 16), np.int32)  # the rest is never seen: the model is causal
+    tokens = np.zeros((1, 16), np.int32)  # the zeros have no effect: the model is causal
     tokens[0, : len(prompt)] = prompt
     for place, token in enumerate(expected, len(prompt)):  # without any cache
       scores, _ = score(variables, tokens)

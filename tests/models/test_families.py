@@ -62,19 +62,19 @@ def reference(name):
   family, changes = FAMILIES[name]
   config_name = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
   config = getattr(transformers, config_name)(**changes)
-  config._attn_implementation = "eager"  # the form that has Gemma's soft caps
+  config._attn_implementation = "eager"  # the implementation with Gemma's soft caps
   cls = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
   torch.manual_seed(0)
   model = getattr(transformers, cls)(config)
   with torch.no_grad():
-    for parameter in model.parameters():  # norms and biases too: a swap must show
+    for parameter in model.parameters():  # norms and biases too, so that a swap shows
       parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.15))
   return model.eval()
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
 def family(request, tmp_path_factory):
-  """The reference model, and ours with the base read from what it saved."""
+  """The reference model, and our config and base, read from the reference's checkpoint."""
   model = reference(request.param)
   folder = tmp_path_factory.mktemp("model")
   model.save_pretrained(folder, max_shard_size="40KB")  # several files and their index
@@ -161,15 +161,15 @@ def test_a_wrong_field_is_one_line(fields, named):
 
 
 class Changed:
-  """A source with tensors taken away, renamed or reshaped."""
+  """A source with tensors removed, added or reshaped."""
 
   def __init__(self, source, changes):
     self.source, self.changes = source, changes
     self.name, self.config = source.name, source.config
 
   def names(self):
-    kept = [name for name in self.source.names() if self.changes.get(name, "") is not None]
-    return [*kept, *(name for name in self.changes if name.startswith("extra"))]
+    remaining = [name for name in self.source.names() if self.changes.get(name, "") is not None]
+    return [*remaining, *(name for name in self.changes if name.startswith("extra"))]
 
   def shape(self, name):
     return self.changes.get(name) or self.source.shape(name)

@@ -1,4 +1,4 @@
-"""The attentions of TPU and GPU against the reference: masks, windows, caps, groups, gradients."""
+"""TPU and GPU attention against the reference: masks, windows, caps, KV heads, gradients."""
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ def inputs(length=130):
 
 
 def both(function, query, key, value, weight):
-  """Values where there is text, and gradients, of a weighted sum."""
+  """Values at text tokens (zero at padding), and the gradients of a weighted sum."""
 
   def summed(query, key, value):
     mixed = function(query, key, value)
@@ -42,7 +42,7 @@ def both(function, query, key, value, weight):
   return [values, *grads]
 
 
-# Products of float32 in other blocks: some units in the last place of sums of order 10.
+# The blocks sum float32 products in another order: a few units in the last place of sums near 10.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 
@@ -80,7 +80,7 @@ def test_splash_equals_the_reference_in_values_and_gradients(windows, choice, ca
 
 
 @pytest.mark.parametrize("window", [0, 20])
-def test_the_mask_that_cudnn_is_given_means_the_reference(window):
+def test_the_mask_for_cudnn_gives_the_reference(window):
   query, key, value, mask, weight = inputs()
   expected = both(
     lambda q, k, v: attention.attention(q, k, v, mask, scale=0.3, window=window),
@@ -103,7 +103,7 @@ def test_the_mask_that_cudnn_is_given_means_the_reference(window):
 
 
 @pytest.mark.parametrize(
-  ("platform", "changed", "found"),
+  ("platform", "changed", "expected"),
   [
     ("cpu", {}, "reference"),
     ("tpu", {}, "splash"),
@@ -115,11 +115,11 @@ def test_the_mask_that_cudnn_is_given_means_the_reference(window):
     ("gpu", {"soft_cap": 30.0}, "reference"),
     ("gpu", {"head_dim": 256}, "reference"),
     ("gpu", {"length": 127}, "reference"),
-    ("cpu", {"kind": "splash"}, "splash"),  # kept: programs are compiled for other machines too
+    ("cpu", {"kind": "splash"}, "splash"),  # a program can be compiled for another machine
   ],
 )
-def test_the_platform_chooses_the_attention(platform, changed, found):
-  asked = {
+def test_the_platform_chooses_the_attention(platform, changed, expected):
+  options = {
     "kind": "auto",
     "cached": False,
     "dtype": jnp.bfloat16,
@@ -127,7 +127,7 @@ def test_the_platform_chooses_the_attention(platform, changed, found):
     "length": 128,
     "soft_cap": 0.0,
   } | changed
-  assert fast_attention.choose(asked.pop("kind"), platform, **asked) == found
+  assert fast_attention.choose(options.pop("kind"), platform, **options) == expected
 
 
 def test_an_attention_of_another_platform_is_refused_in_one_line():

@@ -1,4 +1,4 @@
-"""The residual MLP: its parameter tree, shapes, and what it refuses."""
+"""The residual MLP: its parameter tree, its shapes, and its errors."""
 
 import jax
 import numpy as np
@@ -28,12 +28,12 @@ for slot in ("stack/blocks/layer_0", "stack/blocks/layer_1"):
 
 
 def low_rank(rank):
-  found = {}
+  factors = {}
   for slot in ("stack/blocks/layer_0", "stack/blocks/layer_1"):
     for name, inputs, outputs in (("up", 8, 12), ("down", 12, 8)):
-      found[f"{slot}/{name}/branch/lora_a"] = (2, inputs, rank)
-      found[f"{slot}/{name}/branch/lora_b"] = (2, rank, outputs)
-  return found
+      factors[f"{slot}/{name}/branch/lora_a"] = (2, inputs, rank)
+      factors[f"{slot}/{name}/branch/lora_b"] = (2, rank, outputs)
+  return factors
 
 
 QUERYABLE = {
@@ -82,7 +82,7 @@ def test_the_parameter_tree_is_exactly_this(adapter, expected):
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype("float32")}
 
 
-def test_frozen_factors_are_a_collection_of_their_own():
+def test_frozen_factors_are_a_separate_collection():
   from flax import linen as nn
 
   _, variables, _, _ = initialised(config.AdapterConfig(family="lora_xs", rank=3))
@@ -106,7 +106,7 @@ def test_values_and_routing_have_the_documented_shapes(compiled, batch):
 
 
 @pytest.mark.parametrize(
-  ("field", "value", "said"),
+  ("field", "value", "message"),
   [
     ("inputs", 0, "not at least 1"),
     ("width", -1, "not at least 1"),
@@ -115,8 +115,8 @@ def test_values_and_routing_have_the_documented_shapes(compiled, batch):
     ("layers_per_block", 3, "use one of 1, 2, 4"),
   ],
 )
-def test_a_shape_that_cannot_be_is_refused_by_field(field, value, said):
-  with pytest.raises(errors.UserError, match=said) as refused:
+def test_an_impossible_shape_is_refused_and_names_its_field(field, value, message):
+  with pytest.raises(errors.UserError, match=message) as refused:
     mlp.MLPConfig(**{"layers": 4, "layers_per_block": 2} | {field: value})
   assert str(refused.value).startswith(f"model.{field}:")
 

@@ -1,4 +1,4 @@
-"""One of several processes that work together until one is lost."""
+"""One of several processes that communicate in a loop until one is lost."""
 
 import time
 

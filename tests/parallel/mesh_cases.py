@@ -1,6 +1,6 @@
-"""One train step of each model on each mesh of eight CPU devices, written as JSON.
+"""Runs a train step of each model on each mesh of eight CPU devices; writes arrays and facts.
 
-Run in a process of its own: the number of devices is fixed when JAX starts.
+It needs a separate process, because the number of devices is fixed when JAX starts.
 
   python tests/parallel/mesh_cases.py OUT.npz OUT.json [CASE ...]
 """
@@ -13,7 +13,7 @@ import sys
 
 os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8"
-  # Compiling is most of the time here; what is checked does not depend on how well it is done.
+  # Compilation takes most of the time, and the checks do not depend on optimisation.
   " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -32,13 +32,13 @@ from qlora_jax.training import optimizer as optimizer_lib
 from qlora_jax.training import step as step_lib
 from qlora_jax.workloads import language_shards, language_step
 
-BLOCKS = 3  # no other axis has this length, so that it is known in compiled programs
+BLOCKS = 3  # no other axis has this length, so that it is recognisable in compiled programs
 MESHES = {
   "one": {"data": 1, "fsdp": 1, "tensor": 1},
   "data": {"data": 8, "fsdp": 1},
   "fsdp": {"fsdp": 8},
   "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
-  # The memory split over its atoms.
+  # The atoms of the memory are split.
   "atoms": {"fsdp": 4, "tensor": 2, "rules": (*mesh_lib.DEFAULT_RULES, ("atoms", "tensor"))},
 }
 ADAPTERS = {
@@ -47,7 +47,7 @@ ADAPTERS = {
 }
 OPTIMIZER = optimizer_lib.OptimizerConfig(steps=4, batch_size=16, warmup=0.25)
 ROWS, LENGTH = 16, 10
-ONLY = {"generation": ("queryable/one", "queryable/mixed")}  # other kinds have all meshes
+ONLY = {"generation": ("queryable/one", "queryable/mixed")}  # other kinds run on all meshes
 COLLECTIVE = re.compile(
   r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
@@ -56,48 +56,54 @@ COLLECTIVE = re.compile(
 def collectives(text: str) -> list[tuple[str, str, bool]]:
   """(kind, shape, whether it is in a loop) of each array that a compiled program moves."""
   bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-  found, inside = [], False
+  moved, inside = [], False
   for line in text.splitlines():
     if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
       inside = header[1] in bodies
     if matched := COLLECTIVE.search(line):
-      found += [
+      moved += [
         (matched[2], shape, inside) for shape in re.findall(r"[a-z]+\d*\[[\d,]*\]", matched[1])
       ]
-  return found
+  return moved
 
 
 def disturbed(params):
-  """Adapters with no factor at zero, so that every gradient is at work."""
+  """Adds noise to the adapter, so that no factor is zero and every gradient has an effect."""
   rng = np.random.default_rng(1)
   return jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype("f"), params)
 
 
 def run(model, variables, boxed, batch, shards, gradients):
-  """(loss, gradients, parameters after two steps, compiled text) on one mesh."""
+  """((loss, gradients, parameters after two steps), compiled text, local bytes) on one mesh."""
   placed = jax.tree.map(jax.device_put, variables, sharding.tree(shards.mesh, shards.rules, boxed))
   tx = optimizer_lib.make(OPTIMIZER)
   trained = sharding.tree(shards.mesh, shards.rules, boxed)["params"]
-  of_state = sharding.optimizer(
+  state_shardings = sharding.optimizer(
     tx, jax.eval_shape(tx.init, variables["params"]), trained, shards.mesh
   )
-  rest = shards.replicated
+  replicated = shards.replicated
   state = step_lib.TrainState(
     jnp.zeros((), jnp.int32),
     placed["params"],
-    jax.jit(tx.init, out_shardings=of_state)(placed["params"]),
+    jax.jit(tx.init, out_shardings=state_shardings)(placed["params"]),
     jnp.float32(0.05),
   )
   frozen = step_lib.Frozen(placed["base"], {})
 
   def step(state, frozen, batch):
-    found = gradients(state.params, frozen, batch, model)
-    state, _ = step_lib.train_step(state, frozen, batch, model, tx, lambda *_: found)
-    return state, found
+    loss_and_grads = gradients(state.params, frozen, batch, model)
+    state, _ = step_lib.train_step(state, frozen, batch, model, tx, lambda *_: loss_and_grads)
+    return state, loss_and_grads
 
   with shards.use():
     compiled = (
-      jax.jit(step, out_shardings=(step_lib.TrainState(rest, trained, of_state, rest), None))
+      jax.jit(
+        step,
+        out_shardings=(
+          step_lib.TrainState(replicated, trained, state_shardings, replicated),
+          None,
+        ),
+      )
       .lower(state, frozen, batch)
       .compile()
     )
@@ -135,7 +141,8 @@ def decoder_case(adapter, shards):
   shape = (ROWS, LENGTH)
   segments = np.repeat([[1] * 6 + [2] * 3 + [0]], ROWS, axis=0).astype(np.int32)
   positions = np.repeat([[*range(6), *range(3), 0]], ROWS, axis=0).astype(np.int32)
-  # Uneven shares of answers, so that a mean over shards would not be the mean over tokens.
+  # The number of answers differs between shards, so that the mean over shards is not the mean over
+  # tokens.
   mask = (rng.random(shape) < np.linspace(0.1, 0.9, ROWS)[:, None]) & (segments > 0)
   text = packing.TextBatch(
     rng.integers(1, 64, shape).astype(np.int32),
@@ -180,7 +187,7 @@ CASES = {"decoder": decoder_case, "mlp": mlp_case, "generation": generation_case
 
 
 def main(arrays: pathlib.Path, facts: pathlib.Path, wanted: list[str]) -> None:
-  values, told = {}, {}
+  values, facts_by_case = {}, {}
   for kind, case in CASES.items():
     for adapter in ADAPTERS:
       for name, sizes in MESHES.items():
@@ -194,13 +201,13 @@ def main(arrays: pathlib.Path, facts: pathlib.Path, wanted: list[str]) -> None:
         devices = jax.devices()[: 1 if name == "one" else 8]
         layout = mesh_lib.MeshConfig(**sizes)
         shards = language_shards.Shards(mesh_lib.make(layout, devices), layout.rules)
-        found, text, local = case(adapter, shards)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        outputs, text, local = case(adapter, shards)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
           values[key + jax.tree_util.keystr(path)] = np.asarray(leaf)
-        told[key] = {"collectives": collectives(text), "local": local}
+        facts_by_case[key] = {"collectives": collectives(text), "local": local}
         print(key, flush=True)
   np.savez(arrays, **values)
-  facts.write_text(json.dumps(told))
+  facts.write_text(json.dumps(facts_by_case))
 
 
 if __name__ == "__main__":

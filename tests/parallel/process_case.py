@@ -1,8 +1,8 @@
-"""One process of a fine-tuning run, without generation: losses, and from the first its adapter.
+"""One process of a fine-tuning without generation; process 0 writes losses and the adapter.
 
   python tests/parallel/process_case.py WEIGHTS DATA DIRECTORY
 
-Who is who comes from the environment, as for `launch.py`; so does the number of devices.
+The environment sets the index of the process, as for `launch.py`, and the number of devices.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from qlora_jax.workloads import language, workload
 
 
 def fields(weights: str, data: str) -> dict:
-  """What differs from the config's defaults, by path."""
+  """The fields that differ from the config's defaults, by path."""
   return {
     "model.weights": weights,
     "model.layers_per_block": 1,

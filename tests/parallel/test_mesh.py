@@ -1,4 +1,4 @@
-"""The mesh from a config: sizes, rules, and what does not fit, in one line."""
+"""The mesh from a config: sizes, rules, and one-line errors for sizes that do not fit."""
 
 import math
 
@@ -10,7 +10,7 @@ from qlora_jax import errors
 from qlora_jax.parallel import mesh as mesh_lib
 
 
-def said(function, *arguments, **options):
+def message_of(function, *arguments, **options):
   with pytest.raises(errors.UserError) as caught:
     function(*arguments, **options)
   assert "\n" not in str(caught.value)
@@ -18,7 +18,7 @@ def said(function, *arguments, **options):
 
 
 @pytest.mark.parametrize(
-  ("sizes", "count", "found"),
+  ("sizes", "count", "resolved"),
   [
     ({}, 8, (1, 1, 8, 1)),
     ({"data": 2, "tensor": 2}, 8, (1, 2, 2, 2)),
@@ -26,23 +26,23 @@ def said(function, *arguments, **options):
     ({"data": 8, "fsdp": 1}, 8, (1, 8, 1, 1)),
   ],
 )
-def test_minus_one_takes_the_devices_that_are_left(sizes, count, found):
-  assert mesh_lib.resolve(mesh_lib.MeshConfig(**sizes), count) == found
+def test_minus_one_takes_the_remaining_devices(sizes, count, resolved):
+  assert mesh_lib.resolve(mesh_lib.MeshConfig(**sizes), count) == resolved
 
 
 def test_sizes_that_do_not_fit_name_the_nearest_that_do():
-  text = said(mesh_lib.resolve, mesh_lib.MeshConfig(fsdp=3, tensor=2), 8)
-  assert "is 6, not the 8 devices there are" in text
+  text = message_of(mesh_lib.resolve, mesh_lib.MeshConfig(fsdp=3, tensor=2), 8)
+  assert "needs 6 devices, but there are 8" in text
   assert "nearest: slice=1, data=1, fsdp=4, tensor=2" in text
-  text = said(mesh_lib.resolve, mesh_lib.MeshConfig(tensor=3), 8)
+  text = message_of(mesh_lib.resolve, mesh_lib.MeshConfig(tensor=3), 8)
   assert "3 does not divide 8" in text and "tensor=4" in text
-  found = mesh_lib.nearest((1, 3, 5, 2), 64)
-  assert math.prod(found) == 64
-  assert sorted(found) == [1, 2, 4, 8] or sorted(found) == [1, 4, 4, 4]
+  sizes = mesh_lib.nearest((1, 3, 5, 2), 64)
+  assert math.prod(sizes) == 64
+  assert sorted(sizes) == [1, 2, 4, 8] or sorted(sizes) == [1, 4, 4, 4]
 
 
 @pytest.mark.parametrize(
-  ("fields", "says"),
+  ("fields", "message"),
   [
     ({"data": 0}, "mesh.data: 0"),
     ({"data": -1}, "only one axis can be -1"),
@@ -50,8 +50,8 @@ def test_sizes_that_do_not_fit_name_the_nearest_that_do():
     ({"rules": (("embed", "model"),)}, "cannot be split over 'model'"),
   ],
 )
-def test_a_mistake_in_the_config_is_one_line(fields, says):
-  assert says in said(mesh_lib.MeshConfig, **fields)
+def test_an_error_in_the_config_is_one_line(fields, message):
+  assert message in message_of(mesh_lib.MeshConfig, **fields)
 
 
 def test_the_config_of_language_models_has_a_mesh_of_all_devices():
@@ -69,6 +69,6 @@ def test_rules_survive_a_config_that_was_written_and_read():
 def test_a_batch_that_the_data_axes_do_not_divide_names_two_that_they_do():
   mesh = jax.sharding.AbstractMesh((1, 2, 2, 2), mesh_lib.AXES)
   mesh_lib.check_batch(mesh, 24, 3)
-  text = said(mesh_lib.check_batch, mesh, 10)
+  text = message_of(mesh_lib.check_batch, mesh, 10)
   assert "optimizer.batch_size: 10" in text and "use 8 or 12" in text
-  assert "3 micro-batches; use 12" in said(mesh_lib.check_batch, mesh, 8, 3)
+  assert "3 micro-batches; use 12" in message_of(mesh_lib.check_batch, mesh, 8, 3)

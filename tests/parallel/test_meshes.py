@@ -1,9 +1,9 @@
-"""A train step on eight devices is the step on one, and moves no more than it may.
+"""A train step on eight devices equals the step on one, and moves no unnecessary arrays.
 
-Tolerance: sums over rows, widths and answers are taken in another order, each order off by some
-units in the last place of float32 (6e-8) of the largest term. Losses agree to 1e-5 of their size,
-gradients to 2e-5 of the largest entry of their array. Adam divides by the gradient's own size: two
-steps may carry four times that error, relative to the entry's own gradient, times the rate.
+Tolerance: sums over rows, widths and answers run in another order, which changes them by some units
+in the last place of float32 (6e-8) of the largest term. Losses agree to 1e-5 relative, gradients to
+2e-5 of the largest entry of their array. Adam divides by the size of the gradient: two steps can
+carry four times that error, relative to the gradient of the entry, times the learning rate.
 """
 
 import collections
@@ -66,33 +66,37 @@ def test_losses_gradients_and_updates_equal_those_of_one_device(model, adapter, 
       )
     else:
       grad = np.abs(expected[f"[1]{path[3:]}"])
-      may = RATE * (1e-3 + 4 * GRADIENT * grad.max() / np.maximum(grad, 1e-12))
-      assert (np.abs(actual[path] - leaf) <= may).all(), path
+      tolerance = RATE * (1e-3 + 4 * GRADIENT * grad.max() / np.maximum(grad, 1e-12))
+      assert (np.abs(actual[path] - leaf) <= tolerance).all(), path
       assert np.median(np.abs(actual[path] - leaf)) < 1e-4 * RATE, path
 
 
-def test_a_sharded_model_says_what_the_whole_one_says(cases):
+def test_a_sharded_model_generates_the_tokens_of_the_whole_one(cases):
   arrays, _, _ = cases
-  said = arrays["generation/queryable/mixed"]
-  np.testing.assert_array_equal(said, arrays["generation/queryable/one"])
-  assert said.shape == (4, 5)
+  tokens = arrays["generation/queryable/mixed"]
+  np.testing.assert_array_equal(tokens, arrays["generation/queryable/one"])
+  assert tokens.shape == (4, 5)
 
 
 def moved(facts, case):
-  return [tuple(each) for each in facts[case]["collectives"]]
+  return [tuple(collective) for collective in facts[case]["collectives"]]
 
 
 @pytest.mark.parametrize("adapter", ["lora", "queryable"])
 def test_one_layer_at_a_time_is_gathered_never_the_stacked_base(adapter, cases):
   _, facts, _ = cases
   for mesh in ("fsdp", "mixed"):
-    gathers = [each for each in moved(facts, f"decoder/{adapter}/{mesh}") if "gather" in each[0]]
-    layer = "[16,32]" if mesh == "fsdp" else "[16,16]"  # of the q map: gathered over fsdp alone
+    gathers = [
+      collective
+      for collective in moved(facts, f"decoder/{adapter}/{mesh}")
+      if "gather" in collective[0]
+    ]
+    layer = "[16,32]" if mesh == "fsdp" else "[16,16]"  # the q map, gathered over fsdp only
     assert [shape for _, shape, in_loop in gathers if in_loop and layer in shape], gathers
     whole = [shape for _, shape, _ in gathers if shape.partition("[")[2].startswith(f"{BLOCKS},")]
     assert not whole
-  # Copies of everything need no gathering at all.
-  assert not [each for each in moved(facts, f"decoder/{adapter}/data") if "gather" in each[0]]
+  # With copies of everything nothing is gathered.
+  assert not [kind for kind, *_ in moved(facts, f"decoder/{adapter}/data") if "gather" in kind]
 
 
 @pytest.mark.parametrize("adapter", ["lora", "queryable"])
@@ -101,28 +105,29 @@ def test_every_device_holds_its_share_of_base_adapter_and_moments(adapter, cases
   for kind in ("base", "adapter", "moments"):
     whole = facts[f"decoder/{adapter}/one"]["local"][kind]
     assert facts[f"decoder/{adapter}/data"]["local"][kind] == whole
-    kept = 0.0 if adapter == "lora" or kind == "base" else 0.3  # the memory and routers stay whole
-    # Norms stay whole too. A factor [embed, rank] is split over fsdp alone, whatever tensor is.
+    # The memory and routers are not split.
+    replicated = 0.0 if adapter == "lora" or kind == "base" else 0.3
+    # Norms are not split either. A factor [embed, rank] is split over fsdp only, for any tensor.
     for mesh, least, most in (
       ("fsdp", 1 / 8, 1.35 / 8),
       ("mixed", 1 / 4, 1.35 / 4 if kind == "base" else 0.35),
     ):
-      own = facts[f"decoder/{adapter}/{mesh}"]["local"][kind]
-      assert least * whole <= own < (most + kept) * whole
+      local = facts[f"decoder/{adapter}/{mesh}"]["local"][kind]
+      assert least * whole <= local < (most + replicated) * whole
 
 
 def per_token(facts, case):
-  """Counts of what is moved inside the loops for tokens: arrays with the rows' and places' axes."""
-  found = collections.Counter()
+  """Counts of the token arrays that collectives inside the loops move."""
+  counts = collections.Counter()
   for kind, shape, in_loop in moved(facts, case):
     sizes = shape.partition("[")[2].rstrip("]").split(",")
     if in_loop and "10" in sizes:  # `mesh_cases.LENGTH`
-      found[kind, shape] += 1
-  return found
+      counts[kind, shape] += 1
+  return counts
 
 
 @pytest.mark.parametrize("mesh", SHARDED)
-def test_routing_moves_nothing_of_a_token_that_lora_does_not(mesh, cases):
+def test_routing_moves_no_token_arrays_beyond_those_of_lora(mesh, cases):
   _, facts, _ = cases
   lora = per_token(facts, f"decoder/lora/{mesh}")
   queryable = per_token(facts, f"decoder/queryable/{mesh}")

@@ -1,4 +1,4 @@
-"""What is split how: names of axes to axes of the mesh, for parameters and optimiser states."""
+"""Logical axes are mapped to mesh axes, for parameters and optimiser states."""
 
 import types
 
@@ -24,12 +24,12 @@ CONFIG = decoder.DecoderConfig(
 
 def specs(method, rules=mesh_lib.DEFAULT_RULES, **fields):
   adapter = adapter_config.AdapterConfig(family=method, rank=4, atoms=8, **fields)
-  found = sharding.tree(MESH, rules, decoder.abstract(CONFIG, adapter))
-  return jax.tree.map(lambda own: own.spec, found)
+  shardings = sharding.tree(MESH, rules, decoder.abstract(CONFIG, adapter))
+  return jax.tree.map(lambda leaf: leaf.spec, shardings)
 
 
 @pytest.mark.parametrize(
-  ("shape", "names", "rules", "found"),
+  ("shape", "names", "rules", "spec"),
   [
     ((8, 8), ("embed", "mlp"), mesh_lib.DEFAULT_RULES, P("fsdp", "tensor")),
     ((8, 7), ("embed", "mlp"), mesh_lib.DEFAULT_RULES, P("fsdp")),  # 2 does not divide 7
@@ -44,11 +44,11 @@ def specs(method, rules=mesh_lib.DEFAULT_RULES, **fields):
       mesh_lib.DEFAULT_RULES,
       P(("data", "fsdp"), None, "tensor"),
     ),
-    ((2, 4), ("batch", None), (), P()),  # fewer rows than shards: every device has all
+    ((2, 4), ("batch", None), (), P()),  # fewer rows than shards: every device has all rows
   ],
 )
-def test_the_first_rule_that_fits_splits_an_axis(shape, names, rules, found):
-  assert sharding.spec(shape, names, SIZES, rules) == found
+def test_the_first_rule_that_fits_splits_an_axis(shape, names, rules, spec):
+  assert sharding.spec(shape, names, SIZES, rules) == spec
 
 
 def test_the_base_is_split_over_fsdp_and_tensor():
@@ -87,43 +87,47 @@ def test_the_memory_is_replicated_unless_a_rule_splits_its_atoms():
   assert set(split["params"]["stack"]["memory"].values()) == {P("tensor")}
 
 
-def test_moments_lie_as_their_parameters():
+def test_moments_are_split_as_their_parameters():
   adapter = adapter_config.AdapterConfig(rank=4, atoms=8)
   boxed = decoder.abstract(CONFIG, adapter)["params"]
   params = sharding.tree(MESH, mesh_lib.DEFAULT_RULES, boxed)
   config = optimizer_lib.OptimizerConfig(memory_multiplier=2.0, weight_decay=0.1)
   tx = optimizer_lib.make(config)
   state = jax.eval_shape(tx.init, nn.meta.unbox(boxed))
-  found = sharding.optimizer(tx, state, params, MESH)
-  adam = found[1]
+  shardings = sharding.optimizer(tx, state, params, MESH)
+  adam = shardings[1]
   assert adam.mu == params and adam.nu == params and adam.count.spec == P()
-  assert jax.tree.structure(found) == jax.tree.structure(state)
+  assert jax.tree.structure(shardings) == jax.tree.structure(state)
 
 
 class Device:
-  """What `own_rows` asks of a device."""
+  """A device with the attributes that `own_rows` reads."""
 
   def __init__(self, process):
     self.process_index = process
 
 
 @pytest.mark.parametrize(
-  ("processes", "sizes", "found"),
+  ("processes", "sizes", "share"),
   [
     ([0, 0, 1, 1, 2, 2, 3, 3], (1, 1, 8, 1), (1, 4)),
-    ([0, 1, 0, 1, 2, 3, 2, 3], (1, 1, 8, 1), (1, 4)),  # laid out for the network, not by host
+    (
+      [0, 1, 0, 1, 2, 3, 2, 3],
+      (1, 1, 8, 1),
+      (1, 4),
+    ),  # the layout follows the network, not the hosts
     ([0, 0, 1, 1, 2, 2, 3, 3], (1, 1, 4, 2), (1, 4)),
     ([0, 0, 1, 1, 2, 2, 3, 3], (1, 1, 2, 4), (0, 2)),  # two processes hold the same rows
     ([0, 0, 1, 1, 2, 2, 3, 3], (1, 1, 1, 8), (0, 1)),
   ],
 )
-def test_a_process_reads_the_rows_of_its_devices(processes, sizes, found, monkeypatch):
+def test_a_process_reads_the_rows_of_its_devices(processes, sizes, share, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   mesh = types.SimpleNamespace(
     devices=np.array([Device(one) for one in processes]).reshape(sizes),
     shape=dict(zip(mesh_lib.AXES, sizes, strict=True)),
   )
-  assert sharding.own_rows(mesh) == found
+  assert sharding.own_rows(mesh) == share
 
 
 def test_uneven_parts_of_the_batch_are_refused_in_one_line(monkeypatch):

@@ -1,4 +1,4 @@
-"""Analytic FLOPs against counts by hand and the compiler's count of small unrolled models."""
+"""Analytic FLOPs against manual counts and the compiler's count for small unrolled models."""
 
 import dataclasses
 
@@ -36,25 +36,27 @@ def counted(adapter, **changes):
   return lowered.cost_analysis()["flops"]
 
 
-def test_a_forward_pass_is_what_the_compiler_counts(monkeypatch):
-  # A CPU applies C in wide products that are mostly zeros (`functional.apply_operator`).
+def test_forward_flops_equal_the_compilers_count(monkeypatch):
+  # On a CPU C is applied in wide products with many zeros (`functional.apply_operator`).
   monkeypatch.setattr(functional, "_apply_expanded", functional._apply_batched)
   tokens, none = ROWS * LENGTH, adapter_config.AdapterConfig(family="none")
   lora = adapter_config.AdapterConfig(family="lora", rank=16)
   routed = adapter_config.AdapterConfig(rank=16, atoms=64, query_dim=16)
   base = counted(none)
   work = flops.step(TINY, none, ROWS, LENGTH, tokens)
-  # The reference attention makes all scores; `seen_keys` counts those before a token alone.
+  # The reference attention computes all scores; `seen_keys` counts only visible keys.
   attention = work.attention / 3 * LENGTH / flops.seen_keys(LENGTH)
-  assert base == pytest.approx(work.base / 2 + attention, rel=0.08)  # norms and softmax besides
+  assert base == pytest.approx(
+    work.base / 2 + attention, rel=0.08
+  )  # norms and softmax are not counted
   low_rank = flops.step(TINY, lora, ROWS, LENGTH, tokens).adapter / 3
-  assert counted(lora) - base == pytest.approx(low_rank, rel=0.12)  # and the sum with the base
+  assert counted(lora) - base == pytest.approx(low_rank, rel=0.12)  # without the sum with the base
   routing = tokens * flops.routing_forward(TINY, routed)
   assert counted(routed) - counted(lora) == pytest.approx(routing, rel=0.12)
 
 
-def test_llama3_70b_costs_what_six_and_four_flops_a_parameter_say():
-  """A frozen base takes 4 FLOPs a parameter and token (no gradient of W), a trained one 6."""
+def test_llama3_70b_takes_four_or_six_flops_per_parameter():
+  """A frozen base takes 4 FLOPs per parameter and token (no gradient of W), a trained one 6."""
   shape = families.config_from_hf(architectures.config("llama3-70b"), remat="full")
   tokens = 4096
   parameters = 70_553_706_496 - 2 * shape.vocabulary * shape.width - 161 * shape.width
@@ -68,8 +70,8 @@ def test_llama3_70b_costs_what_six_and_four_flops_a_parameter_say():
 
 
 def test_a_window_counts_the_keys_inside_it():
-  seen = [min(place + 1, 4) for place in range(10)]
-  assert flops.seen_keys(10, 4) == pytest.approx(sum(seen) / 10)
+  visible_keys = [min(position + 1, 4) for position in range(10)]
+  assert flops.seen_keys(10, 4) == pytest.approx(sum(visible_keys) / 10)
   assert flops.seen_keys(10) == 5.5
 
 

@@ -1,4 +1,4 @@
-"""Topologies are parsed from their names; the error for a wrong name lists the known ones."""
+"""Topologies are read from their names; a wrong name is an error of one line."""
 
 import math
 
@@ -18,17 +18,17 @@ def test_every_listed_layout_is_a_topology_of_its_chip():
 
 def test_slices_multiply_chips_and_hosts():
   topology = hardware.parse("v5p:4x4x4", slices=2)
-  assert (topology.chips_a_slice, topology.chips, topology.hosts) == (64, 128, 32)
+  assert (topology.chips_per_slice, topology.chips, topology.hosts) == (64, 128, 32)
 
 
 @pytest.mark.parametrize(
   ("name", "slices", "named"),
   [
-    ("v9:2x2", 1, "is unknown; known are v4:"),
+    ("v9:2x2", 1, "is unknown; use one of v4:"),
     ("v5p", 1, "is unknown"),
     ("v5p:4x4", 1, "3 dimensions"),
-    ("v6e:3x4", 1, "first two sizes are even"),
-    ("v5e:32x32", 1, "1024 chips, more than the 256"),
+    ("v6e:3x4", 1, "first two sizes must be even"),
+    ("v5e:32x32", 1, "1024 chips, but a v5e slice has at most 256"),
     ("v5e:4x4", 0, "--slices: 0"),
   ],
 )

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_jax.planning import estimate, hlo
 
-# Lines as libtpu 0.0.42 and XLA's CPU compiler write them, shortened.
+# Shortened output of libtpu 0.0.42 and of XLA's CPU compiler.
 TEXT = """HloModule jit_step
 
 %cond (p: (s32[], bf16[80,4,64])) -> pred[] {
@@ -41,32 +41,30 @@ condition=%cond, body=%body, metadata={op_name="stack/while"}
 
 
 def test_every_kind_is_counted_with_its_bytes_groups_and_trips():
-  collectives = {collective.kind: collective for collective in hlo.collectives(TEXT)}
-  assert set(collectives) == {"all-gather", "reduce-scatter", "collective-permute", "all-reduce"}
-  assert all(collective.times == 80 for collective in collectives.values())
-  assert (collectives["all-gather"].bytes, collectives["all-gather"].group) == (2048, 4)
-  assert collectives["all-gather"].wire == 2048 * 3 / 4
+  by_kind = {collective.kind: collective for collective in hlo.collectives(TEXT)}
+  assert set(by_kind) == {"all-gather", "reduce-scatter", "collective-permute", "all-reduce"}
+  assert all(collective.times == 80 for collective in by_kind.values())
+  assert (by_kind["all-gather"].bytes, by_kind["all-gather"].group) == (2048, 4)
+  assert by_kind["all-gather"].wire == 2048 * 3 / 4
   assert (
-    collectives["reduce-scatter"].bytes == 4096
-    and collectives["reduce-scatter"].wire == 4096 * 15 / 16
+    by_kind["reduce-scatter"].bytes == 4096 and by_kind["reduce-scatter"].wire == 4096 * 15 / 16
   )
-  assert collectives["collective-permute"].wire == 64
-  assert collectives["all-reduce"].bytes == 72 and collectives["all-reduce"].wire == 72.0
-  assert "router" in collectives["all-reduce"].source
+  assert by_kind["collective-permute"].wire == 64
+  assert by_kind["all-reduce"].bytes == 72 and by_kind["all-reduce"].wire == 72.0
+  assert "router" in by_kind["all-reduce"].source
   assert estimate.by_kind(hlo.collectives(TEXT))["all-gather"] == {"count": 80, "bytes": 122_880.0}
 
 
 def test_groups_that_span_slices_use_the_network_between_them():
-  across = {
-    collective.kind for collective in hlo.collectives(TEXT, chips_a_slice=8) if collective.across
-  }
+  collectives = hlo.collectives(TEXT, chips_per_slice=8)
+  across = {collective.kind for collective in collectives if collective.across}
   assert across == {"reduce-scatter", "all-reduce", "all-gather"}
 
 
-def test_what_a_loop_keeps_is_its_stacked_arrays_that_are_no_argument():
-  assert hlo.kept_bytes(TEXT, 80, set()) == 80 * 4 * 64 * 2 + 80 * 9 * 4
-  assert hlo.kept_bytes(TEXT, 80, {(80, 9)}) == 80 * 4 * 64 * 2
-  assert hlo.kept_bytes(TEXT, 7, set()) == 0
+def test_saved_bytes_count_stacked_arrays_that_are_not_arguments():
+  assert hlo.saved_bytes(TEXT, 80, set()) == 80 * 4 * 64 * 2 + 80 * 9 * 4
+  assert hlo.saved_bytes(TEXT, 80, {(80, 9)}) == 80 * 4 * 64 * 2
+  assert hlo.saved_bytes(TEXT, 7, set()) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Plans of a config: they compile the training step, and advise when it does not fit."""
+"""Plans of a config: the training step is compiled, and one that does not fit gets a suggestion."""
 
 import io
 import json
@@ -50,16 +50,17 @@ def tiny_job(**mesh):
   )
 
 
-def answer(job, topology=CHIPS, fits=True, **more):
-  """A worker's answer."""
-  usage = search.estimated(job, topology)
-  kinds = {name: getattr(usage, name) for name in ("base", "adapter", "optimizer", "batch")}
+def worker_result(job, topology=CHIPS, fits=True):
+  """The result of `worker.measure`, with the estimated sizes."""
+  sizes = search.estimated(job, topology)
+  kinds = {name: getattr(sizes, name) for name in ("base", "adapter", "optimizer", "batch")}
+  memory_limit = {}
   if fits:
-    kinds |= {"activations": usage.activations, "temporaries": usage.temporaries}
+    kinds |= {"activations": sizes.activations, "temporaries": sizes.temporaries}
   else:
-    more |= {"used": 3 * int(CHIPS.chip.hbm) // 2, "limit": int(CHIPS.chip.hbm)}
+    memory_limit = {"used": 3 * int(CHIPS.chip.hbm) // 2, "limit": int(CHIPS.chip.hbm)}
   times = {"trace_seconds": 1.0, "compile_seconds": 2.0, "host_peak_bytes": 3}
-  return {"fits": fits, "memory": kinds, "collectives": [], **times, **more}
+  return {"fits": fits, "memory": kinds, "collectives": [], **times, **memory_limit}
 
 
 def test_published_sizes_are_the_published_numbers_of_parameters():
@@ -81,39 +82,39 @@ def test_published_sizes_are_the_published_numbers_of_parameters():
     assert total / 1e9 == pytest.approx(billions, rel=3e-3), name
 
 
-def test_bytes_a_chip_are_those_of_the_shards_that_training_makes():
+def test_bytes_per_chip_are_those_of_the_shards_in_training():
   job = tiny_job(fsdp=2, tensor=2)
   mesh = jax.sharding.AbstractMesh((1, 1, 2, 2), mesh_lib.AXES)
   for boxed in decoder.abstract(TINY, ADAPTER).values():
-    places = sharding.tree(mesh, job.mesh.rules, boxed)
+    shardings = sharding.tree(mesh, job.mesh.rules, boxed)
     expected = sum(
-      math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-      for leaf, place in zip(
-        jax.tree.leaves(nn.meta.unbox(boxed)), jax.tree.leaves(places), strict=True
+      math.prod(leaf_sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf, leaf_sharding in zip(
+        jax.tree.leaves(nn.meta.unbox(boxed)), jax.tree.leaves(shardings), strict=True
       )
     )
     assert memory.shard_bytes(boxed, dict(mesh.shape), job.mesh.rules) == expected > 0
 
 
 def test_a_step_that_does_not_fit_gets_a_compiled_suggestion(monkeypatch):
-  asked = []
+  compiled_jobs = []
 
   def run(job, topology, hlo=""):
-    asked.append(job)
-    return answer(job, topology, fits=len(asked) > 1)
+    compiled_jobs.append(job)
+    return worker_result(job, topology, fits=len(compiled_jobs) > 1)
 
   monkeypatch.setattr(compile, "run", run)
-  result = plan.make(tiny_job(fsdp=4), CHIPS)
-  assert not result["fits"] and result["suggestion"]["verified"]
-  assert len(asked) == 2 and asked[1] != asked[0]
-  verdict = plan.verdict(result)
-  assert "8.0 GiB more than there is of 16.0 GiB a chip; fits with --" in verdict
+  step_plan = plan.make(tiny_job(fsdp=4), CHIPS)
+  assert not step_plan["fits"] and step_plan["suggestion"]["verified"]
+  assert len(compiled_jobs) == 2 and compiled_jobs[1] != compiled_jobs[0]
+  verdict = plan.verdict(step_plan)
+  assert "8.0 GiB more than the 16.0 GiB per chip; fits with --" in verdict
 
 
 def test_the_nearest_change_comes_first_and_fits_by_the_estimate():
   job = tiny_job(fsdp=4)
   need = search.estimated(job, CHIPS).total
-  scale = 1.5 * CHIPS.chip.hbm / need  # half as much again as there is
+  scale = 1.5 * CHIPS.chip.hbm / need  # 1.5 times the memory of a chip
   changes = list(search.nearest(job, CHIPS, scale))
   assert changes and changes[0].topology == CHIPS
   for change in changes:
@@ -128,14 +129,14 @@ def _mesh(change):
 
 @pytest.fixture
 def planned(monkeypatch):
-  """The config's own job is replaced by a tiny one once it has been checked."""
+  """A config whose job is replaced by a tiny one."""
   monkeypatch.setattr(compile, "check", lambda: None)
   monkeypatch.setattr(plan, "job_of", lambda config, topology: tiny_job(fsdp=4))
   return llama.get_config("size=8b")
 
 
 def test_the_command_shows_and_stores_the_plan(planned, monkeypatch, tmp_path, capsys):
-  monkeypatch.setattr(compile, "run", lambda job, topology, hlo="": answer(job, topology))
+  monkeypatch.setattr(compile, "run", lambda job, topology, hlo="": worker_result(job, topology))
   command.run(planned, "v5e:2x2", 1, None, str(tmp_path / "w"), "python launch.py --plan")
   stored = json.loads((tmp_path / "w" / command.FILE).read_text())
   shown = capsys.readouterr().out
@@ -170,7 +171,9 @@ def llama_405b(monkeypatch):
 
 
 def test_a_step_that_does_not_fit_is_stored_and_ends_in_one_line(planned, monkeypatch, tmp_path):
-  monkeypatch.setattr(compile, "run", lambda job, topology, hlo="": answer(job, topology, False))
+  monkeypatch.setattr(
+    compile, "run", lambda job, topology, hlo="": worker_result(job, topology, False)
+  )
   with pytest.raises(errors.UserError, match=r"needs 8\.0 GiB more") as caught:
     command.run(planned, "v5e:2x2", 1, str(tmp_path / "p.json"), None, "")
   assert "\n" not in str(caught.value) and "does not fit either" in str(caught.value)
@@ -200,7 +203,7 @@ def test_a_wrong_argument_of_the_config_is_one_line(arg):
     llama.get_config(arg)
 
 
-def test_the_compilers_words_on_memory_are_read():
+def test_the_compilers_message_on_memory_is_read():
   message = (
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm."
     " Used 23.15G of 15.75G hbm. Exceeded hbm capacity by 7.40G."
@@ -212,22 +215,24 @@ def test_the_compilers_words_on_memory_are_read():
 def test_the_tpu_compiler_takes_the_training_step():
   """The one real compilation: a tiny decoder on four v5e chips, over fsdp and tensor."""
   job = tiny_job(fsdp=2, tensor=2)
-  result = plan.make(job, CHIPS, suggest=False)
-  kinds = result["hbm"]["kinds"]
-  assert result["fits"] and result["hbm"]["needed"] == sum(kinds.values()) < 2**30
-  guess = search.estimated(job, CHIPS)
+  step_plan = plan.make(job, CHIPS, suggest=False)
+  kinds = step_plan["hbm"]["kinds"]
+  assert step_plan["fits"] and step_plan["hbm"]["needed"] == sum(kinds.values()) < 2**30
+  estimate = search.estimated(job, CHIPS)
   for name in ("base", "adapter"):
-    assert kinds[name] == getattr(guess, name)
-  assert kinds["optimizer"] == pytest.approx(guess.optimizer, rel=1e-3)  # and its counters
+    assert kinds[name] == getattr(estimate, name)
+  assert kinds["optimizer"] == pytest.approx(estimate.optimizer, rel=1e-3)  # no counters
   states = 4 // 2 * 256 * TINY.width * 2 * TINY.blocks  # the inputs of the blocks, bfloat16
   assert states <= kinds["activations"] < 3 * states
-  assert result["collectives"]["all-gather"]["count"] >= TINY.blocks  # weights, a layer at a time
-  assert result["collectives_of_routing"] == 0
+  assert (
+    step_plan["collectives"]["all-gather"]["count"] >= TINY.blocks
+  )  # weights, one layer at a time
+  assert step_plan["collectives_of_routing"] == 0
 
 
-def test_a_compiler_that_ends_says_how_in_one_line():
+def test_a_failed_compiler_is_described_in_one_line():
   trace = b"a line\nhttps://symbolize.domain/r/?trace=7f1,7f2\n"
-  assert compile._ended(-11, trace) == "crashed (SIGSEGV)"
-  message = compile._ended(1, b"first\nthe reason \n\n" + trace[7:])
-  assert message == "stopped with code 1: the reason"
-  assert compile._ended(1, b"") == "stopped with code 1"
+  assert compile._ending(-11, trace) == "crashed (SIGSEGV)"
+  description = compile._ending(1, b"first\nthe reason \n\n" + trace[7:])
+  assert description == "stopped with code 1: the reason"
+  assert compile._ending(1, b"") == "stopped with code 1"
