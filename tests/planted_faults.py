@@ -330,9 +330,9 @@ FAULTS = (
   ),
   Fault(
     "a spread over n, not n - 1",
-    _S,
-    'float(np.std(vector("a", a, minimum=2), ddof=1))',
-    'float(np.std(vector("a", a, minimum=2)))',
+    "qlora_jax/studies/spread.py",
+    'float(np.std(statistics.vector("a", a, minimum=2), ddof=1))',
+    'float(np.std(statistics.vector("a", a, minimum=2)))',
     (STATISTICS,),
   ),
   # Checkpoints.
