@@ -128,7 +128,7 @@ def _final_results(workdir: pathlib.Path) -> pd.DataFrame:
 def _check_disjoint(result_tables: list[pd.DataFrame], workdirs: list[pathlib.Path]) -> None:
   owners: dict[tuple[str, str], pathlib.Path] = {}
   for rows, workdir in zip(result_tables, workdirs, strict=True):
-    for setting in set(zip(rows["task"], rows["method"], strict=True)):
+    for setting in set(zip(rows["task"], rows["arm"], strict=True)):
       first = owners.setdefault(setting, workdir)
       if first != workdir:
         raise errors.UserError(

@@ -14,14 +14,14 @@ def scores(rows: pd.DataFrame, column: str) -> pd.DataFrame:
   A method is left out if one of its runs is missing or has no finite score.
   """
   final = rows[rows["stage"] == "final"]
-  table = final.pivot(index="seed", columns="method", values=column)
+  table = final.pivot(index="seed", columns="arm", values=column)
   return table.dropna(axis="columns", how="any")
 
 
 def chosen(rows: pd.DataFrame) -> pd.DataFrame:
   """By method: the chosen learning rate, whether it ends the grid, and the adapter's size."""
-  final = rows[rows["stage"] == "final"].groupby("method", sort=False)
-  search = rows[rows["stage"] == "search"].groupby("method")["learning_rate"].agg(["min", "max"])
+  final = rows[rows["stage"] == "final"].groupby("arm", sort=False)
+  search = rows[rows["stage"] == "search"].groupby("arm")["learning_rate"].agg(["min", "max"])
   table = final[["learning_rate", "rank", "atoms", "trainable_params"]].first()
   table["rate_at_edge"] = search.reindex(table.index).eq(table["learning_rate"], axis=0).any(axis=1)
   table["diverged"] = final["diverged"].sum() if "diverged" in rows else 0

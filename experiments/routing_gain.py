@@ -58,7 +58,7 @@ def gains(where: str, results: committed.Results | None = None) -> pd.DataFrame:
     final = final[final["task"] == task]
   else:
     arm = rest
-  final = final[final["method"].str.fullmatch(rf"{re.escape(arm)}(/\d+)?")]
+  final = final[final["arm"].str.fullmatch(rf"{re.escape(arm)}(/\d+)?")]
   if final.empty:
     raise ValueError(f"routing: {where!r}: {name} has no such task or arm")
   rows = []
@@ -67,7 +67,7 @@ def gains(where: str, results: committed.Results | None = None) -> pd.DataFrame:
       if column in arm_rows and arm_rows[column].notna().any():
         rows.append((" ".join(map(str, setting)), column, *_interval(arm_rows, column)))
   if not rows and swapped is not None:
-    arm_rows = swapped[swapped["method"] == arm]
+    arm_rows = swapped[swapped["arm"] == arm]
     rows = [
       ("", column, *_interval(arm_rows, column))
       for column in GAINS
@@ -117,8 +117,8 @@ def _swapped(results: committed.Results) -> pd.DataFrame | None:
 
 
 def _interval(rows: pd.DataFrame, column: str) -> tuple[float, float, float]:
-  several = rows["method"].nunique() > 1
-  values = rows.groupby("method")[column].mean() if several else rows[column]
+  several = rows["arm"].nunique() > 1
+  values = rows.groupby("arm")[column].mean() if several else rows[column]
   values = values.dropna().to_numpy()
   if len(values) == 1:
     return (float(values[0]), np.nan, np.nan)

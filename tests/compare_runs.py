@@ -182,7 +182,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
   tables, arrays, runs = {}, {}, {}
   for name in TABLES:
     for path in _paths(workdir, name):
-      tables[name.partition(".")[0]] = _old_names(pd.read_parquet(path))
+      tables[name.partition(".")[0]] = _old_names(pd.read_parquet(path), columns=True)
   for row in tables.get("results", ()):
     runs[row.get("run_id")] = {name: row[name] for name in KEYS if name in row}
     if isinstance(row.get("directory"), str):
@@ -211,15 +211,17 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
   return {"rows": found, "arrays": arrays}
 
 
-def _old_names(table: pd.DataFrame) -> list[dict[str, Any]]:
-  columns = {new: old for old, new in compare_studies.NAMES["column"].items()}
+def _old_names(table: pd.DataFrame, columns: bool = False) -> list[dict[str, Any]]:
+  names = compare_studies.NAMES["column"] if columns else {}
   values = {new: old for old, new in compare_studies.NAMES["value"].items()}
   return [
     {
       name: values.get(value, value) if isinstance(value, str) else _plain(value)
       for name, value in row.items()
     }
-    for row in table.rename(columns=columns).to_dict(orient="records")
+    for row in table.rename(columns={new: old for old, new in names.items()}).to_dict(
+      orient="records"
+    )
   ]
 
 

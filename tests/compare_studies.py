@@ -17,7 +17,8 @@ NAMES: dict[str, dict[str, str]] = {
   },
   "field": {},  # of configs, dotted: "optimizer.steps", "adapter.name"
   "file": {},  # in a work directory: "results.parquet"; a pattern such as "units/*.json"
-  "column": {},  # of tables: "method"
+  # Of the tables of results.
+  "column": {"run_id": "trial_id", "method": "arm", "adapter": "family"},
   "value": {},  # in columns: "queryable_prior"
 }
 _PRESETS = (

@@ -24,7 +24,7 @@ TINY = [
   "--config.protocol.search_seeds=(0,)",
   "--config.protocol.final_seeds=(100,101)",
 ]
-COMPARED = ["stage", "method", "seed", "learning_rate", "validation_mse", "test_mse", "train_loss"]
+COMPARED = ["stage", "arm", "seed", "learning_rate", "validation_mse", "test_mse", "train_loss"]
 
 
 def command(workdir, data, *more):
@@ -48,7 +48,7 @@ def finish(workdir, data, *more):
 
 def results(workdir):
   rows = pd.read_parquet(workdir / "results.parquet")[COMPARED]
-  return rows.sort_values(["stage", "method", "seed", "learning_rate"]).reset_index(drop=True)
+  return rows.sort_values(["stage", "arm", "seed", "learning_rate"]).reset_index(drop=True)
 
 
 @pytest.fixture(scope="module")

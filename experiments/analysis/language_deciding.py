@@ -50,7 +50,7 @@ def claims(results: committed.Results) -> list[study_lib.Claim]:
 def difference(results: committed.Results, column: str) -> statistics.Interval:
   """Queryable LoRA less LoRA over the final seeds, paired."""
   final = results.of(STUDY).study.stage("final")
-  scores = final.pivot(index="seed", columns="method", values=column)
+  scores = final.pivot(index="seed", columns="arm", values=column)
   return statistics.paired_interval(scores[ROUTED], scores[BASELINE])
 
 
@@ -60,7 +60,7 @@ def final_table(results: committed.Results) -> str:
   for study, when in ((STUDY, "seven rates"), ("induction", "four rates, earlier")):
     final = results.of(study).study.stage("final")
     for method in (BASELINE, ROUTED):
-      rows_of_method = final[final["method"] == method]
+      rows_of_method = final[final["arm"] == method]
       cells = [style.method(method).label, when, f"{rows_of_method['learning_rate'].iloc[0]:g}"]
       for column, (_, factor, digits) in _SCORES.items():
         known = column in rows_of_method and rows_of_method[column].notna().all()
@@ -93,8 +93,8 @@ def final_table(results: committed.Results) -> str:
 def search_table(results: committed.Results) -> str:
   """The search of both methods, and the routing gain at each rate; one seed."""
   search = results.of(STUDY).study.stage("search")
-  nats = search.pivot(index="learning_rate", columns="method", values="validation_nats")
-  routed = search[search["method"] == ROUTED].set_index("learning_rate")
+  nats = search.pivot(index="learning_rate", columns="arm", values="validation_nats")
+  routed = search[search["arm"] == ROUTED].set_index("learning_rate")
   rows = [
     [
       f"{rate:g}",
@@ -124,9 +124,9 @@ def curve(results: committed.Results) -> pd.DataFrame:
   of the range over seeds."""
   study = results.of(STUDY).study
   final = study.stage("final")
-  routed = final[final["method"] == ROUTED]["run_id"]
+  routed = final[final["arm"] == ROUTED]["trial_id"]
   column = "routing/gain_uniform"
-  rows = study.curves[study.curves["run_id"].isin(routed)].dropna(subset=[column])
+  rows = study.curves[study.curves["trial_id"].isin(routed)].dropna(subset=[column])
   steps = rows.groupby("step")[column]
   return pd.DataFrame({"mean": steps.mean(), "low": steps.min(), "high": steps.max()}).reset_index()
 

@@ -25,10 +25,10 @@ def deciding(results: committed.Results) -> str:
   summary = results.summary
   of = measure.of(summary)
   # The last row of a method has its closest baseline.
-  methods = summary.drop_duplicates([*inputs.SETTING, "method"], keep="last")
+  methods = summary.drop_duplicates([*inputs.SETTING, "arm"], keep="last")
   rows = []
   for prompted in (False, True):
-    bases = methods[methods["method"].str.contains("+prompt", regex=False) == prompted]
+    bases = methods[methods["arm"].str.contains("+prompt", regex=False) == prompted]
     if of.base and len(bases):
       name = style.method("none+prompt" if prompted else "none").label
       values = [tables.value(score)(bases[score.base].iloc[0]) for score in _accuracies(of)]
@@ -54,7 +54,7 @@ def deciding(results: committed.Results) -> str:
 def by_task(results: committed.Results) -> str:
   """Exact match in new wordings, task by task."""
   scores = tables.by_task(results.study)
-  cells = scores[scores["split"] == "test"].pivot(index="method", columns="name", values="accuracy")
+  cells = scores[scores["split"] == "test"].pivot(index="arm", columns="name", values="accuracy")
   rows = [
     [style.method(key).label, *(f"{value:.1f}" for value in cells.loc[key])]
     for key in style.ordered(cells.index)
@@ -67,9 +67,9 @@ def rates(results: committed.Results) -> str:
   study = results.study
   search, chosen = (
     study.stage("search"),
-    results.summary.drop_duplicates("method").set_index("method"),
+    results.summary.drop_duplicates("arm").set_index("arm"),
   )
-  means = search.groupby(["method", "learning_rate"])["validation_nats"].mean().unstack()
+  means = search.groupby(["arm", "learning_rate"])["validation_nats"].mean().unstack()
   rows = []
   for key in style.ordered(means.index):
     rate = chosen["learning_rate"].get(key)
@@ -85,7 +85,7 @@ def rates(results: committed.Results) -> str:
 
 def reasons(results: committed.Results) -> str:
   """One change at a time to the deciding Queryable LoRA: likelihood beside LoRA's, one seed."""
-  rows = results.of("reasons").study.stage("final").set_index("method", drop=False)
+  rows = results.of("reasons").study.stage("final").set_index("arm", drop=False)
   baseline = rows.loc["lora+prompt", "validation_nats"]
   table = []
   for key, row in rows.sort_values("validation_nats").iterrows():
@@ -116,8 +116,8 @@ def pair(results: committed.Results) -> pd.DataFrame:
   """
   final = results.study.stage("final")
   scores = [name for name in _SCORES if name in final]
-  methods = sorted(final["method"].unique(), key=lambda name: not name.startswith("lora"))
-  tables_of = {name: final.pivot(index="seed", columns="method", values=name) for name in scores}
+  methods = sorted(final["arm"].unique(), key=lambda name: not name.startswith("lora"))
+  tables_of = {name: final.pivot(index="seed", columns="arm", values=name) for name in scores}
   rows = [
     {
       "label": "Frozen base + prompt",
@@ -126,9 +126,9 @@ def pair(results: committed.Results) -> pd.DataFrame:
     }
   ]
   for method in methods:
-    trials = final[final["method"] == method]
+    trials = final[final["arm"] == method]
     row = {
-      "method": method,
+      "arm": method,
       "label": style.method(method).label,
       "seeds": len(trials),
       **trials[["trainable_params", "learning_rate"]].iloc[0],
@@ -173,13 +173,13 @@ def pair_table(results: committed.Results) -> str:
 def combined(results: committed.Results) -> str:
   """Three changes of `reasons` at once, beside the deciding pair; differences to its LoRA."""
   main, changed = results.study.stage("final"), results.of("combined").study.stage("final")
-  final = pd.concat([main[main["method"].isin(PAIR)], changed], ignore_index=True)
-  tables_of = {name: final.pivot(index="seed", columns="method", values=name) for name in _COMBINED}
+  final = pd.concat([main[main["arm"].isin(PAIR)], changed], ignore_index=True)
+  tables_of = {name: final.pivot(index="seed", columns="arm", values=name) for name in _COMBINED}
   rows = []
-  for method in (PAIR[1], PAIR[0], *changed["method"].unique()):
-    first = final[final["method"] == method].iloc[0]
+  for method in (PAIR[1], PAIR[0], *changed["arm"].unique()):
+    first = final[final["arm"] == method].iloc[0]
     cells = [
-      "the three changes" if method in set(changed["method"]) else style.method(method).label,
+      "the three changes" if method in set(changed["arm"]) else style.method(method).label,
       f"{first['trainable_params']:,.0f}",
       f"{first['learning_rate']:g}",
     ]
@@ -200,7 +200,7 @@ def swap(results: committed.Results) -> str:
   """The swap test of one run: validation nats with its weights as trained and replaced."""
   row = routing_gain.swap(results)
   cells = [
-    style.method(row["method"]).label,
+    style.method(row["arm"]).label,
     f"{row['seed']:.0f}",
     f"{row['steps']:.0f}",
     *(f"{row[name]:.4f}" for name in ("nats", "nats_uniform", "nats_permuted")),

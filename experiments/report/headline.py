@@ -19,10 +19,10 @@ class Headline:
 
 def compared(summary: pd.DataFrame) -> pd.DataFrame:
   """The rows of each data set's subject, one for each baseline, also where its runs diverged."""
-  present = summary.groupby("task")["method"].unique()
+  present = summary.groupby("task")["arm"].unique()
   subjects = summary["task"].map({t: style.subject(t, methods) for t, methods in present.items()})
-  own = summary["method"] == subjects
-  return summary[own & ~summary["baseline"].isin([""]) & (summary["baseline"] != summary["method"])]
+  own = summary["arm"] == subjects
+  return summary[own & ~summary["baseline"].isin([""]) & (summary["baseline"] != summary["arm"])]
 
 
 def write(summary: pd.DataFrame) -> Headline:
@@ -30,7 +30,7 @@ def write(summary: pd.DataFrame) -> Headline:
   # The last baseline of a task is the closest match: on multi_target, LoRA with the instruction.
   own = compared(summary).groupby(inputs.SETTING).tail(1)
   of, details = measure.of(summary), []
-  if own.empty and summary["method"].nunique() == 1:
+  if own.empty and summary["arm"].nunique() == 1:
     lead, *details = _alone(summary, of)
   elif own.empty:
     lead = (
@@ -98,7 +98,7 @@ def _further(rows: pd.DataFrame, of: measure.Measure) -> str:
 
 def _compare(rows: pd.DataFrame, of: measure.Measure) -> tuple[str, str, str]:
   """A lead, a sentence of numbers, and one that says which methods the names stand for."""
-  name, other = _common_name(rows["method"]), _common_name(rows["baseline"])
+  name, other = _common_name(rows["arm"]), _common_name(rows["baseline"])
   total = len(rows)
   verdicts = rows["verdict"].value_counts()
   better, worse = int(verdicts.get("better", 0)), int(verdicts.get("worse", 0))
@@ -162,14 +162,14 @@ def _kind(pairs: pd.Series) -> str:
 
 def _steadiness(rows: pd.DataFrame, summary: pd.DataFrame, of: measure.Measure) -> str:
   """How often the search diverged and how widely the seeds spread, next to the baselines."""
-  columns = [*inputs.SETTING, "method", "diverged_share", "spread"]
-  others = summary[columns].drop_duplicates([*inputs.SETTING, "method"])
+  columns = [*inputs.SETTING, "arm", "diverged_share", "spread"]
+  others = summary[columns].drop_duplicates([*inputs.SETTING, "arm"])
   pairs = rows.merge(
-    others.rename(columns={"method": "baseline"}),
+    others.rename(columns={"arm": "baseline"}),
     on=[*inputs.SETTING, "baseline"],
     suffixes=("", "_other"),
   )
-  name, other = _common_name(rows["method"]), _common_name(rows["baseline"])
+  name, other = _common_name(rows["arm"]), _common_name(rows["baseline"])
   parts = []
   ours, theirs = pairs["diverged_share"].mean(), pairs["diverged_share_other"].mean()
   if np.isfinite(ours) and np.isfinite(theirs):
@@ -197,7 +197,7 @@ def _common_name(methods: pd.Series) -> str:
 def _stands_for(rows: pd.DataFrame, name: str, other: str) -> str:
   """Names the variants behind a family's name, data set by data set."""
   sentences = []
-  for (method, baseline), group in rows.groupby(["method", "baseline"], sort=False):
+  for (method, baseline), group in rows.groupby(["arm", "baseline"], sort=False):
     pairs = ((name, style.method(method).label), (other, style.method(baseline).label))
     parts = [f"{short} stands for {full}" for short, full in pairs if short != full]
     if parts:
@@ -215,9 +215,9 @@ def _parameter_ratio(rows: pd.DataFrame) -> str:
 
 def _winners(summary: pd.DataFrame, of: measure.Measure) -> str:
   """Which methods had the best mean, and how often; those that diverged do not count."""
-  rows = summary.drop_duplicates([*inputs.SETTING, "method"])
+  rows = summary.drop_duplicates([*inputs.SETTING, "arm"])
   rows = rows[np.isfinite(rows[of.key]) & (rows["failed_runs"] == 0)]
-  if rows["method"].nunique() < 3:
+  if rows["arm"].nunique() < 3:
     return ""
   means = (rows[of.key] if of.lower else -rows[of.key]).groupby([rows[c] for c in inputs.SETTING])
   best = rows.loc[means.idxmin(), "label"].value_counts()
@@ -247,7 +247,7 @@ def _warnings(summary: pd.DataFrame) -> list[str]:
       f"The study makes {len(paired)} comparisons; at 95 % about {round(0.05 * len(paired))} "
       "would come out clear by chance alone. The full table has p-values corrected for that."
     )
-  own = summary.drop_duplicates([*inputs.SETTING, "method"])
+  own = summary.drop_duplicates([*inputs.SETTING, "arm"])
   if own["rate_at_edge"].any():
     names = ", ".join(own.loc[own["rate_at_edge"], "label"].drop_duplicates().head(6))
     warnings.append(

@@ -79,7 +79,7 @@ def render(
   figures = [_figure(number, item, directory) for number, item in enumerate(drawn, start=1)]
   of, steady = study.measure, ("curves", "learning_rates", "routers", "routing_gain")
   own = headline.compared(summary)
-  subjects = set(zip(own["task"], own["method"], strict=True))
+  subjects = set(zip(own["task"], own["arm"], strict=True))
   one_baseline = summary["baseline"].nunique() < 2
   columns = [c for c in _columns(of) if not (one_baseline and c[2] == "baseline_label")]
   return template.render(
@@ -91,7 +91,7 @@ def render(
     samples=_samples(study),
     columns=[{"name": n, "hint": hint, "text": f is None} for n, hint, _, f in columns],
     rows=[
-      _row(row, columns, (row["task"], row["method"]) in subjects)
+      _row(row, columns, (row["task"], row["arm"]) in subjects)
       for row in summary.to_dict("records")
     ],
     settings=list(dict.fromkeys(summary["setting"])),
@@ -101,7 +101,7 @@ def render(
     stability=_stability(study, summary),
     routers=_routers(summary),
     gains=_gains(study),
-    methods=[style.method(m) for m in style.ordered(summary["method"])],
+    methods=[style.method(m) for m in style.ordered(summary["arm"])],
     protocol=_protocol(study, summary),
     unmet=unmet(study),
     report_command=f"python -m experiments.report --workdir={study.workdir.name}",
@@ -143,13 +143,13 @@ def _glance(summary: pd.DataFrame, of: measure.Measure) -> dict | None:
   rows, value = [], tables.value(of)
   for row in own.to_dict("records"):
     here = summary[(summary[inputs.SETTING] == [row[c] for c in inputs.SETTING]).all(axis=1)]
-    other = here[here["method"] == row["baseline"]].iloc[0]
+    other = here[here["arm"] == row["baseline"]].iloc[0]
     finished = here[np.isfinite(here[of.key]) & (here["failed_runs"] == 0)]
     best = (finished.nsmallest if of.lower else finished.nlargest)(1, of.key).to_dict("records")
     rows.append(
       {
         "setting": row["setting"],
-        "method": row["label"],
+        "arm": row["label"],
         "base": value(row[of.base] if of.base else math.nan),
         "baseline": style.method(row["baseline"]).label,
         "other": _interval(other, of.key, value),
@@ -159,9 +159,9 @@ def _glance(summary: pd.DataFrame, of: measure.Measure) -> dict | None:
         "best": f"{best[0]['label']}, {value(best[0][of.key])}" if best else "",
       }
     )
-  several = own[["method", "baseline"]].drop_duplicates().shape[0] > 1
+  several = own[["arm", "baseline"]].drop_duplicates().shape[0] > 1
   return {
-    "subject": f"Its {of.name}" if several else style.method(own["method"].iloc[0]).label,
+    "subject": f"Its {of.name}" if several else style.method(own["arm"].iloc[0]).label,
     "baseline": "Compared with" if several else rows[0]["baseline"],
     "several": several,
     "rows": rows,
@@ -210,11 +210,11 @@ def _stability(study: inputs.Study, summary: pd.DataFrame) -> dict:
 
 def _routers(summary: pd.DataFrame) -> dict | None:
   """Means of the router's measurements over data sets, for the methods that have one."""
-  own = summary.drop_duplicates([*inputs.SETTING, "method"])
+  own = summary.drop_duplicates([*inputs.SETTING, "arm"])
   columns = [c for c in inputs.ROUTER_COLUMNS if own[c].notna().any()]
   if not columns:
     return None
-  means = own.groupby("method")[columns].mean().dropna(how="all")
+  means = own.groupby("arm")[columns].mean().dropna(how="all")
   return {
     "columns": [inputs.ROUTER_COLUMNS[c] for c in columns],
     "rows": [
@@ -234,8 +234,8 @@ def _gains(study: inputs.Study) -> dict | None:
   rows = []
   for setting in study.settings():
     own = final[(final[inputs.SETTING] == list(setting)).all(axis=1)]
-    for method in style.ordered(own["method"].unique()):
-      runs = own[own["method"] == method]
+    for method in style.ordered(own["arm"].unique()):
+      runs = own[own["arm"] == method]
       gains = []
       for column in inputs.GAIN_COLUMNS:
         mean, low, high = tables.over_seeds(runs[column])
@@ -244,7 +244,7 @@ def _gains(study: inputs.Study) -> dict | None:
       rows.append(
         {
           "setting": study.setting_label(setting),
-          "method": style.method(method).label,
+          "arm": style.method(method).label,
           "seeds": int(np.isfinite(runs[next(iter(inputs.GAIN_COLUMNS))]).sum()),
           "gains": gains,
           "moved": [tables.number(runs[column].mean(), 2) for column in moved],
@@ -259,7 +259,7 @@ def _gains(study: inputs.Study) -> dict | None:
 
 def unmet(study: inputs.Study) -> list[str]:
   """What a study that compares methods does not meet of the protocol; see `docs/protocol.md`."""
-  if study.results["method"].nunique() < 2:
+  if study.results["arm"].nunique() < 2:
     return []
   return protocol.check(study.results, protocol.rules_of(study.info["config"]))
 
@@ -270,14 +270,14 @@ def _protocol(study: inputs.Study, summary: pd.DataFrame) -> list[str]:
   lines = []
   if len(search):
     rates = sorted(search["learning_rate"].dropna().unique())
-    per_point = search.groupby([*inputs.SETTING, "method", "learning_rate"], dropna=False).size()
+    per_point = search.groupby([*inputs.SETTING, "arm", "learning_rate"], dropna=False).size()
     lines.append(
       f"Search: every method was trained at each of {len(rates)} learning rates "
       f"({', '.join(f'{rate:g}' for rate in rates)}) with {headline.seeds(per_point)}. The rate "
       f"with the lowest mean {of.validation_noun.lower()} was chosen, for each method and data set "
       "by itself."
     )
-  per_method = final.groupby([*inputs.SETTING, "method"]).size()
+  per_method = final.groupby([*inputs.SETTING, "arm"]).size()
   rate = "the chosen rate" if len(search) else "the learning rate that the config gives"
   unused = " that the search had not used" if len(search) else ""
   lines.append(
@@ -345,16 +345,18 @@ def _samples(study: inputs.Study) -> list[dict]:
   if study.samples is None:
     return []
   final = study.stage("final")
-  final = final[final["run_id"].isin(study.samples["run_id"])].sort_values("seed", kind="stable")
+  final = final[final["trial_id"].isin(study.samples["trial_id"])].sort_values(
+    "seed", kind="stable"
+  )
   if final.empty:
     return []
-  subject = style.subject(final["task"].iloc[0], final["method"])
-  own = final[final["method"] == (subject or style.ordered(final["method"])[0])].iloc[0]
-  rows = study.samples[study.samples["run_id"] == own["run_id"]]
+  subject = style.subject(final["task"].iloc[0], final["arm"])
+  own = final[final["arm"] == (subject or style.ordered(final["arm"])[0])].iloc[0]
+  rows = study.samples[study.samples["trial_id"] == own["trial_id"]]
   rows = rows.astype(object).where(rows.notna(), None)
   return [
     {
-      "label": style.method(own["method"]).label,
+      "label": style.method(own["arm"]).label,
       "seed": f"{own['seed']:.0f}",
       "rows": rows.sort_values("task", kind="stable").to_dict("records"),
     }

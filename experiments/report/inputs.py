@@ -38,15 +38,15 @@ MOVED_COLUMNS = {
   "routing/moved_router": "router moved",
 }
 _REQUIRED = [
-  *["run_id", "stage", "task", "method", "seed", "learning_rate", "trainable_params"],
+  *["trial_id", "stage", "task", "arm", "seed", "learning_rate", "trainable_params"],
 ]
 _TEXT = ("noise_kind", "diverged")  # of a measure's required columns, those that hold no numbers
 _OPTIONAL = ["test_noisy_mse", "steps", "seconds", "atoms", *ROUTER_COLUMNS]
 _OPTIONAL += [*GAIN_COLUMNS, *MOVED_COLUMNS]
-_CURVES = ["run_id", "step", "train_loss"]
-_SAMPLES = ["run_id", "task", "instruction", "prompt", "expected", "before", "after"]
+_CURVES = ["trial_id", "step", "train_loss"]
+_SAMPLES = ["trial_id", "task", "instruction", "prompt", "expected", "before", "after"]
 _VARIANTS = {"in_prompt": "+prompt", "shuffled": "+shuffled"}  # what a true value adds to a method
-_ROUTING = ["run_id", "task", "method", "target", "with_instruction", "block", "atom", "weight"]
+_ROUTING = ["trial_id", "task", "arm", "target", "with_instruction", "block", "atom", "weight"]
 _INFO = {
   "title": "Study",
   "command": "",
@@ -157,7 +157,7 @@ def _table(path: pathlib.Path, columns: list[str], optional: bool) -> pd.DataFra
 
 
 def _results(path: pathlib.Path) -> tuple[pd.DataFrame, measure.Measure]:
-  table = _table(path, ["run_id"], optional=False).copy()
+  table = _table(path, ["trial_id"], optional=False).copy()
   of = measure.of(table)
   table = _table(path, [*_REQUIRED, *of.required], optional=False).copy()
   optional = [*_OPTIONAL, of.key, *(quantity.key for quantity in of.also)]
@@ -175,12 +175,12 @@ def _results(path: pathlib.Path) -> tuple[pd.DataFrame, measure.Measure]:
   for column, default in (("noise_kind", None), ("noise_level", 0.0), ("diverged", False)):
     if column not in table:
       table[column] = default
-  for column in ("run_id", "stage", "task", "method"):
+  for column in ("trial_id", "stage", "task", "arm"):
     table[column] = table[column].astype(str)
   for column, suffix in _VARIANTS.items():
     if column in table:
       given = table[column].astype("boolean").fillna(False).astype(bool)
-      table["method"] += np.where(given, suffix, "")
+      table["arm"] += np.where(given, suffix, "")
   stages = sorted(set(table["stage"]) - {"search", "final"})
   if stages:
     raise errors.UserError(f"{path}: stage {stages[0]!r} is unknown; use 'search' or 'final'.")
@@ -192,12 +192,12 @@ def _results(path: pathlib.Path) -> tuple[pd.DataFrame, measure.Measure]:
   )
   table["noise_level"] = table["noise_level"].fillna(0.0)
   table["diverged"] = table["diverged"].astype("boolean").fillna(False).astype(bool)
-  repeated = table[final].duplicated([*SETTING, "method", "seed"])
+  repeated = table[final].duplicated([*SETTING, "arm", "seed"])
   if repeated.any():
     row = table[final][repeated].iloc[0]
     raise errors.UserError(
-      f"{path}: two final runs of {row['method']} on {row['task']} share seed {row['seed']:g} "
-      f"(one is {row['run_id']}); give different methods different labels."
+      f"{path}: two final runs of {row['arm']} on {row['task']} share seed {row['seed']:g} "
+      f"(one is {row['trial_id']}); give different methods different labels."
     )
   # Real data has no noise-free target: there the observed one is all there is.
   known = table[of.key].notna().groupby([table[c] for c in SETTING]).transform("any")

@@ -18,22 +18,22 @@ def splits(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   of = study.measure
   if of is not measure.EXACT_MATCH:
     return "Exact match by split: the study has no test split."
-  rows = summary.drop_duplicates([*inputs.SETTING, "method"])
+  rows = summary.drop_duplicates([*inputs.SETTING, "arm"])
   quantities = [q for q in (of, *of.also) if q.scale == of.scale and rows[q.key].notna().any()]
   wanted = [(s, q) for s in study.shown_settings() for q in quantities]
-  methods = style.ordered(rows["method"])
+  methods = style.ordered(rows["arm"])
   figure, axes = panels.grid(
     len(wanted), height=1.1 + 0.24 * len(methods), columns=2, sharex=True, sharey=True
   )
   several = len(study.shown_settings()) > 1
   for panel, (setting, quantity) in zip(axes, wanted, strict=True):
     here = rows[(rows[inputs.SETTING] == list(setting)).all(axis=1)]
-    bases = {"+prompt" in m: b for m, b in zip(here["method"], here[quantity.base], strict=True)}
+    bases = {"+prompt" in m: b for m, b in zip(here["arm"], here[quantity.base], strict=True)}
     for prompted, base in bases.items():
       if math.isfinite(base):
         panel.axvline(base, color=style.INK, linewidth=0.9, linestyle="--" if prompted else ":")
     for row in here.to_dict("records"):
-      place, look = methods.index(row["method"]), style.method(row["method"])
+      place, look = methods.index(row["arm"]), style.method(row["arm"])
       low, high = row[f"{quantity.key}_low"], row[f"{quantity.key}_high"]
       if math.isfinite(low):
         panel.plot([low, high], [place] * 2, color=look.color, linewidth=1.6)
@@ -75,7 +75,7 @@ def tasks(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
     return "Exact match by task: the study has no scores by task."
   del summary
   groups = [(key, rows) for key, rows in table.groupby(["task", "split"], sort=True)]
-  methods = {key: style.ordered(rows["method"]) for key, rows in groups}
+  methods = {key: style.ordered(rows["arm"]) for key, rows in groups}
   wide = max(rows["name"].nunique() for _, rows in groups)
   heights = [len(methods[key]) for key, _ in groups]
   figure = matplotlib.figure.Figure(
@@ -88,7 +88,7 @@ def tasks(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
   several = table["task"].nunique() > 1
   for panel, ((setting, split), rows) in zip(axes, groups, strict=True):
-    cells = rows.pivot(index="method", columns="name", values="accuracy")
+    cells = rows.pivot(index="arm", columns="name", values="accuracy")
     cells = cells.loc[methods[setting, split]]
     panel.pcolormesh(
       np.arange(cells.shape[1] + 1) - 0.5,

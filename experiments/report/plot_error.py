@@ -20,7 +20,7 @@ def forest(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   if compared.empty:
     return "Difference to the baseline: no data set has final runs of it and of another method."
   groups = list(compared.groupby([*inputs.SETTING, "baseline"], sort=True))
-  methods = style.ordered(compared["method"])
+  methods = style.ordered(compared["arm"])
   figure, axes = panels.grid(
     len(groups), height=0.75 + 0.175 * len(methods), columns=5, sharex=True, sharey=True
   )
@@ -57,7 +57,7 @@ def forest(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
 
 
 def _forest_limit(compared: pd.DataFrame, column: str) -> float:
-  trained = compared[compared["method"] != "none"]  # the base, far off, would set the scale
+  trained = compared[compared["arm"] != "none"]  # the base, far off, would set the scale
   compared = trained if len(trained) else compared
   ends = compared[[column, f"{column}_low", f"{column}_high"]].abs().to_numpy()
   ends = ends[np.isfinite(ends)]
@@ -73,8 +73,8 @@ def _forest_panel(
   panel.tick_params(axis="y", length=0)
   panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
   for row in rows.to_dict("records"):
-    y, mean = methods.index(row["method"]), row[of.contrast]
-    color = style.method(row["method"]).color
+    y, mean = methods.index(row["arm"]), row[of.contrast]
+    color = style.method(row["arm"]).color
     if abs(mean) > limit:
       side = math.copysign(1, mean)
       panel.plot(side * limit * 0.96, y, ">" if side > 0 else "<", color=color, markersize=5)
@@ -98,22 +98,22 @@ def _forest_panel(
 
 def noise(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   """Test error against noise level, one panel per task and kind of noise."""
-  rows = summary.drop_duplicates([*inputs.SETTING, "method"])
+  rows = summary.drop_duplicates([*inputs.SETTING, "arm"])
   rows = rows[np.isfinite(rows["test_mse"])]
   # A method run at one level has no line to draw: controls often are.
   groups = []
   for key, group in rows.groupby(["task", "noise_kind"], sort=True):
-    levels = group.groupby("method")["noise_level"].transform("nunique")
+    levels = group.groupby("arm")["noise_level"].transform("nunique")
     if (levels > 1).any():
       groups.append((key, group[levels > 1]))
   if not groups:
     return "Error against noise level: no task was run at more than one noise level."
   figure, axes = panels.grid(len(groups), height=2.6)
-  methods = style.ordered(pd.concat([group for _, group in groups])["method"])
+  methods = style.ordered(pd.concat([group for _, group in groups])["arm"])
   front = style.highlighted(methods)
   for panel, ((task, kind), group) in zip(axes, groups, strict=True):
     for key in [m for m in methods if m not in front] + front:
-      line = group[group["method"] == key].sort_values("noise_level")
+      line = group[group["arm"] == key].sort_values("noise_level")
       if line.empty:
         continue
       if key not in front:
@@ -150,21 +150,21 @@ def noise(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
 
 def parameters(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   """Test error against the number of trainable parameters."""
-  rows = summary.drop_duplicates([*inputs.SETTING, "method"])
+  rows = summary.drop_duplicates([*inputs.SETTING, "arm"])
   rows = rows[np.isfinite(rows["test_mse"])]
   shown = study.shown_settings()
   trained = rows[rows["trainable_params"] > 0]
   if trained["trainable_params"].nunique() < 2:
     return "Error against parameters: all methods have the same number of trainable parameters."
   fewest, most = trained["trainable_params"].min(), trained["trainable_params"].max()
-  methods = style.ordered(trained["method"])
+  methods = style.ordered(trained["arm"])
   front = style.highlighted(methods)
   figure, axes = panels.grid(len(shown), height=2.6)
   for panel, setting in zip(axes, shown, strict=True):
     here = trained[(trained[inputs.SETTING] == list(setting)).all(axis=1)]
     for row in here.to_dict("records"):
-      look, size = style.method(row["method"]), 6
-      if row["method"] not in front:
+      look, size = style.method(row["arm"]), 6
+      if row["arm"] not in front:
         look, size = dataclasses.replace(look, color=style.MUTED, marker="."), 5
       panel.errorbar(
         row["trainable_params"],
@@ -175,7 +175,7 @@ def parameters(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str
         linestyle="none",
         elinewidth=0.8,
         markersize=size,
-        zorder=3 if row["method"] in front else 2,
+        zorder=3 if row["arm"] in front else 2,
       )
     panels.log_axis(panel.yaxis, *_limits(here))
     panels.log_axis(panel.xaxis, fewest, most)

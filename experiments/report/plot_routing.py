@@ -22,8 +22,8 @@ def routing(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   data = data[np.isfinite(data["weight"])].astype({"with_instruction": bool})
   if data.empty:
     return "Routing map: routing.parquet has no finite weight."
-  methods = {task: _method(task, rows["method"]) for task, rows in data.groupby("task")}
-  data = data[data["method"] == data["task"].map(methods)]
+  methods = {task: _method(task, rows["arm"]) for task, rows in data.groupby("task")}
+  data = data[data["arm"] == data["task"].map(methods)]
   targets = _targets(data)
   shown = targets[:_MOST_TARGETS]
   both = [given for given in (True, False) if (data["with_instruction"] == given).any()]
@@ -95,11 +95,11 @@ def statistics(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str
     return "Routing statistics: no final run has a router."
   del summary
   routed = final[np.isfinite(final[columns]).any(axis=1)]
-  methods = style.ordered(routed["method"])
+  methods = style.ordered(routed["arm"])
   figure, axes = panels.grid(len(columns), height=0.9 + 0.26 * len(methods), sharey=True)
   for panel, column in zip(axes, columns, strict=True):
     for place, key in enumerate(methods):
-      values, look = routed.loc[routed["method"] == key, column].dropna(), style.method(key)
+      values, look = routed.loc[routed["arm"] == key, column].dropna(), style.method(key)
       panel.plot(values, [place] * len(values), "o", color=look.color, markersize=4, alpha=0.7)
       panel.plot(values.mean(), place, "|", color=style.INK, markersize=12)
     panel.set_title(inputs.ROUTER_COLUMNS[column])
@@ -125,19 +125,19 @@ def gain(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   column = "routing/gain_uniform"
   if study.curves is None or column not in study.curves:
     return absent
-  final = study.stage("final")[["run_id", *inputs.SETTING, "method"]]
-  data = study.curves[["run_id", "step", column]].dropna().merge(final, on="run_id")
+  final = study.stage("final")[["trial_id", *inputs.SETTING, "arm"]]
+  data = study.curves[["trial_id", "step", column]].dropna().merge(final, on="trial_id")
   shown = [s for s in study.shown_settings() if (data[inputs.SETTING] == list(s)).all(axis=1).any()]
   if not shown:
     return absent
   del summary
   figure, axes = panels.grid(len(shown), height=2.5)
-  methods = style.ordered(data["method"].unique())
+  methods = style.ordered(data["arm"].unique())
   for panel, setting in zip(axes, shown, strict=True):
     here = data[(data[inputs.SETTING] == list(setting)).all(axis=1)]
     panel.axhline(0, color=style.MUTED, linewidth=0.8, zorder=1)
     for method in methods:
-      steps = here[here["method"] == method].groupby("step")[column]
+      steps = here[here["arm"] == method].groupby("step")[column]
       if not len(steps):
         continue
       mean, look = steps.mean(), style.method(method)

@@ -11,9 +11,9 @@ def curves(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   """The loss by step of the final runs, mean and range over the seeds."""
   if study.curves is None:
     return "Learning curves: the study has no curves.parquet."
-  final = study.stage("final")[["run_id", *inputs.SETTING, "method"]]
-  data = study.curves.merge(final, on="run_id")
-  data = data[data["method"] != "none"]
+  final = study.stage("final")[["trial_id", *inputs.SETTING, "arm"]]
+  data = study.curves.merge(final, on="trial_id")
+  data = data[data["arm"] != "none"]
   of = study.measure
   unseen = of.curve == of.validation
   diverged = not np.isfinite(data[of.curve]).all()
@@ -22,7 +22,7 @@ def curves(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn | str:
   if not shown:
     return "Learning curves: curves.parquet has no step of a final run."
   figure, axes = panels.grid(len(shown), height=2.5)
-  methods = style.ordered(data["method"])
+  methods = style.ordered(data["arm"])
   front = style.highlighted(methods)
   for panel, setting in zip(axes, shown, strict=True):
     here = data[_of(data, setting)]
@@ -49,7 +49,7 @@ def _curves_panel(
 ) -> None:
   ends = []
   for index, key in enumerate([m for m in methods if m not in front] + front):
-    steps = here[here["method"] == key].groupby("step")[column]
+    steps = here[here["arm"] == key].groupby("step")[column]
     if not len(steps):
       continue
     mean, low, high = steps.mean(), steps.min(), steps.max()
@@ -102,12 +102,12 @@ def learning_rates(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn |
   of = study.measure
   figure, axes = panels.grid(len(shown), height=2.6)
   searched = {tuple(s): search[_of(search, s)] for s in shown}
-  methods = style.ordered(search["method"])
+  methods = style.ordered(search["arm"])
   methods = [m for m in methods if m != "none"]
   front = style.highlighted(methods)
-  chosen = summary.drop_duplicates([*inputs.SETTING, "method"])
+  chosen = summary.drop_duplicates([*inputs.SETTING, "arm"])
   for panel, setting in zip(axes, shown, strict=True):
-    rates = chosen[_of(chosen, setting)].set_index("method")["learning_rate"]
+    rates = chosen[_of(chosen, setting)].set_index("arm")["learning_rate"]
     _rates_panel(panel, searched[setting], of.validation, methods, front, rates)
     panel.set_title(study.setting_label(setting))
   panels.label_outer(axes, "learning rate", of.validation_name)
@@ -137,7 +137,7 @@ def learning_rates(study: inputs.Study, summary: pd.DataFrame) -> panels.Drawn |
 def _rates_panel(
   panel, here: pd.DataFrame, column: str, methods: list[str], front: list[str], chosen: pd.Series
 ) -> None:
-  means = {m: tables.search_means(here[here["method"] == m], column) for m in methods}
+  means = {m: tables.search_means(here[here["arm"] == m], column) for m in methods}
   means = {m: t for m, t in means.items() if len(t)}
   finite = np.concatenate([t["mean"][np.isfinite(t["mean"])] for t in means.values()])
   low, high = finite.min(), min(finite.max(), 12 * finite.min())

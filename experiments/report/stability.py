@@ -41,10 +41,10 @@ def table(study: inputs.Study, summary: pd.DataFrame) -> pd.DataFrame:
   result, and all).
   """
   of, found = study.measure, spikes(study)
-  own = summary.drop_duplicates([*inputs.SETTING, "method"])
+  own = summary.drop_duplicates([*inputs.SETTING, "arm"])
   # Of several baselines the last reads the instruction, the first does not: as the method does.
-  against = summary[np.isfinite(summary["spread_ratio"]) & (summary["method"] != "lora")]
-  reads, key = against["method"].isin(_READ), [*inputs.SETTING, "method"]
+  against = summary[np.isfinite(summary["spread_ratio"]) & (summary["arm"] != "lora")]
+  reads, key = against["arm"].isin(_READ), [*inputs.SETTING, "arm"]
   against = pd.concat(
     [
       against[~reads].groupby(key, sort=False).head(1),
@@ -52,8 +52,8 @@ def table(study: inputs.Study, summary: pd.DataFrame) -> pd.DataFrame:
     ]
   )
   rows = []
-  for key in style.ordered(own["method"]):
-    here, ratios = own[own["method"] == key], against[against["method"] == key]
+  for key in style.ordered(own["arm"]):
+    here, ratios = own[own["arm"] == key], against[against["arm"] == key]
     searched, basins = here["search_runs"].sum(), here["basin_decades"].dropna()
     counts = statistics.win_tie_loss(
       [
@@ -63,10 +63,10 @@ def table(study: inputs.Study, summary: pd.DataFrame) -> pd.DataFrame:
         ].to_numpy()
       ]
     )
-    runs = found[found["method"] == key]["spikes"]
+    runs = found[found["arm"] == key]["spikes"]
     rows.append(
       {
-        "method": key,
+        "arm": key,
         "label": style.method(key).label,
         "settings": len(here),
         "search_runs": int(searched),
@@ -112,21 +112,21 @@ def _share(value: float) -> str:
 
 def spikes(study: inputs.Study) -> pd.DataFrame:
   """[method, setting..., spikes] of every run with a recorded curve of its training loss."""
-  names = [*inputs.SETTING, "method", "stage"]
+  names = [*inputs.SETTING, "arm", "stage"]
   if study.curves is None:
     return pd.DataFrame(columns=[*names, "spikes"])
-  steps = study.curves.groupby("run_id")["step"].transform("count")
+  steps = study.curves.groupby("trial_id")["step"].transform("count")
   counts = []
   for _, part in study.curves.groupby(steps):  # runs with as many records, together
-    part = part.sort_values(["run_id", "step"], kind="stable")
-    losses = part["train_loss"].to_numpy().reshape(part["run_id"].nunique(), -1)
+    part = part.sort_values(["trial_id", "step"], kind="stable")
+    losses = part["train_loss"].to_numpy().reshape(part["trial_id"].nunique(), -1)
     counts.append(
       pd.DataFrame(
         {
-          "run_id": part["run_id"].unique(),
+          "trial_id": part["trial_id"].unique(),
           "spikes": stability.loss_spikes(np.maximum(losses, 0)),
         }
       )
     )
-  runs = study.results[["run_id", *names]].merge(pd.concat(counts), on="run_id")
-  return runs[runs["method"] != "none"]
+  runs = study.results[["trial_id", *names]].merge(pd.concat(counts), on="trial_id")
+  return runs[runs["arm"] != "none"]

@@ -42,7 +42,7 @@ def summarize(
   rows, of = [], study.measure
   search = study.stage("search")
   for setting, runs in study.stage("final").groupby(inputs.SETTING, sort=True):
-    present = style.ordered(runs["method"])
+    present = style.ordered(runs["arm"])
     searched = search[(search[inputs.SETTING] == list(setting)).all(axis=1)]
     chosen = [b for b in baselines_of(setting[0], baselines) if b in present] or [""]
     label = study.setting_label(setting)
@@ -50,7 +50,7 @@ def summarize(
       key: {
         **dict(zip(inputs.SETTING, setting, strict=True)),
         "setting": label,
-        **_of_method(of, key, runs[runs["method"] == key], searched[searched["method"] == key]),
+        **_of_method(of, key, runs[runs["arm"] == key], searched[searched["arm"] == key]),
       }
       for key in present
     }
@@ -74,7 +74,7 @@ def _of_method(of: measure.Measure, key: str, runs: pd.DataFrame, searched: pd.D
   rate = rates.mode().iloc[0] if len(rates) else math.nan
   tried = sorted(searched["learning_rate"].dropna().unique())
   row = {
-    "method": key,
+    "arm": key,
     "label": style.method(key).label,
     "trainable_params": runs["trainable_params"].median(),
     "learning_rate": rate,
@@ -114,10 +114,10 @@ def _against(of: measure.Measure, baseline: str, runs: pd.DataFrame, own: dict) 
     [*names, "p_value", "p_holm", "effect_size", "seeds_needed", *ratios], math.nan
   )
   row |= {"baseline": baseline, "num_pairs": 0, "verdict": ""}
-  row["baseline_params"] = runs.loc[runs["method"] == baseline, "trainable_params"].median()
+  row["baseline_params"] = runs.loc[runs["arm"] == baseline, "trainable_params"].median()
   for also in of.also:
     row |= dict.fromkeys((f"{also.key}_difference{end}" for end in _ENDS), math.nan)
-  key = own["method"]
+  key = own["arm"]
   if not baseline or key == baseline:
     return row | {"verdict": "baseline" if baseline else ""}
   finished = runs[~_failed(runs, "score")]
@@ -148,7 +148,7 @@ def _pairs(
   runs: pd.DataFrame, values: pd.Series, key: str, baseline: str
 ) -> tuple[np.ndarray, np.ndarray]:
   """The values of two methods at the seeds that both have."""
-  table = runs.assign(value=values).pivot(index="seed", columns="method", values="value")
+  table = runs.assign(value=values).pivot(index="seed", columns="arm", values="value")
   pairs = table.reindex(columns=[key, baseline]).dropna()
   return pairs[key].to_numpy(), pairs[baseline].to_numpy()
 
@@ -180,7 +180,7 @@ def by_task(study: inputs.Study) -> pd.DataFrame:
   The frozen base has its rows as well, `none` and `none+prompt`. Empty where nothing is scored.
   """
   rows, final = [], study.stage("final")
-  for (setting, key), runs in final.groupby([inputs.SETTING[0], "method"], sort=True):
+  for (setting, key), runs in final.groupby([inputs.SETTING[0], "arm"], sort=True):
     base = "none+prompt" if "+prompt" in key else "none"
     for column in final.columns:
       prefix = "base_" if column.startswith("base_") else ""
@@ -190,14 +190,14 @@ def by_task(study: inputs.Study) -> pd.DataFrame:
         rows.append(
           {
             "task": setting,
-            "method": base if prefix else key,
+            "arm": base if prefix else key,
             "split": split,
             "name": task,
             "accuracy": 100 * runs[column].mean(),
             "num_seeds": int(runs[column].notna().sum()),
           }
         )
-  columns = ["task", "method", "split", "name"]
+  columns = ["task", "arm", "split", "name"]
   table = pd.DataFrame(rows, columns=[*columns, "accuracy", "num_seeds"])
   return table.drop_duplicates(columns, ignore_index=True)
 

@@ -39,7 +39,7 @@ def show(page: pathlib.Path, console: rich.console.Console | None = None) -> Non
         row["label"],
         tables.count(row["trainable_params"]),
         _escape(*_ends(row, of.key), tables.value(of)),
-        "" if row["method"] == baseline else _escape(*difference, tables.contrast(of)),
+        "" if row["arm"] == baseline else _escape(*difference, tables.contrast(of)),
         f"[{color}]{row['verdict']}[/{color}]" if color else row["verdict"],
       )
     console.print(table, "")

@@ -33,12 +33,12 @@ def with_main_network(rows: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
     again: of `configs/regression.py:stability`. Of a task, the rows at the noise of the other
       networks are used.
   """
-  if rows["method"].str.endswith("/0").any():
+  if rows["arm"].str.endswith("/0").any():
     return rows
   level = rows.groupby("task")["noise_level"].first()
   main = again[again["noise_level"] == again["task"].map(level)]
-  names = [config.label(method, 0) for method in main["method"]]
-  return pd.concat([main.assign(method=names), rows], ignore_index=True)
+  names = [config.label(method, 0) for method in main["arm"]]
+  return pd.concat([main.assign(arm=names), rows], ignore_index=True)
 
 
 def differences(rows: pd.DataFrame) -> pd.DataFrame:
@@ -62,7 +62,7 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
           "task": task,
           "base": network,
           "seeds": len(a),
-          "method": method,
+          "arm": method,
           "baseline": baseline,
           "learning_rate": rates.iloc[0],
           "baseline_learning_rate": rates.iloc[1],
@@ -93,7 +93,7 @@ def pooled(differences: pd.DataFrame) -> pd.DataFrame:
       {
         "task": task,
         "bases": len(rows),
-        "method": rows["method"].iloc[0],
+        "arm": rows["arm"].iloc[0],
         "baseline": rows["baseline"].iloc[0],
         **comparisons.columns_of("percent", change),
         "scatter": 100 * spread.standard_deviation(logs),
@@ -120,7 +120,7 @@ def summarise(results: committed.Results) -> str:
   results.write("differences.csv", by_network)
   results.write("pooled.csv", means)
   mean_rows = [
-    f"{row.task} | {row.method} | {row.baseline} | {row.bases} | {comparisons.interval(row)} |"
+    f"{row.task} | {row.arm} | {row.baseline} | {row.bases} | {comparisons.interval(row)} |"
     f" {row.scatter:.1f} | {row.by_seeds:.1f} | {tables.probability(row.p_holm)} | {row.verdict}"
     for row in means.itertuples()
   ]
@@ -143,14 +143,14 @@ def repeated(results: committed.Results) -> pd.DataFrame:
   The second is the stability study, at the main level of noise. Its program records the loss every
   ten steps, so that rounding differs, in the frozen networks as well. Its columns end in _2.
   """
-  names = [*inputs.SETTING, "method", "baseline"]
+  names = [*inputs.SETTING, "arm", "baseline"]
   main, again = results.of("regression"), results.of("stability")
   second = regression_error.closest_baselines(again)
   both = regression_error.closest_baselines(main).merge(second, on=names, suffixes=("", "_2"))
   for study, suffix in ((main, ""), (again, "_2")):
-    rates = study.summary.drop_duplicates([*inputs.SETTING, "method"])
-    rates = rates[[*inputs.SETTING, "method", "learning_rate"]].rename(
-      columns={"method": "baseline", "learning_rate": f"baseline_rate{suffix}"}
+    rates = study.summary.drop_duplicates([*inputs.SETTING, "arm"])
+    rates = rates[[*inputs.SETTING, "arm", "learning_rate"]].rename(
+      columns={"arm": "baseline", "learning_rate": f"baseline_rate{suffix}"}
     )
     both = both.merge(rates, on=[*inputs.SETTING, "baseline"])
   return both
@@ -179,7 +179,7 @@ def table(results: committed.Results) -> str:
   rows = []
   for row in results.table("pooled.csv").to_dict("records"):
     rows.append(
-      f"{_setting(row['task'])} | {style.method(row['method']).label} | {row['bases']} |"
+      f"{_setting(row['task'])} | {style.method(row['arm']).label} | {row['bases']} |"
       f" {comparisons.signed_interval(row)} | {row['scatter']:.1f} | {row['by_seeds']:.1f} |"
       f" {tables.probability(row['p_holm'])} | {row['verdict']} |"
       f" {tables.percent(main[_setting(row['task'])])} %"
@@ -197,11 +197,11 @@ def routed(results: committed.Results) -> pd.DataFrame:
   """
   gain_study, rows = results.of(GAIN_STUDY), []
   for task, trials in gain_study.study.stage("final").groupby("task", sort=False):
-    arm = trials["method"].iloc[0].split("/")[0]
+    arm = trials["arm"].iloc[0].split("/")[0]
     gains = routing_gain.gains(f"{GAIN_STUDY} {task} {arm}", gain_study).set_index("column")
-    networks = trials["method"].nunique()
+    networks = trials["arm"].nunique()
     row = {"task": task, "arm": arm, "networks": networks, "trials": len(trials)}
-    row["error"] = trials.groupby("method")["score"].mean().mean()
+    row["error"] = trials.groupby("arm")["score"].mean().mean()
     for column in routing_gain.GAINS:
       row |= {f"{column}{end}": gains.loc[column, end] for end in ("mean", "low", "high")}
     for column in ("routing/support_start", "router/effective_support", "routing/moved_weights"):
@@ -284,7 +284,7 @@ def claims(results: committed.Results) -> list[study_lib.Claim]:
         f"the routing lowers the error on {row['task'].replace('_', ' ')}",
         "supported",
         f"{comparisons.signed_interval(row)} to LoRA over {row['bases']} networks",
-        routing=f"{GAIN_STUDY} {row['task']} {row['method']}",
+        routing=f"{GAIN_STUDY} {row['task']} {row['arm']}",
       )
       for row in better
     ),

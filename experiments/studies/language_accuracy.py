@@ -31,10 +31,10 @@ def claims(results: committed.Results) -> list[study_lib.Claim]:
   """
   rows = results.summary
   with_prompt = rows[
-    (rows["method"] == language_tables.PAIR[0]) & (rows["baseline"] == language_tables.PAIR[1])
+    (rows["arm"] == language_tables.PAIR[0]) & (rows["baseline"] == language_tables.PAIR[1])
   ].iloc[0]
   ends = [with_prompt[f"difference{end}"] for end in ("", "_low", "_high")]
-  accuracy = rows.drop_duplicates("method").set_index("method")["test_accuracy"]
+  accuracy = rows.drop_duplicates("arm").set_index("arm")["test_accuracy"]
   verdicts = {"better": "supported", "worse": "not supported"}
   carried, replaced, shuffled = (
     _points(results, "queryable_prior", other) for other in ("queryable", "lora+prompt", _SHUFFLED)
@@ -72,7 +72,7 @@ def claims(results: committed.Results) -> list[study_lib.Claim]:
 def _points(results: committed.Results, ours: str, theirs: str) -> statistics.Interval:
   """The paired difference of two ways in points of exact match in new wordings."""
   final = results.study.stage("final")
-  scores = final.pivot(index="seed", columns="method", values="test_accuracy")
+  scores = final.pivot(index="seed", columns="arm", values="test_accuracy")
   both = 100 * scores[[ours, theirs]].dropna()
   return statistics.paired_interval(both[ours], both[theirs])
 
@@ -98,7 +98,7 @@ def _likelihoods(results: committed.Results) -> list[study_lib.Claim]:
         f"{row['label']} has a better likelihood than LoRA on {data}",
         verdict,
         f"{ends} nats per answer token, {row['seeds']:.0f} seeds (Student)",
-        f"{study} {row['method']}",
+        f"{study} {row['arm']}",
       )
     )
   return claim_list

@@ -32,7 +32,7 @@ def closest_baselines(results: committed.Results) -> pd.DataFrame:
 def against_lora(results: committed.Results) -> pd.DataFrame:
   """Every trained method beside LoRA: a row per setting and method."""
   rows = results.summary
-  rows = rows[(rows["baseline"] == "lora") & ~rows["method"].isin(["lora", "none"])]
+  rows = rows[(rows["baseline"] == "lora") & ~rows["arm"].isin(["lora", "none"])]
   return rows[rows[_ENDS].notna().all(axis=1)]
 
 
@@ -55,8 +55,8 @@ def corrected(results: committed.Results) -> tuple[int, int, int]:
 def counts(results: committed.Results) -> str:
   """Wins, ties and losses of each method against LoRA over the settings that it ran in (Holm)."""
   rows, table = against_lora(results), []
-  for key in style.ordered(rows["method"]):
-    method_rows = rows[rows["method"] == key]
+  for key in style.ordered(rows["arm"]):
+    method_rows = rows[rows["arm"] == key]
     number = holm_counts(method_rows)
     table.append(
       [
@@ -94,9 +94,9 @@ def deciding(results: committed.Results) -> str:
   }
   rows, summary = [], results.summary
   for (setting, baseline), methods in methods_of.items():
-    known = [name for name in methods.split() if name in set(summary["method"])]
+    known = [name for name in methods.split() if name in set(summary["arm"])]
     chosen = summary[(summary["setting"] == setting) & (summary["baseline"] == baseline)]
-    for _, row in chosen.set_index("method", drop=False).loc[known].iterrows():
+    for _, row in chosen.set_index("arm", drop=False).loc[known].iterrows():
       rows.append(
         f"{setting} | {row['label']} | {row['trainable_params']:,.0f} |"
         f" {tables.with_interval(row['test_mse'], row['test_mse_low'], row['test_mse_high'])} |"
@@ -111,9 +111,9 @@ def every_task(results: committed.Results) -> str:
   for setting in summary["setting"].unique():
     for method, baseline in (("queryable", "lora"), ("queryable_prior", "lora_input")):
       setting_rows = summary[summary["setting"] == setting]
-      ours = setting_rows[setting_rows["method"] == method]
+      ours = setting_rows[setting_rows["arm"] == method]
       ours = ours[ours["baseline"] == baseline]
-      theirs = setting_rows[setting_rows["method"] == baseline]
+      theirs = setting_rows[setting_rows["arm"] == baseline]
       if ours.empty or theirs.empty or (setting == "multi target" and baseline == "lora"):
         continue
       row, other = ours.iloc[0], theirs.iloc[0]
@@ -182,7 +182,7 @@ def draw(results: committed.Results) -> figure.Figure:
 def _forest(axis, rows: pd.DataFrame) -> None:
   names = []
   for place, row in enumerate(rows.to_dict("records")):
-    look = style.method(row["method"])
+    look = style.method(row["arm"])
     clear = row["verdict"] in ("better", "worse")
     axis.plot([row["relative_low"], row["relative_high"]], [place, place], color=look.color)
     axis.plot(
@@ -193,7 +193,7 @@ def _forest(axis, rows: pd.DataFrame) -> None:
       markersize=6,
       markerfacecolor=look.color if clear else style.PAPER,
     )
-    instructed = row["method"] != "queryable"
+    instructed = row["arm"] != "queryable"
     names.append(row["setting"] + ("\n(with the instruction)" if instructed else ""))
   axis.axvline(0, color=style.INK, linewidth=0.8)
   axis.set_yticks(range(len(names)), names)
@@ -203,9 +203,9 @@ def _forest(axis, rows: pd.DataFrame) -> None:
 
 
 def _bars(axis, rows: pd.DataFrame) -> None:
-  methods = style.ordered(rows["method"])
+  methods = style.ordered(rows["arm"])
   for place, key in enumerate(methods):
-    number_by_verdict = holm_counts(rows[rows["method"] == key])
+    number_by_verdict = holm_counts(rows[rows["arm"] == key])
     start = 0
     for number, (color, hatch, _) in zip(number_by_verdict, _LOOKS, strict=True):
       if number:

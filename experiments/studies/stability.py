@@ -32,10 +32,10 @@ def by_method(results: committed.Results) -> pd.DataFrame:
 @functools.cache
 def pairs(results: committed.Results) -> pd.DataFrame:
   """Queryable LoRA beside its baseline, with the baseline's basin: one row per setting."""
-  rows = results.summary.drop_duplicates([*inputs.SETTING, "method"])
-  rows = rows[[*inputs.SETTING, "method", "basin_decades", "diverged_share", "search_runs"]]
+  rows = results.summary.drop_duplicates([*inputs.SETTING, "arm"])
+  rows = rows[[*inputs.SETTING, "arm", "basin_decades", "diverged_share", "search_runs"]]
   return regression_error.closest_baselines(results).merge(
-    rows.rename(columns={"method": "baseline"}),
+    rows.rename(columns={"arm": "baseline"}),
     on=[*inputs.SETTING, "baseline"],
     suffixes=("", "_other"),
   )
@@ -50,7 +50,7 @@ def spikes(results: committed.Results) -> pd.DataFrame:
     for both in (("lora", "queryable"), ("lora_input", "queryable_prior"))
     for name, side in zip(both, ("theirs", "ours"), strict=True)
   }
-  return runs.assign(side=runs["method"].map(pair)).pivot_table(
+  return runs.assign(side=runs["arm"].map(pair)).pivot_table(
     index="task", columns="side", values="spikes", aggfunc=["mean", "sum", "count"]
   )
 
@@ -74,7 +74,7 @@ def table(results: committed.Results) -> str:
   rows = [
     [row["label"], str(row["settings"]), *stability.cells(row)]
     for row in by_method(results).to_dict("records")
-    if row["method"] != "none"
+    if row["arm"] != "none"
   ]
   header = (
     "method | settings | search runs | diverged | loss spikes | basin, decades | narrowest |"
@@ -178,7 +178,7 @@ def draw(results: committed.Results) -> figure.Figure:
 
 def _spreads(axis, rows: pd.DataFrame) -> None:
   for place, row in enumerate(rows.to_dict("records")):
-    look, clear = style.method(row["method"]), _word(row) != "not significant"
+    look, clear = style.method(row["arm"]), _word(row) != "not significant"
     axis.plot([row[_RATIO[1]], row[_RATIO[2]]], [place, place], color=look.color)
     axis.plot(
       row[_RATIO[0]],
@@ -199,7 +199,7 @@ def _spreads(axis, rows: pd.DataFrame) -> None:
 def _basins(axis, rows: pd.DataFrame) -> None:
   theirs = style.method("lora")
   for place, row in enumerate(rows.to_dict("records")):
-    ours = style.method(row["method"])
+    ours = style.method(row["arm"])
     axis.plot(
       [row["basin_decades"], row["basin_decades_other"]],
       [place] * 2,
@@ -234,9 +234,9 @@ def _handles() -> list:
 
 
 def _diverged(axis, rows: pd.DataFrame) -> None:
-  rows = rows[rows["method"] != "none"]
+  rows = rows[rows["arm"] != "none"]
   shares = 100 * rows["diverged"].to_numpy()
-  looks = [style.method(key) for key in rows["method"]]
+  looks = [style.method(key) for key in rows["arm"]]
   axis.hlines(np.arange(len(rows)), 0, shares, color=style.MUTED, linewidth=0.8)
   for place, (share, look) in enumerate(zip(shares, looks, strict=True)):
     axis.plot(share, place, marker=look.marker, color=look.color, clip_on=False)

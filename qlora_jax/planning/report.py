@@ -31,7 +31,7 @@ def show(step_plan: dict[str, Any], out: console.Console) -> None:
     f" {step_plan['rows']} x {step_plan['length']} tokens in {step_plan['micro_batches']} part(s);"
     f" remat {step_plan['remat']};"
     f" {step_plan['blocks']} blocks of {step_plan['layers_per_block']} layers;"
-    f" {adapter['method']} R {adapter['rank']}"
+    f" {adapter['family']} R {adapter['rank']}"
     + (f" M {adapter['atoms']} k {adapter['top_k']}" if adapter["family"] == "queryable" else ""),
     highlight=False,
     soft_wrap=True,

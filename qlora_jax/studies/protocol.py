@@ -99,7 +99,7 @@ def _settings(runs: pd.DataFrame) -> pd.Series:
 
 def _names(runs: pd.DataFrame) -> pd.Series:
   """The method of each run with its variant; the report's names have that already."""
-  names = runs["method"].astype(str)
+  names = runs["arm"].astype(str)
   for column, suffix in _SUFFIXES.items():
     if column in runs:
       given = runs[column].astype("boolean").fillna(False).astype(bool)
@@ -155,7 +155,7 @@ def _searches(search: pd.DataFrame, final: pd.DataFrame, rules: Rules) -> Iterat
 def _sizes(runs: pd.DataFrame, rules: Rules) -> Iterator[str]:
   if "trainable_params" not in runs:
     return
-  adapters = runs[~runs["method"].isin(REFERENCES)]
+  adapters = runs[~runs["arm"].isin(REFERENCES)]
   off: dict[str, float] = {}
   for _, part in adapters.groupby("setting"):
     sizes = part.groupby("name")["trainable_params"].median()
@@ -252,7 +252,7 @@ def planned(config: ml_collections.ConfigDict, points: list[dict]) -> pd.DataFra
     instruction = own.instruction
     row = {
       "task": workload.task_name(own),
-      "method": own.get("label") or own.adapter.name,
+      "arm": own.get("label") or own.adapter.name,
       "noise_level": own.data.get("noise_level") or 0.0,
       "in_prompt": instruction.get("in_prompt", False),
       "shuffled": instruction.get("shuffled", False),
@@ -288,7 +288,7 @@ def read(workdir: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]
     raise errors.UserError(
       f"--workdir: the study in {workdir} cannot be read ({type(error).__name__})"
     ) from error
-  missing = {"stage", "task", "method", "seed", "learning_rate"} - set(runs)
+  missing = {"stage", "task", "arm", "seed", "learning_rate"} - set(runs)
   if missing:
     raise errors.UserError(
       f"--workdir: {workdir / 'results.parquet'} lacks the column(s) {', '.join(sorted(missing))}"

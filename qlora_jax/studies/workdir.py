@@ -146,8 +146,8 @@ def write_tables(workdir: pathlib.Path, results: list[dict], seconds: float) -> 
     for name in ("rows", "curves", "routing", "samples")
   )
   if len(curves):
-    last = curves.sort_values("step").groupby("run_id")["train_loss"].last()
-    rows["train_loss"] = rows["run_id"].map(last)
+    last = curves.sort_values("step").groupby("trial_id")["train_loss"].last()
+    rows["train_loss"] = rows["trial_id"].map(last)
   tables = {"results": rows, "curves": curves, "routing": routing, "samples": samples}
   for name, table in tables.items():
     if len(table):

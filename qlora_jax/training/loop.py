@@ -73,7 +73,7 @@ def train(
     row["seconds"] = (time.monotonic() - began) / len(result["rows"])
   result["curves"] = _curves(workload, result["rows"], saving.directory)
   for row, columns in zip(result["rows"], result.pop("last", ()), strict=False):
-    for line in [line for line in result["curves"] if line["run_id"] == row["run_id"]][-1:]:
+    for line in [line for line in result["curves"] if line["trial_id"] == row["trial_id"]][-1:]:
       line |= columns
   files.write_json(saving.directory / RESULT, result)
   clear(saving.directory)
@@ -244,7 +244,7 @@ def _curves(workload, rows: list[dict], directory: pathlib.Path) -> list[dict[st
   places = {label: place for place, label in enumerate(workload.trial_labels)}
   return [
     {
-      "run_id": rows[places[line.get("run")]]["run_id"],
+      "trial_id": rows[places[line.get("run")]]["trial_id"],
       "step": line["step"],
       **{column: line[name] for name, column in workload.curve_columns.items() if name in line},
     }

@@ -259,7 +259,7 @@ class Language:
     return {
       "last": [measured_last],
       "rows": [row],
-      "samples": [{"run_id": row["run_id"], **sample} for sample in samples],
+      "samples": [{"trial_id": row["trial_id"], **sample} for sample in samples],
       "training": training,
     }
 

@@ -359,9 +359,9 @@ class Regression(Training):
         for target, block, atom in np.ndindex(out["shares"][index].shape):
           maps.append(
             {
-              "run_id": row["run_id"],
+              "trial_id": row["trial_id"],
               "task": self.task.name,
-              "method": row["method"],
+              "arm": row["arm"],
               "target": self.task.target_names[target],
               "with_instruction": with_instruction,
               "block": block,

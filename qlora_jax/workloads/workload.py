@@ -88,11 +88,11 @@ def result_row(cohort: Cohort, trial: Trial, settings: Settings) -> dict[str, An
   """The columns that the result of a trial has in every workload."""
   adapter = settings.adapter
   return {
-    "run_id": cohort.trial_id(trial),
+    "trial_id": cohort.trial_id(trial),
     "stage": cohort.stage,
     "task": task_name(cohort.config),
-    "method": arm_name(cohort.config),
-    "adapter": adapter.family,
+    "arm": arm_name(cohort.config),
+    "family": adapter.family,
     "seed": trial.seed,
     "learning_rate": trial.learning_rate,
     "rank": adapter.rank,
@@ -173,7 +173,7 @@ class Workload(Protocol):
     ...
 
   def evaluate(self, state: State, best: Best | None) -> dict[str, Any]:
-    """The result: 'rows', one per trial with its 'run_id', and other tables by name.
+    """The result: 'rows', one per trial with its 'trial_id', and other tables by name.
 
     'last', where it is there, has for each trial the columns that its last point of the curves
     gets besides: what is measured once, at the end.

@@ -96,7 +96,7 @@ def test_the_regression_workload_trains_it(family, tmp_path, shared_data):
     directory = study.directory_of(tmp_path, cohort)
     training = resources.open(cohort, directory)
     (row,) = loop.train(training, resources.saving(cohort, directory), display)["rows"]
-  assert row["method"] == NAME and not row["diverged"]
+  assert row["arm"] == NAME and not row["diverged"]
   assert row["trainable_params"] == 1056
   assert 0 < row["test_mse"] < row["base_mse"]
 

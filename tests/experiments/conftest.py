@@ -112,13 +112,13 @@ def _penalty(method, rate):
 def _result(task, level, method, stage, seed, rate, mse, base_mse, steps):
   routed = method.startswith(("queryable", "static", "uniform"))
   return {
-    "run_id": f"{stage}-{task}-{level:g}-{method}-{rate:g}-{seed}",
+    "trial_id": f"{stage}-{task}-{level:g}-{method}-{rate:g}-{seed}",
     "stage": stage,
     "task": task,
     "noise_kind": "own" if task == "bikeshare" else "student",
     "noise_level": level,
-    "method": method,
-    "adapter": method.split("_")[0],
+    "arm": method,
+    "family": method.split("_")[0],
     "seed": seed,
     "learning_rate": rate,
     "rank": 8,
@@ -159,7 +159,7 @@ def _curve(rng, row):
   mse = mse * (1 + rng.normal(0, 0.02, size=20))
   return [
     {
-      "run_id": row["run_id"],
+      "trial_id": row["trial_id"],
       "step": step,
       "train_loss": value,
       "validation_mse": value,
@@ -179,9 +179,9 @@ def _routing(rng, task, method):
     weights = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     rows += [
       {
-        "run_id": f"final-{task}",
+        "trial_id": f"final-{task}",
         "task": task,
-        "method": method,
+        "arm": method,
         "target": target,
         "with_instruction": given,
         "block": block,
@@ -219,11 +219,11 @@ def write_language_study(workdir, ways=None, seeds=3, by_task=True, rates=(3e-4,
     runs += [("final", 100 + s, rates[len(rates) // 2]) for s in range(seeds if in_prompt else 1)]
     for stage, seed, rate in runs:
       row = {
-        "run_id": f"{stage}-{method}-{in_prompt}-{shuffled}-{rate:g}-{seed}",
+        "trial_id": f"{stage}-{method}-{in_prompt}-{shuffled}-{rate:g}-{seed}",
         "stage": stage,
         "task": "word_tasks",
-        "method": method,
-        "adapter": method.split("_")[0],
+        "arm": method,
+        "family": method.split("_")[0],
         "seed": seed,
         "learning_rate": rate,
         "rank": 8,
@@ -243,12 +243,12 @@ def write_language_study(workdir, ways=None, seeds=3, by_task=True, rates=(3e-4,
         row |= _scores(rng, row, accuracy + luck[seed - 100], by_task)
         steps = np.arange(10, 61, 10)
         curves += [
-          {"run_id": row["run_id"], "step": step, "train_loss": nats + 2 * np.exp(-step / 20)}
+          {"trial_id": row["trial_id"], "step": step, "train_loss": nats + 2 * np.exp(-step / 20)}
           for step in steps
         ]
         samples += [
           {
-            "run_id": row["run_id"],
+            "trial_id": row["trial_id"],
             "task": task,
             "instruction": f"Do {task}",
             "prompt": "<b>old",

@@ -41,11 +41,11 @@ def made_up(levels):
       for seed in seeds:
         found.append(
           {
-            "run_id": f"{len(found)}",
+            "trial_id": f"{len(found)}",
             "stage": stage,
             "task": task,
             "seed": seed,
-            "method": method,
+            "arm": method,
             "learning_rate": 0.01,
             "rank": 7,
             "atoms": 9,
@@ -91,7 +91,7 @@ def test_the_findings_quote_the_committed_summary():
 
 def test_every_committed_level_had_seven_rates_and_ten_seeds():
   found = committed.results("ablations").rows
-  by = ["task", "method"]
+  by = ["task", "arm"]
   rates = found[found["stage"] == "search"].groupby(by)["learning_rate"].nunique()
   seeds = found[found["stage"] == "final"].groupby(by)["seed"].nunique()
   assert (rates == 7).all() and (seeds == 10).all()

@@ -72,7 +72,7 @@ def made_up(errors):
             "stage": stage,
             "task": task,
             "seed": seed,
-            "method": config.label(method, base),
+            "arm": config.label(method, base),
             "learning_rate": 0.01 * base,
             "rank": 7,
             "atoms": 9,
@@ -115,13 +115,13 @@ def test_the_main_studys_network_is_one_of_the_sample_at_the_others_noise():
   others = made_up({("regimes", name, 1): 1.0 for name in ("lora", "queryable")})
   others["noise_level"] = 0.5
   again = made_up({("regimes", "lora", 7): 2.0, ("regimes", "queryable", 7): 1.0})
-  again["method"] = again["method"].str.removesuffix("/7")
+  again["arm"] = again["arm"].str.removesuffix("/7")
   quiet = again.assign(noise_level=0.0, test_mse=100.0)
   both = pd.concat([again.assign(noise_level=0.5), quiet])
   found = analysis.differences(analysis.with_main_network(others, both)).set_index("base")
   assert list(found.index) == [0, 1]
   assert found["percent"].tolist() == pytest.approx([-50, 0], abs=0.2)
-  trained = others.assign(method=others["method"].str.replace("/1", "/0"))
+  trained = others.assign(arm=others["arm"].str.replace("/1", "/0"))
   assert analysis.with_main_network(trained, both) is trained
 
 
@@ -130,7 +130,7 @@ def test_bikeshare_over_six_networks_by_hand():
   for name, suffix in (("stability", ""), *(("bases", f"/{base}") for base in config.SEEDS[1:])):
     runs = pd.read_parquet(committed.RESULTS / name / "results.parquet")
     runs = runs[(runs["task"] == "bikeshare") & (runs["stage"] == "final")]
-    errors = runs.groupby("method")["test_noisy_mse"].mean()
+    errors = runs.groupby("arm")["test_noisy_mse"].mean()
     logs.append(np.log(errors[f"queryable{suffix}"] / errors[f"lora{suffix}"]))
   low, high = stats.t.interval(0.95, 5, np.mean(logs), stats.sem(logs))
   expected = 100 * np.expm1([np.mean(logs), low, high])
@@ -168,7 +168,7 @@ def test_a_second_training_stands_beside_the_first_of_the_same_comparison():
   for study_name, suffix in (("regression", ""), ("stability", "_2")):
     runs = pd.read_parquet(committed.RESULTS / study_name / "results.parquet")
     own = runs[(runs["task"] == "regimes") & (runs["noise_level"] == 0.5)]
-    own = own[own["stage"] == "final"].groupby("method")
+    own = own[own["stage"] == "final"].groupby("arm")
     errors, rates = own["test_mse"].mean(), own["learning_rate"].first()
     percent = 100 * (errors["queryable"] / errors["lora"] - 1)
     assert rows.loc["regimes", f"relative{suffix}"] == pytest.approx(percent)
@@ -188,7 +188,7 @@ def test_the_gain_is_measured_at_the_rates_that_the_searches_chose():
 def test_the_trials_of_the_gain_repeat_the_errors_of_the_searched_ones():
   """Another machine rounds differently: the means over ten seeds agree within a few per cent."""
   again = (
-    committed.results(analysis.GAIN_STUDY).study.stage("final").groupby(["task", "method"])["score"]
+    committed.results(analysis.GAIN_STUDY).study.stage("final").groupby(["task", "arm"])["score"]
   )
   errors = RESULTS.table("differences.csv").set_index(["task", "base"])["error"]
   for (task, method), error in again.mean().items():
@@ -199,7 +199,7 @@ def test_the_table_of_gains_has_means_and_intervals_over_the_networks():
   (row,) = analysis.routed(RESULTS).query("task == 'regimes'").to_dict("records")
   final = committed.results(analysis.GAIN_STUDY).study.stage("final").query("task == 'regimes'")
   column = "routing/gain_uniform"
-  means = final.groupby("method")[column].mean()
+  means = final.groupby("arm")[column].mean()
   assert len(means) == row["networks"] == 6 and row["trials"] == 60
   np.testing.assert_allclose(row[f"{column}mean"], means.mean())
   assert means.min() <= row[f"{column}low"] < row[f"{column}mean"] < row[f"{column}high"]

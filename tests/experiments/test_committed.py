@@ -14,12 +14,12 @@ from qlora_jax import errors
 def part(folder, methods, commit="aaa", steps=40, stage="final"):
   folder.mkdir()
   rows = [
-    {"stage": stage, "task": "regimes", "method": method, "seed": seed, "test_mse": 0.5}
+    {"stage": stage, "task": "regimes", "arm": method, "seed": seed, "test_mse": 0.5}
     for method in methods
     for seed in (100, 101)
   ]
   pd.DataFrame(rows).to_parquet(folder / "results.parquet")
-  pd.DataFrame({"run_id": methods, "step": 1}).to_parquet(folder / "curves.parquet")
+  pd.DataFrame({"trial_id": methods, "step": 1}).to_parquet(folder / "curves.parquet")
   study = {
     "command": f"python launch.py --workdir={folder}/work --sweep",
     "commit": commit,
@@ -36,7 +36,7 @@ def test_parts_are_joined_in_order(tmp_path):
   parts = [part(tmp_path / "a", ["lora", "static"]), part(tmp_path / "b", ["routed"], "bbb")]
   target = tmp_path / "kept"
   assert command.main(["keep", *(f"--from={each}" for each in parts), f"--results={target}"]) == 0
-  assert list(committed.Results(target).rows["method"].unique()) == ["lora", "static", "routed"]
+  assert list(committed.Results(target).rows["arm"].unique()) == ["lora", "static", "routed"]
   assert len(pd.read_parquet(target / "curves.parquet")) == 3
   text = (target / "study.json").read_text()
   study = json.loads(text)
@@ -49,7 +49,7 @@ def test_a_kept_study_can_be_a_part_and_the_target(tmp_path):
   target = tmp_path / "kept"
   committed.keep(part(tmp_path / "a", ["lora"]), target)
   committed.keep([target, part(tmp_path / "b", ["routed"])], target)
-  assert list(committed.Results(target).rows["method"].unique()) == ["lora", "routed"]
+  assert list(committed.Results(target).rows["arm"].unique()) == ["lora", "routed"]
   assert not (target / "curves.parquet").exists()
 
 

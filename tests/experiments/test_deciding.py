@@ -23,7 +23,7 @@ def runs(difference, gain, gains_by_rate=(0.0, 0.2)):
       "task": "instruction_induction",
       "noise_kind": "own",
       "noise_level": 0.0,
-      "method": method,
+      "arm": method,
       "seed": 100 + index,
       "learning_rate": 7e-3,
       "validation_nats": nats - 0.5 + change,
@@ -40,7 +40,7 @@ def runs(difference, gain, gains_by_rate=(0.0, 0.2)):
   search = [
     {
       "stage": "search",
-      "method": method,
+      "arm": method,
       "seed": 0,
       "learning_rate": rate,
       "validation_nats": nats + (0.03 if method == ROUTED else 0.0),

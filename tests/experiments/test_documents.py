@@ -30,7 +30,7 @@ def final(task, **fields):
   rows = rows[rows["task"] == task]
   for name, value in fields.items():
     rows = rows[rows[name] == value]
-  return rows.pivot(index="seed", columns="method", values="score")
+  return rows.pivot(index="seed", columns="arm", values="score")
 
 
 def percent(errors, ours, theirs):
@@ -52,9 +52,9 @@ def test_the_deciding_differences_recomputed_by_hand():
 def test_every_method_had_the_same_search_and_matched_parameters():
   study = inputs.read(committed.RESULTS / "regression")
   search = study.stage("search")
-  adapters = search[~search["method"].isin(["none", "full", "full_input"])]
-  sizes = adapters.groupby("method")["trainable_params"].median()
+  adapters = search[~search["arm"].isin(["none", "full", "full_input"])]
+  sizes = adapters.groupby("arm")["trainable_params"].median()
   matched = sizes.drop("lora_xs")  # its size is rank^2 a layer: the nearest rank is further off
   np.testing.assert_allclose(matched, 8192, rtol=0.021)
-  grids = adapters.groupby([*inputs.SETTING, "method"])["learning_rate"].nunique()
+  grids = adapters.groupby([*inputs.SETTING, "arm"])["learning_rate"].nunique()
   assert (grids >= 7).all()

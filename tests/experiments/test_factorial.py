@@ -44,11 +44,11 @@ def rows(error, diverged=()):
         known = unseen if trained != "true" else error(instruction, routing, "true")
         found.append(
           {
-            "run_id": f"{len(found)}",
+            "trial_id": f"{len(found)}",
             "stage": stage,
             "task": "multi_target",
             "seed": seed,
-            "method": f"{instruction}/{routing}/{trained}",
+            "arm": f"{instruction}/{routing}/{trained}",
             "learning_rate": 0.01,
             "rank": 6,
             "atoms": 18,
@@ -111,8 +111,8 @@ def test_the_findings_quote_the_committed_summary():
 
 def test_every_committed_cell_had_seven_rates_and_ten_seeds():
   found = committed.results("factorial").rows
-  rates = found[found["stage"] == "search"].groupby("method")["learning_rate"].nunique()
-  seeds = found[found["stage"] == "final"].groupby("method")["seed"].nunique()
+  rates = found[found["stage"] == "search"].groupby("arm")["learning_rate"].nunique()
+  seeds = found[found["stage"] == "final"].groupby("arm")["seed"].nunique()
   assert (rates == 7).all() and (seeds == 10).all()
   assert set(seeds.index) <= {label for _, label, *_ in study_of.settings_of(config)}
   np.testing.assert_allclose(found["trainable_params"], 8192, rtol=0.02)

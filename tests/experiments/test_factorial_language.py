@@ -20,7 +20,7 @@ def test_cells_have_one_size_and_read_what_they_say():
   points = config.get_hyper(sweeps)
   runs = protocol.planned(config.get_config(), points)
   np.testing.assert_allclose(runs["trainable_params"], 2_450_000, rtol=0.02)
-  assert set(runs["method"]) == {"/".join(cell) for cell in config.CELLS}
+  assert set(runs["arm"]) == {"/".join(cell) for cell in config.CELLS}
   for own, rates in study_lib.expand(config.get_config(), points):
     instruction, routing, truth = own.label.split("/")
     adapter = study_lib.resolve(own, abstract=True).model.adapter
@@ -46,7 +46,7 @@ def rows(nats):
             "task": "instruction_induction",
             "seed": seed,
             "learning_rate": 0.003,
-            "method": f"{instruction}/{routing}/{truth}",
+            "arm": f"{instruction}/{routing}/{truth}",
             "rank": 8,
             "atoms": 16,
             "trainable_params": 2_444_768,
@@ -71,9 +71,7 @@ def test_three_seeds_have_students_intervals_and_examples_their_contrast():
   assert own.loc["(prior − none) × (on − static)", "percent"] == pytest.approx(100 * (6 / 9 - 1))
   assert own.loc["on − example, query", "percent"] == pytest.approx(-25)
   # Student's: differences of -0.6 times the seeds' noise, on the scale of nats.
-  values = (
-    -0.2 * made[(made["method"] == "none/on/absent") & (made["stage"] == "final")]["test_nats"]
-  )
+  values = -0.2 * made[(made["arm"] == "none/on/absent") & (made["stage"] == "final")]["test_nats"]
   values = values / 1.2
   half = 4.302653 * values.std() / np.sqrt(3)
   row = own.loc["on − example, query"]
@@ -94,10 +92,10 @@ def test_what_is_committed_follows_from_the_committed_runs(tmp_path, capsys):
 
 def test_committed_cells_had_three_rates_and_three_seeds():
   found = committed.results("factorial_language").rows
-  final = set(found.loc[found["stage"] == "final", "method"])
+  final = set(found.loc[found["stage"] == "final", "arm"])
   assert {"prior/on/true", "prior/static/true", "none/on/absent", "none/static/absent"} <= final
   for method in final:
-    own = found[found["method"] == method]
+    own = found[found["arm"] == method]
     assert own.loc[own["stage"] == "search", "learning_rate"].nunique() == 3, method
     assert own.loc[own["stage"] == "final", "seed"].nunique() == 3, method
 

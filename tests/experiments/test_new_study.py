@@ -27,7 +27,7 @@ def test_the_example_makes_its_table_claim_and_figure(record, make_study, tmp_pa
   rows = make_study(tmp_path, tasks=("regimes",), methods=("none", "lora", "full"), seeds=8)
   assert command.main([record.name, f"--results={tmp_path}"]) == 0
   out = capsys.readouterr().out
-  final = rows[rows["stage"] == "final"].pivot(index="seed", columns="method", values="test_mse")
+  final = rows[rows["stage"] == "final"].pivot(index="seed", columns="arm", values="test_mse")
   ends = statistics.paired_relative_interval(final["full"], final["lora"])
   assert ends.high < 0
   mean, low, high = (f"{end:+.1f}".replace("-", "−") for end in np.array(ends))

@@ -32,12 +32,12 @@ def summary(built):
 
 
 def final(results, method, in_prompt, column="test_accuracy"):
-  rows = results.query("stage == 'final' and method == @method and in_prompt == @in_prompt")
+  rows = results.query("stage == 'final' and arm == @method and in_prompt == @in_prompt")
   return rows[~rows["shuffled"]].set_index("seed")[column]
 
 
 def line(summary, method, baseline="lora+prompt"):
-  (row,) = summary.query("method == @method and baseline == @baseline").to_dict("records")
+  (row,) = summary.query("arm == @method and baseline == @baseline").to_dict("records")
   return row
 
 
@@ -65,14 +65,14 @@ def test_a_method_is_named_by_how_the_instruction_reached_it(summary):
     "Queryable + prior + prompt",
     "Queryable + prior (shuffled)",
   }
-  looks = [style.method(key) for key in summary["method"].unique()]
+  looks = [style.method(key) for key in summary["arm"].unique()]
   assert all(look.description for look in looks)
   drawn = {(look.color, str(look.line), str(look.marker)) for look in looks}
   assert len(drawn) == len(looks)
 
 
 def test_what_has_no_prompt_is_also_compared_with_lora_without_it(summary):
-  assert set(summary.query("baseline == 'lora'")["method"]) == {
+  assert set(summary.query("baseline == 'lora'")["arm"]) == {
     "lora",
     "queryable",
     "queryable_prior",
@@ -126,7 +126,7 @@ def test_scores_by_task_have_the_base_before_training(built):
   row = scores.query("method == 'lora+prompt' and split == 'test' and name == 'antonyms'").iloc[0]
   own = final(built[0], "lora", True, "test/antonyms/accuracy")
   assert row["accuracy"] == pytest.approx(100 * own.mean()) and row["num_seeds"] == 3
-  bases = scores[scores["method"].str.startswith("none")].groupby("method")["accuracy"].mean()
+  bases = scores[scores["arm"].str.startswith("none")].groupby("arm")["accuracy"].mean()
   assert bases.to_dict() == pytest.approx({"none": 5.0, "none+prompt": 20.0})
 
 

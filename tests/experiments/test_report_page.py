@@ -65,7 +65,7 @@ def test_the_page_has_what_the_routing_gains_with_intervals_over_the_seeds(built
   workdir, page = built
   text = page.read_text()
   results = pd.read_parquet(workdir / "results.parquet")
-  own = results[(results.stage == "final") & (results.method == "queryable")]
+  own = results[(results.stage == "final") & (results.arm == "queryable")]
   own = own[(own.task == "regimes") & (own.noise_level == 0.1)]
   for column in inputs.GAIN_COLUMNS:
     mean, low, high = statistics.student(own[column].to_numpy())[0]

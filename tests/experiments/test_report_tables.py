@@ -29,7 +29,7 @@ def test_means_and_paired_differences_match_the_raw_rows(tmp_path, make_study):
   results = make_study(tmp_path, seeds=6)
   summary = tables.summarize(inputs.read(tmp_path))
   ours, theirs = _errors(results, "regimes", "queryable"), _errors(results, "regimes", "lora")
-  row = _row(summary, task="regimes", method="queryable")
+  row = _row(summary, task="regimes", arm="queryable")
   assert row["baseline"] == "lora"
   assert row["test_mse"] == pytest.approx(ours.mean())
   assert row["difference"] == pytest.approx((ours - theirs).mean())
@@ -65,7 +65,7 @@ def test_few_seeds_have_students_intervals_and_p_values(tmp_path, make_study):
 def test_a_task_without_noise_free_target_is_compared_on_the_observed_one(tmp_path, make_study):
   results = make_study(tmp_path)
   summary = tables.summarize(inputs.read(tmp_path))
-  row = _row(summary, task="bikeshare", method="lora")
+  row = _row(summary, task="bikeshare", arm="lora")
   assert row["test_mse"] == pytest.approx(
     _errors(results, "bikeshare", "lora", "test_noisy_mse").mean()
   )
@@ -76,17 +76,17 @@ def test_search_columns_count_divergence_and_basin(tmp_path, make_study):
   results = make_study(tmp_path)
   # Within 5 % of 1: from 3e-3 to 1e-2, and a quarter of the way to the neighbours at 1.2.
   losses = {1e-3: 1.2, 3e-3: 1.0, 1e-2: 1.0, 3e-2: 1.2, 1e-1: 4.0}
-  ours = (results["stage"] == "search") & (results["method"] == "queryable")
+  ours = (results["stage"] == "search") & (results["arm"] == "queryable")
   results.loc[ours, "validation_mse"] = results.loc[ours, "learning_rate"].map(losses)
   results.to_parquet(tmp_path / "results.parquet")
   summary = tables.summarize(inputs.read(tmp_path))
-  robust = _row(summary, task="regimes", method="queryable")
+  robust = _row(summary, task="regimes", arm="queryable")
   assert robust["basin_decades"] == pytest.approx(math.log10(10 / 3) + 0.5 * math.log10(3))
   assert robust["diverged_share"] == 0
-  lora = _row(summary, task="regimes", method="lora")
+  lora = _row(summary, task="regimes", arm="lora")
   assert lora["diverged_share"] == pytest.approx(1 / 5)  # at the largest rate, on every seed
   assert lora["search_runs"] == 10
-  base = _row(summary, task="regimes", method="none")
+  base = _row(summary, task="regimes", arm="none")
   assert math.isnan(base["learning_rate"]) and math.isnan(base["basin_decades"])
 
 
@@ -107,7 +107,7 @@ def test_verdict_follows_the_interval(interval, failed, word):
 def test_a_diverged_final_run_never_wins(tmp_path, make_study):
   make_study(tmp_path, seeds=4, failures=[("queryable", 51)])
   summary = tables.summarize(inputs.read(tmp_path))
-  row = _row(summary, task="regimes", method="queryable")
+  row = _row(summary, task="regimes", arm="queryable")
   assert (row["failed_runs"], row["num_pairs"], row["verdict"]) == (1, 3, "diverged")
   assert row["difference_high"] < 0  # the runs that finished were better, and still
   text = headline.write(summary)
@@ -124,7 +124,7 @@ def test_a_method_of_which_every_run_diverged_stays_in_the_headline(tmp_path, ma
 def test_multi_target_is_compared_with_both_baselines(tmp_path, make_study):
   make_study(tmp_path, methods=("lora", "lora_input", "queryable"))
   summary = tables.summarize(inputs.read(tmp_path))
-  own = summary[summary["method"] == "queryable"]
+  own = summary[summary["arm"] == "queryable"]
   assert list(own.query("task == 'multi_target'")["baseline"]) == ["lora", "lora_input"]
   assert list(own.query("task == 'regimes'")["baseline"]) == ["lora"]
   other = tables.summarize(inputs.read(tmp_path), {"": ["queryable"], "regimes": ["lora_input"]})
@@ -159,7 +159,7 @@ def test_headline_tells_how_steady_both_are(tmp_path, make_study):
 def test_a_chosen_rate_at_the_edge_of_the_search_is_said(tmp_path, make_study):
   results = make_study(tmp_path, ("regimes",))
   assert not tables.summarize(inputs.read(tmp_path))["rate_at_edge"].any()
-  ours = (results["stage"] == "final") & (results["method"] == "queryable")
+  ours = (results["stage"] == "final") & (results["arm"] == "queryable")
   results.loc[ours, "learning_rate"] = 0.1
   results.to_parquet(tmp_path / "results.parquet")
   text = headline.write(tables.summarize(inputs.read(tmp_path)))
@@ -169,7 +169,7 @@ def test_a_chosen_rate_at_the_edge_of_the_search_is_said(tmp_path, make_study):
 def test_one_seed_gives_a_mean_without_verdict(tmp_path, make_study):
   make_study(tmp_path, seeds=1)
   summary = tables.summarize(inputs.read(tmp_path))
-  row = _row(summary, task="regimes", method="queryable")
+  row = _row(summary, task="regimes", arm="queryable")
   assert math.isfinite(row["test_mse"]) and math.isnan(row["test_mse_low"])
   assert row["verdict"] == "too few seeds"
   assert headline.write(summary).lead.startswith("Too few seeds")
@@ -187,8 +187,8 @@ def test_headline_says_who_wins_also_when_queryable_loses(tmp_path, make_study, 
   factors = {"queryable": factor, "lora": 1.0}
   results = make_study(tmp_path, seeds=6, factors=factors)
   if factor == 1.0:  # exact ties up to a sign that alternates
-    final = (results["stage"] == "final") & (results["method"] == "queryable")
-    lora = (results["stage"] == "final") & (results["method"] == "lora")
+    final = (results["stage"] == "final") & (results["arm"] == "queryable")
+    lora = (results["stage"] == "final") & (results["arm"] == "lora")
     wobble = np.where(np.arange(final.sum()) % 2, 1.01, 0.99)
     for column in ("test_mse", "test_noisy_mse"):
       results.loc[final, column] = results.loc[lora, column].to_numpy() * wobble
@@ -218,7 +218,7 @@ def test_markdown_has_one_line_a_method_and_equal_columns(tmp_path, make_study):
   lines = [line for line in tables.markdown(summary).splitlines() if line.startswith("|")]
   assert len(lines) == 3 * 2 + len(summary)
   assert len({line.count("|") for line in lines}) == 1
-  assert pd.isna(summary.loc[summary["method"] == "lora", "difference"]).all()
+  assert pd.isna(summary.loc[summary["arm"] == "lora", "difference"]).all()
 
 
 def test_the_terminal_shows_every_row_with_its_interval(tmp_path, make_study):

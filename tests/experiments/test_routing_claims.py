@@ -22,7 +22,7 @@ def rows(**gains):
       "task": "friedman1",
       "noise_kind": "gaussian",
       "noise_level": 0.5,
-      "method": "queryable",
+      "arm": "queryable",
       "seed": range(100, 110),
     }
   )
@@ -94,7 +94,7 @@ def test_every_setting_of_the_task_needs_its_gain(commit):
 
 def test_frozen_networks_are_the_sample_where_there_are_several(commit):
   means = (0.1, 0.2, 0.6)
-  parts = [rows(**ALL).assign(method=f"queryable/{n}") for n, _ in enumerate(means)]
+  parts = [rows(**ALL).assign(arm=f"queryable/{n}") for n, _ in enumerate(means)]
   for part, mean in zip(parts, means, strict=True):
     part["routing/gain_uniform"] = mean
   commit(pd.concat(parts))

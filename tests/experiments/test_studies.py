@@ -90,21 +90,21 @@ def test_a_drawing_has_no_date(tmp_path):
 
 
 def test_stability_is_counted_from_the_runs():
-  main, rows = MAIN.study, stability.by_method(MAIN).set_index("method")
+  main, rows = MAIN.study, stability.by_method(MAIN).set_index("arm")
   own = main.stage("search")
-  own = own[own["method"] == "queryable"]
+  own = own[own["arm"] == "queryable"]
   assert rows.loc["queryable", "search_runs"] == len(own)
   assert rows.loc["queryable", "diverged"] == pytest.approx(own["diverged"].mean())
   errors = main.stage("final")
   errors = errors[(errors["task"] == "regimes") & (errors["noise_level"] == 0.0)]
-  errors = errors.pivot(index="seed", columns="method", values="test_mse")
+  errors = errors.pivot(index="seed", columns="arm", values="test_mse")
   pair = stability.pairs(MAIN).set_index("setting").loc["regimes, noise 0"]
   assert pair["spread_ratio"] == pytest.approx(errors["queryable"].std() / errors["lora"].std())
-  uniform = main.results[main.results["method"] == "uniform"]["run_id"]
-  curves = main.curves[main.curves["run_id"].isin(uniform)].sort_values(["run_id", "step"])
+  uniform = main.results[main.results["arm"] == "uniform"]["trial_id"]
+  curves = main.curves[main.curves["trial_id"].isin(uniform)].sort_values(["trial_id", "step"])
   spikes = sum(
     int(evaluation_stability.loss_spikes(losses.to_numpy()))
-    for _, losses in curves.groupby("run_id")["train_loss"]
+    for _, losses in curves.groupby("trial_id")["train_loss"]
   )
   assert rows.loc["uniform", "spikes"] == spikes > 0
 
@@ -112,7 +112,7 @@ def test_stability_is_counted_from_the_runs():
 @pytest.mark.parametrize("name", list(language_accuracy.PAIRS))
 def test_a_pair_of_methods_is_the_committed_runs_averages(name):
   final = pd.read_parquet(committed.RESULTS / name / "results.parquet").query("stage == 'final'")
-  nats = final.pivot(index="seed", columns="method", values="test_nats")
+  nats = final.pivot(index="seed", columns="arm", values="test_nats")
   lora, routed = sorted(nats.columns, key=lambda name: not name.startswith("lora"))
   base, first, second = language_tables.pair(committed.results(name)).to_dict("records")
   assert base["test_nats"] == pytest.approx(final["base_test_nats"].mean())
@@ -122,14 +122,14 @@ def test_a_pair_of_methods_is_the_committed_runs_averages(name):
   low, high = stats.t.interval(0.95, 2, differences.mean(), stats.sem(differences))
   assert (second["test_nats_low"], second["test_nats_high"]) == pytest.approx((low, high))
   assert second["test_accuracy"] == pytest.approx(
-    100 * final[final["method"] == routed]["test_accuracy"].mean()
+    100 * final[final["arm"] == routed]["test_accuracy"].mean()
   )
 
 
 def test_what_the_prior_carries_is_the_paired_difference_of_the_committed_runs():
   runs = pd.read_parquet(committed.RESULTS / "induction" / "results.parquet")
   final = runs[(runs["stage"] == "final") & ~runs["in_prompt"]]
-  way = final["method"] + final["shuffled"].map({True: " shuffled", False: ""})
+  way = final["arm"] + final["shuffled"].map({True: " shuffled", False: ""})
   scores = 100 * final.assign(way=way).pivot(index="seed", columns="way", values="test_accuracy")
   assert len(scores) == 3
   claim_list = language_accuracy.claims(INDUCTION)
@@ -168,7 +168,7 @@ def test_ten_search_cells_with_the_prompt_are_as_the_pages_say():
   for name in ("induction", "all_tasks", "gsm8k"):
     runs = pd.read_parquet(committed.RESULTS / name / "results.parquet")
     runs = runs[(runs["stage"] == "search") & runs["in_prompt"]]
-    nats = runs.pivot(index="learning_rate", columns="method", values="validation_nats")
+    nats = runs.pivot(index="learning_rate", columns="arm", values="validation_nats")
     ours = next(name for name in nats if name.startswith("queryable"))
     lower += list(nats[ours] < nats["lora"])
     at_high[name] = (nats["lora"] - nats[ours])[0.01]
@@ -180,7 +180,7 @@ def test_ten_search_cells_with_the_prompt_are_as_the_pages_say():
 def test_a_page_of_the_language_studies_quotes_the_swap_test():
   rows = pd.read_csv(committed.RESULTS / "induction" / "swap.csv").iloc[0]
   runs = pd.read_parquet(committed.RESULTS / "induction" / "results.parquet")
-  run = runs[(runs["method"] == "queryable_prior") & runs["in_prompt"] & (runs["seed"] == 100)]
+  run = runs[(runs["arm"] == "queryable_prior") & runs["in_prompt"] & (runs["seed"] == 100)]
   assert run["validation_nats"].item() == pytest.approx(rows["nats"], abs=5e-5)
   assert run["router/effective_support"].item() == pytest.approx(rows["support_end"], abs=5e-3)
   pages = (
@@ -200,11 +200,11 @@ def test_loss_spikes_are_counted_from_the_recorded_losses():
   rows = stability.spikes(MAIN)
   again = committed.results("stability").study
   for side, method in (("theirs", "lora"), ("ours", "queryable")):
-    runs = again.results[(again.results["task"] == "regimes") & (again.results["method"] == method)]
-    curves = again.curves[again.curves["run_id"].isin(runs["run_id"])]
+    runs = again.results[(again.results["task"] == "regimes") & (again.results["arm"] == method)]
+    curves = again.curves[again.curves["trial_id"].isin(runs["trial_id"])]
     counted = sum(
       int(evaluation_stability.loss_spikes(own.sort_values("step")["train_loss"].to_numpy()))
-      for _, own in curves.groupby("run_id")
+      for _, own in curves.groupby("trial_id")
     )
     assert rows.loc["regimes", ("sum", side)] == counted > 0
     assert rows.loc["regimes", ("count", side)] == len(runs) == 31
@@ -217,7 +217,7 @@ def test_the_combined_changes_are_compared_with_the_pairs_lora():
     pd.read_parquet(committed.RESULTS / study / "results.parquet").query("stage == 'final'")
     for study in ("induction", "combined")
   ]
-  lora = runs[0][(runs[0]["method"] == "lora") & runs[0]["in_prompt"]].set_index("seed")
+  lora = runs[0][(runs[0]["arm"] == "lora") & runs[0]["in_prompt"]].set_index("seed")
   ours = runs[1].set_index("seed")
   assert list(ours.index) == list(lora.index) == [100, 101, 102]
   differences = ours["validation_nats"] - lora["validation_nats"]

@@ -18,7 +18,7 @@ from qlora_jax.studies import workdir as workdir_lib
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 ROOT = pathlib.Path(__file__).parents[2]
-COMPARED = ["stage", "method", "seed", "learning_rate", "validation_mse", "test_mse", "train_loss"]
+COMPARED = ["stage", "arm", "seed", "learning_rate", "validation_mse", "test_mse", "train_loss"]
 
 
 def regression_config(data):

@@ -131,7 +131,7 @@ def test_two_processes_sweep_together_and_leave_one_study(tiny_llama, tmp_path):
   assert (tmp_path / "sweep" / "report" / "report.html").is_file()
   rows = pd.read_parquet(tmp_path / "sweep" / "results.parquet")
   assert len(rows) == 2 * (3 + 1) and rows["validation_nats"].notna().all()
-  for _, arm_rows in rows.groupby("method"):
+  for _, arm_rows in rows.groupby("arm"):
     search = arm_rows[arm_rows["stage"] == "search"]
     final = arm_rows[arm_rows["stage"] == "final"]
     best = search.loc[search["validation_nats"].idxmin(), "learning_rate"]

@@ -22,7 +22,7 @@ def study(methods=("lora", "queryable"), rates=RATES, seeds=range(100, 110), **c
       rows += [
         {
           **own,
-          "method": method,
+          "arm": method,
           "stage": "search",
           "seed": seed,
           "learning_rate": rate,
@@ -31,7 +31,7 @@ def study(methods=("lora", "queryable"), rates=RATES, seeds=range(100, 110), **c
         for rate in rates
       ]
     rows += [
-      {**own, "method": method, "stage": "final", "seed": seed, "learning_rate": rates[3]}
+      {**own, "arm": method, "stage": "final", "seed": seed, "learning_rate": rates[3]}
       for seed in seeds
     ]
   return pd.DataFrame(rows)
@@ -39,7 +39,7 @@ def study(methods=("lora", "queryable"), rates=RATES, seeds=range(100, 110), **c
 
 def test_a_study_that_keeps_the_protocol_has_no_lines():
   assert protocol.check(study(), RULES) == []
-  assert protocol.check(study()[["stage", "task", "method", "seed", "learning_rate"]], RULES) == []
+  assert protocol.check(study()[["stage", "task", "arm", "seed", "learning_rate"]], RULES) == []
 
 
 def test_each_fault_has_one_line():
@@ -59,24 +59,24 @@ def test_each_fault_has_one_line():
 
 def test_faults_of_the_choice_of_a_rate():
   runs = study()
-  runs.loc[(runs["method"] == "lora") & (runs["stage"] == "final"), "learning_rate"] = RATES[-1]
+  runs.loc[(runs["arm"] == "lora") & (runs["stage"] == "final"), "learning_rate"] = RATES[-1]
   assert protocol.check(runs, RULES) == [
     "learning rate at the edge of the grid: 1 of 2 searches, a rate beyond it may do better (lora)",
     "learning rate not chosen on validation: another one had the least validation loss (lora)",
   ]
   runs = study()
-  runs = runs[~((runs["method"] == "lora") & (runs["stage"] == "search"))]
+  runs = runs[~((runs["arm"] == "lora") & (runs["stage"] == "search"))]
   assert protocol.check(runs, RULES) == [
     "no search of the learning rate: the config's own is used (lora)"
   ]
   runs = study()
-  runs = runs[~((runs["method"] == "lora") & (runs["learning_rate"] == RATES[0]))]
+  runs = runs[~((runs["arm"] == "lora") & (runs["learning_rate"] == RATES[0]))]
   assert any(line.startswith("different learning rates") for line in protocol.check(runs, RULES))
 
 
 def test_seeds_must_pair():
   runs = study()
-  lora = (runs["method"] == "lora") & (runs["stage"] == "final")
+  lora = (runs["arm"] == "lora") & (runs["stage"] == "final")
   runs.loc[lora, "seed"] += 1000
   assert protocol.check(runs, RULES) == [
     "no seed in common: methods are compared seed by seed (regimes)"

@@ -57,7 +57,7 @@ class Parabola:
     return [{"validation/x": float(x), "validation/objective": abs(step - 8.0)} for x in state["x"]]
 
   def evaluate(self, state, best):
-    rows = [{"run_id": name, "x": float(x)} for name, x in zip("ab", state["x"], strict=True)]
+    rows = [{"trial_id": name, "x": float(x)} for name, x in zip("ab", state["x"], strict=True)]
     self.best = best
     return {"rows": rows, "last": [{"late": 7.0}, {"late": 8.0}]}
 
@@ -80,7 +80,7 @@ def test_a_workload_is_trained_recorded_and_stored(tmp_path, display):
   result = loop.train(trained, loop.Saving(tmp_path), display)
   np.testing.assert_allclose([row["x"] for row in result["rows"]], by_hand((0.1, 0.2), 12), 1e-5)
   assert trained.asked == [(start, 2) for start in range(0, 12, 2)]
-  assert [(line["run_id"], line["step"]) for line in result["curves"]] == [
+  assert [(line["trial_id"], line["step"]) for line in result["curves"]] == [
     ("a", 4),
     ("b", 4),
     ("a", 8),

@@ -92,7 +92,7 @@ def test_the_instruction_told_wrongly_is_another_run_and_a_label_names_it(tiny, 
     spec = cohort_of(config, "search", (0, 1e-2))
     found.append(train(tmp_path, spec)["rows"][0])
   true, shuffled = found
-  assert (true["method"], shuffled["method"]) == ("told True", "told False")
+  assert (true["arm"], shuffled["arm"]) == ("told True", "told False")
   assert true["validation_mse"] < shuffled["validation_mse"]
   assert true["test_known_mse"] != true["test_mse"]  # other wordings of the same instructions
   assert shuffled["test_known_mse"] == shuffled["test_mse"]  # nothing is known of these
@@ -133,12 +133,12 @@ def test_a_sweep_writes_tables_and_a_report_and_skips_what_is_finished(tiny, tmp
   rows = pd.read_parquet(tmp_path / "results.parquet")
   assert len(rows) == 1 + 2 + 2 * (2 + 2)
   final = rows[rows.stage == "final"]
-  for name, own in final[final.method != "none"].groupby("method"):
-    search = rows[(rows.stage == "search") & (rows.method == name)]
+  for name, own in final[final.arm != "none"].groupby("arm"):
+    search = rows[(rows.stage == "search") & (rows.arm == name)]
     best = search.groupby("learning_rate")["validation_mse"].mean().idxmin()
     assert set(own.learning_rate) == {best}
   routing = pd.read_parquet(tmp_path / "routing.parquet")
-  sums = routing.groupby(["method", "target", "with_instruction", "block"])["weight"].sum()
+  sums = routing.groupby(["arm", "target", "with_instruction", "block"])["weight"].sum()
   np.testing.assert_allclose(sums, 1.0, atol=1e-5)
   assert report.write_report(tmp_path).stat().st_size > 10_000
   monkeypatch.setattr(loop, "train", None)  # training anything again would now fail
@@ -147,7 +147,7 @@ def test_a_sweep_writes_tables_and_a_report_and_skips_what_is_finished(tiny, tmp
     progress, "Display", lambda **given: expected.append(given["earlier_trials"]) or shown(**given)
   )
   study.run(tiny, points, tmp_path)
-  last = final[final.method == "lora"].run_id.iloc[0].split("-")[0]
+  last = final[final.arm == "lora"].trial_id.iloc[0].split("-")[0]
   (tmp_path / "cohorts" / last / "result.json").unlink()
   with pytest.raises(TypeError):  # LoRA's final runs are not there, and training is None
     study.run(tiny, points, tmp_path)
@@ -297,7 +297,7 @@ def test_each_trial_of_a_cohort_has_what_its_own_routing_gains(tiny, tmp_path, m
       else next(
         line
         for line in trained["curves"]
-        if line["run_id"] == trained["rows"][1]["run_id"] and line["step"] == int(rows[-2:])
+        if line["trial_id"] == trained["rows"][1]["trial_id"] and line["step"] == int(rows[-2:])
       )
     )
     np.testing.assert_allclose(found["routing/gain_uniform"], gain, rtol=1e-3, atol=1e-6)
