@@ -23,6 +23,8 @@ METRICS = "tests/training/test_metrics.py"
 GGUF = "tests/weights/test_gguf.py"
 SOURCES = "tests/weights/test_sources.py"
 ADAPTER_FILE = "tests/weights/test_adapter_file.py"
+LOOP = "tests/training/test_loop.py"
+TOGETHER = "tests/training/test_study.py::test_a_trial_in_a_cohort_equals_the_trial_alone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,6 +365,49 @@ FAULTS = (
     'json.loads(line)["step"] <= step]',
     'json.loads(line)["step"] < step]',
     (METRICS,),
+  ),
+  # The loop.
+  Fault(
+    "a resumed training starts its data again",
+    _T + "loop.py",
+    'workload.seek(saved.extra["position"])',
+    "pass",
+    (LOOP,),
+  ),
+  Fault(
+    "a resumed training forgets the losses since the last line",
+    _T + "loop.py",
+    'pending = [_as_float32(values) for values in saved.extra["pending"]]',
+    "pending = []",
+    (LOOP,),
+  ),
+  Fault(
+    "the best step has the greatest objective",
+    _T + "loop.py",
+    "objective is not None and objective < self._least",
+    "objective is not None and objective > self._least",
+    (LOOP,),
+  ),
+  Fault(
+    "one diverged trial ends its whole cohort",
+    _T + "loop.py",
+    "and not len(finite):",
+    "and len(finite) < len(losses):",
+    (LOOP,),
+  ),
+  Fault(
+    "columns measured at the end go to the first trial alone",
+    _T + "loop.py",
+    'if line["trial_id"] == row["trial_id"]][-1:]',
+    'if line["trial_id"] == result["rows"][0]["trial_id"]][-1:]',
+    (LOOP,),
+  ),
+  Fault(
+    "all trials of a cohort train on the data of its first seed",
+    _E + "cohort_program.py",
+    "trial_batches = jax.tree.map(lambda leaf: leaf[row], batches)",
+    "trial_batches = jax.tree.map(lambda leaf: leaf[0], batches)",
+    (TOGETHER,),
   ),
   # Weights.
   Fault(
