@@ -303,9 +303,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(f"checkpoint.keep: {fields.keep} is not at least 1")
   if fields.get("keep_best", 0) < 0:
     raise errors.UserError(f"checkpoint.keep_best: {fields.keep_best} is not at least 0")
-  if fields.on_nonfinite not in ON_NONFINITE:
+  choice = fields.get("on_nonfinite", "end")
+  if choice not in ON_NONFINITE:
     raise errors.UserError(
-      f"checkpoint.on_nonfinite: {fields.on_nonfinite!r} is not one of {', '.join(ON_NONFINITE)}"
+      f"checkpoint.on_nonfinite: {choice!r} is not one of {', '.join(ON_NONFINITE)}"
     )
   every = fields.get("validate_every", 0)
   if every < 0 or every % config.eval.every:

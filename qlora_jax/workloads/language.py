@@ -76,7 +76,7 @@ class Resources:
       objective="validation/nats",
       config=resume.plain(config),
       at_end=True,
-      on_nonfinite=fields.on_nonfinite,
+      on_nonfinite=fields.get("on_nonfinite", "end"),
     )
 
   def summary(self, rows: list[dict]) -> str:

@@ -129,7 +129,7 @@ class Resources:
       directory,
       seconds=fields.seconds,
       keep=fields.keep,
-      on_nonfinite=fields.on_nonfinite,
+      on_nonfinite=fields.get("on_nonfinite", "end"),
     )
 
   def summary(self, rows: list[dict]) -> str:

@@ -353,6 +353,7 @@ def test_one_device_four_devices_on_any_mesh_and_back(tmp_path):
     ("seconds", float("nan"), "checkpoint.seconds"),
     ("keep", 0, "checkpoint.keep: 0 is not at least 1"),
     ("keep_best", -1, "checkpoint.keep_best"),
+    ("on_nonfinite", "ignore", "checkpoint.on_nonfinite: 'ignore' is not one of end, stop"),
     ("validate_every", 7, "checkpoint.validate_every: 7 is not a multiple of eval.every = 5"),
   ],
 )
