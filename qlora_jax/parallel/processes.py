@@ -104,7 +104,9 @@ def _dismiss() -> None:
 
 def _message(event: str) -> str:
   process = f"process {jax.process_index()} of {jax.process_count()}"
-  return f"error: {process} {event}; start all with the same command again, the run continues\n"
+  return (
+    f"error: {process} {event}; start all with the same command again, the training continues\n"
+  )
 
 
 @contextlib.contextmanager
@@ -143,16 +145,16 @@ def values(
     UserError: only some of the three are set, or a value is invalid.
   """
   arguments = (coordinator, count, index)
-  settings = [
+  fields = [
     environment.get(name) if value is None else str(value)
     for name, value in zip(_VARIABLES, arguments, strict=True)
   ]
-  missing = [name for name, value in zip(_VARIABLES, settings, strict=True) if not value]
+  missing = [name for name, value in zip(_VARIABLES, fields, strict=True) if not value]
   if len(missing) == len(_VARIABLES):
     return None
   if missing:
     raise errors.UserError(f"{missing[0]}: missing; set all of {', '.join(_VARIABLES)} or none")
-  address, total, position = settings
+  address, total, position = fields
   if not re.fullmatch(r"\S+:\d+", address):
     raise errors.UserError(f"{_VARIABLES[0]}: {address!r} is not an address; give HOST:PORT")
   if not total.isdigit() or int(total) < 1:
