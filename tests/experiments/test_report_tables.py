@@ -54,7 +54,7 @@ def test_means_and_paired_differences_match_the_raw_rows(tmp_path, make_study):
 
 def test_few_seeds_have_students_intervals_and_p_values(tmp_path, make_study):
   results = make_study(tmp_path, seeds=4)
-  row = _row(tables.summarize(inputs.read(tmp_path)), task="regimes", method="queryable")
+  row = _row(tables.summarize(inputs.read(tmp_path)), task="regimes", arm="queryable")
   differences = _errors(results, "regimes", "queryable") - _errors(results, "regimes", "lora")
   expected = stats.ttest_1samp(differences, 0.0)
   ends = expected.confidence_interval(0.95)

@@ -8,9 +8,9 @@ from qlora_jax import errors
 from qlora_jax.adapters import factory
 from qlora_jax.data import pipeline
 from qlora_jax.models import mlp
-from qlora_jax.training import optimizer
+from qlora_jax.training import loop, optimizer, progress
 from qlora_jax.workloads import cohort_program as group
-from qlora_jax.workloads import feed
+from qlora_jax.workloads import feed, regression
 from qlora_jax.workloads import regression_config as settings
 
 # Three blocks: the pseudo-query of the last is the first with a gradient.
@@ -44,14 +44,19 @@ def data():
   )
 
 
+def trained(program, states, frozen, data):
+  """The states after all steps."""
+  training = regression.Training("test", program, data, SEEDS, np.arange(2), states, frozen, 7)
+  with progress.Display(total_trials=0, plain=True) as display:
+    return loop.fit(training, training.init(), None, display)[0]
+
+
 def moved(program, data):
   """Names of the leaves, and whether all steps from a start without zeros moved them."""
   rates = np.array([0.05, 0.05])
   states, frozen = program.init(settings.random_base(SHAPE, 0), np.array(SEEDS), rates)
   params = jax.tree.map(lambda x: x + 0.1, states.params)
-  states = group.train_all(
-    program, program.start(params, rates), frozen, data, SEEDS, np.arange(2), piece=7
-  )
+  states = trained(program, program.start(params, rates), frozen, data)
   changed = jax.tree_util.tree_map_with_path(
     lambda path, a, b: (path, bool((np.asarray(a) != np.asarray(b)).any())), params, states.params
   )
@@ -96,7 +101,7 @@ def test_a_start_from_drawn_weights_is_the_drawn_start(data):
   again = program.start(drawn.params, rates)
   jax.tree.map(np.testing.assert_array_equal, drawn, again)
   kept = jax.device_get(drawn.params)
-  group.train_all(program, again, frozen, data, SEEDS, np.arange(2), piece=7)
+  trained(program, again, frozen, data)
   jax.tree.map(np.testing.assert_array_equal, kept, jax.device_get(drawn.params))  # not given up
 
 

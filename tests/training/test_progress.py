@@ -112,13 +112,16 @@ def test_plain_is_chosen_by_the_stream_and_the_terminal(monkeypatch, terminal, t
   assert progress.Display(total_trials=1, stream=stream)._plain is plain
 
 
-def test_a_display_without_points_or_steps_does_not_divide_by_zero():
+def test_a_display_without_trials_or_steps_does_not_divide_by_zero():
   stream = io.StringIO()
   with progress.Display(total_trials=0, stream=stream, plain=True) as display:
     with display.cohort("none", 0, 0) as cohort:
       cohort.update(0)
-    assert display._trials == 0
-  assert "none: done in 0:00" in stream.getvalue()
+    assert display._trials == 0 and not stream.getvalue()  # preparation is shown when it takes long
+    with display.cohort("one", 1, 0) as cohort:
+      cohort.update(0)
+    assert display._trials == 1
+  assert "one: done in 0:00" in stream.getvalue()
 
 
 def test_the_time_left_leaves_out_what_was_finished_earlier():
