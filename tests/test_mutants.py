@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from tests import mutants, planted_faults
+from tests import mutants, planted_faults, planted_faults_of_adapters
 
 
 def test_every_fault_can_be_planted_and_names_tests_that_exist():
@@ -19,7 +19,7 @@ def test_every_fault_can_be_planted_and_names_tests_that_exist():
     ({"old": "\n"}, "times in"),
     ({"new": planted_faults.FAULTS[0].old}, "changes nothing"),
     ({"tests": ("tests/test_absent.py",)}, "there is no tests/test_absent.py"),
-    ({"tests": (f"{planted_faults.REFERENCES}::test_absent",)}, "::test_absent"),
+    ({"tests": (f"{planted_faults_of_adapters.REFERENCES}::test_absent",)}, "::test_absent"),
   ],
 )
 def test_a_fault_that_cannot_be_planted_is_named(change, says):
