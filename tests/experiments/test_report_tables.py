@@ -21,7 +21,7 @@ def _row(summary, **want):
 
 
 def _errors(results, task, method, column="test_mse"):
-  rows = results.query("stage == 'final' and task == @task and method == @method")
+  rows = results.query("stage == 'final' and task == @task and arm == @method")
   return rows.set_index("seed")[column]
 
 
