@@ -240,7 +240,9 @@ class _Record:
 
 
 def _curves(workload, rows: list[dict], directory: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines of metrics as rows of a table."""
+  """The lines of metrics as rows of a table; empty in all processes but the first."""
+  if not processes.is_first():
+    return []
   places = {label: place for place, label in enumerate(workload.trial_labels)}
   return [
     {
@@ -248,7 +250,7 @@ def _curves(workload, rows: list[dict], directory: pathlib.Path) -> list[dict[st
       "step": line["step"],
       **{column: line[name] for name, column in workload.curve_columns.items() if name in line},
     }
-    for line in metrics.read_metrics(processes.own_directory(directory))
+    for line in metrics.read_metrics(directory)
   ]
 
 
