@@ -71,7 +71,7 @@ def adapter(directory):
 
 def result(directory):
   results = (json.loads(path.read_text()) for path in directory.rglob("result.json"))
-  return next(fields for fields in results if "after" in fields)
+  return next(stored["training"] for stored in results)
 
 
 def written(data, *more):
