@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 export PYTHONPATH := .
 
-.PHONY: setup setup-dev setup-llm setup-tpu demo demo-llm study study-language study-small figures test \
+.PHONY: setup setup-dev setup-llm setup-tpu demo demo-llm study study-language study-small figures test test-fast \
   mutants lint format bench
 setup: .venv/.ready
 .venv/.ready: requirements.txt requirements-data.txt
@@ -78,6 +78,10 @@ figures: setup
 
 test: setup-dev setup-tpu lint
 	QLORA_JAX_TYPECHECK=1 $(BIN)/python -m pytest -n 2
+
+# What people run while they edit: no lint, nothing that trains for long.
+test-fast: setup-dev
+	QLORA_JAX_TYPECHECK=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 # Plants one-line faults and shows which the tests notice; 30 minutes on two cores, resumable.
 mutants: setup-dev

@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -31,6 +32,40 @@ if _FOLDER is None:
   atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _FOLDER
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+# `make test-fast` leaves these out: they compile or train much. New files count as fast.
+SLOW = (
+  "adapters/test_depth_scan.py",
+  "adapters/test_new_adapter.py",
+  "adapters/test_peft_parity.py",
+  "adapters/test_properties.py",
+  "adapters/test_references.py",
+  "adapters/test_rerouting.py",
+  "data/text/test_new_data_set.py",
+  "experiments/",
+  "launching/",
+  "models/",
+  "parallel/",
+  "planning/",
+  "test_docs.py",
+  "test_launch.py",
+  "test_mutants.py",
+  "training/test_checkpoint.py",
+  "training/test_frozen_groups.py",
+  "training/test_killed.py",
+  "training/test_language.py",
+  "training/test_learning_rates.py",
+  "training/test_study.py",
+  "workloads/test_routing_gain.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+  folder = pathlib.Path(__file__).parent
+  for item in items:
+    if item.path.relative_to(folder).as_posix().startswith(SLOW):
+      item.add_marker(pytest.mark.slow)
+
 
 TEMPLATE = (
   "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
