@@ -132,7 +132,7 @@ def test_a_command_of_the_documentation_runs(text, tmp_path, shared_data, reques
       assert done.stdout.strip()
       return
     if "--status" in arguments:
-      records.write_list(tmp_path, [records.Setting("key", "adapter.name=lora", 1)])
+      records.write_list(tmp_path, [records.Arm("key", "adapter.name=lora", 1)])
       done = execute([sys.executable, "launch.py", "--status", f"--workdir={tmp_path}"], tmp_path)
       assert "1 arms: 1 pending" in done.stdout
       return

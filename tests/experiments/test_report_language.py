@@ -123,7 +123,7 @@ def test_one_seed_has_a_difference_and_no_interval(tmp_path, make_language_study
 
 def test_scores_by_task_have_the_base_before_training(built):
   scores = tables.by_task(inputs.read(built[1]))
-  row = scores.query("method == 'lora+prompt' and split == 'test' and name == 'antonyms'").iloc[0]
+  row = scores.query("arm == 'lora+prompt' and split == 'test' and name == 'antonyms'").iloc[0]
   own = final(built[0], "lora", True, "test/antonyms/accuracy")
   assert row["accuracy"] == pytest.approx(100 * own.mean()) and row["num_seeds"] == 3
   bases = scores[scores["arm"].str.startswith("none")].groupby("arm")["accuracy"].mean()
@@ -191,6 +191,6 @@ def test_the_documents_take_tables_from_a_language_study(built):
   assert "| Frozen base + prompt | 0 |" in text and "(one seed: no interval)" in text
   tasks = language_tables.by_task(results)
   assert "| antonyms | plural | translation en-fr |" in tasks
-  search = built[0].query("stage == 'search' and method == 'lora' and in_prompt")
+  search = built[0].query("stage == 'search' and arm == 'lora' and in_prompt")
   best = search.set_index("learning_rate")["validation_nats"].loc[1e-3]
   assert f"**{best:.3f}**" in language_tables.rates(results)

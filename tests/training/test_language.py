@@ -192,7 +192,7 @@ def test_an_adapter_of_an_earlier_version_names_its_family_method(whole, tmp_pat
   path = folder / adapter_file.DESCRIPTION
   description = json.loads(path.read_text())
   fields = description["metadata"]["adapter"]
-  fields["arm"] = fields.pop("family")
+  fields["method"] = fields.pop("family")
   path.write_text(json.dumps(description))
   assert finetuned.FineTuned(folder).adapted.adapter == run.model.adapter
 
