@@ -56,6 +56,8 @@ SLOW = (
   "training/test_language.py",
   "training/test_learning_rates.py",
   "training/test_study.py",
+  "weights/test_load_memory.py",
+  "weights/test_sources.py",
   "workloads/test_routing_gain.py",
 )
 
