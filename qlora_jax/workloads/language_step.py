@@ -27,9 +27,9 @@ class LanguageBatch(NamedTuple):
     tokens, positions, segments: int32 [B, T].
     loss_mask: float32 [B, T]; routing penalties are taken over these tokens.
     instruction: float32 [B, T, E], or None.
-    places: int32 [G, A / G] for G data shards, each of B / G rows: indices into the shard's own
-      flattened [B/G T], so that no shard reads another's states.
-    targets: int32 [G, A / G]; weights: float32 [G, A / G], 0 where A is rounded up.
+    places: int32 [X, A / X] for X data shards, each of B / X rows: indices into the shard's own
+      flattened [B/X T], so that no shard reads another's states.
+    targets: int32 [X, A / X]; weights: float32 [X, A / X], 0 where A is rounded up.
   """
 
   tokens: Array
@@ -87,7 +87,7 @@ def from_text(
 def answer_losses(
   model: decoder.Decoder, variables: PyTree, hidden: Array, batch: LanguageBatch
 ) -> Array:
-  """Negative log-likelihood [G, A / G] in nats of each answer token, from hidden [B, T, D]."""
+  """Negative log-likelihood [X, A / X] in nats of each answer token, from hidden [B, T, D]."""
   shards, width = len(batch.places), hidden.shape[-1]
   states = sharding.tokens(hidden.reshape(shards, -1, width))
   # Gathered once, not again in each turn of the loop.
@@ -104,7 +104,7 @@ def answer_losses(
     nats = jax.lax.map(chunk, (chosen, batch.targets.reshape(-1, CHUNK)))
     return nats.reshape(1, -1)
 
-  def chunks(leaf):  # [G, A / G, ..] to [chunks, G, CHUNK, ..]
+  def chunks(leaf):  # [X, A / X, ..] to [chunks, X, CHUNK, ..]
     return jnp.moveaxis(leaf.reshape(shards, -1, CHUNK, *leaf.shape[2:]), 1, 0)
 
   chosen = sharding.tokens(jax.vmap(lambda rows, places: rows[places])(states, batch.places))
