@@ -213,7 +213,7 @@ def _parse_flags() -> list[str]:
     return flags.FLAGS(sys.argv)
   except (flags.Error, AttributeError, KeyError, TypeError) as error:
     text = str(error)
-    # ml_collections puts the traceback of a config file's error into the text of its own error.
+    # The message of ml_collections contains the traceback of the config file's error.
     if "UserError: " in text:
       raise errors.UserError(text.strip().rpartition("UserError: ")[2]) from error
     raise errors.UserError(

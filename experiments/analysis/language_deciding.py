@@ -5,7 +5,6 @@ claims is in `configs/llm.py`, written before the runs.
 """
 
 import numpy as np
-import pandas as pd
 
 from experiments import committed, comparisons, routing_gain
 from experiments import study as study_lib
@@ -117,18 +116,6 @@ def search_table(results: committed.Results) -> str:
     "atoms moved",
   ]
   return comparisons.markdown(header, rows)
-
-
-def curve(results: committed.Results) -> pd.DataFrame:
-  """Mean gain over equal weights by step of the final runs: columns `step`, `mean`, and the ends
-  of the range over seeds."""
-  study = results.of(STUDY).study
-  final = study.stage("final")
-  routed = final[final["arm"] == ROUTED]["trial_id"]
-  column = "routing/gain_uniform"
-  rows = study.curves[study.curves["trial_id"].isin(routed)].dropna(subset=[column])
-  steps = rows.groupby("step")[column]
-  return pd.DataFrame({"mean": steps.mean(), "low": steps.min(), "high": steps.max()}).reset_index()
 
 
 def _written(ends, template: str) -> str:

@@ -71,7 +71,7 @@ class Checkpointer:
     directory: made where it is missing.
     keep: newest checkpoints that are kept.
     keep_best: checkpoints of the least metric that are kept beside them.
-    config: plain, stored in every checkpoint; one of another config is not gone on from.
+    config: plain, stored in every checkpoint; a checkpoint of another config is refused.
     log: shows a line to the user.
 
   Raises:
@@ -200,7 +200,7 @@ class Checkpointer:
     self._empty_trash()
 
   def close(self) -> None:
-    """Waits, and lets go of the directory."""
+    """Waits for pending writes, then closes the manager."""
     try:
       self.wait()
     except BaseException:
@@ -278,7 +278,7 @@ class Checkpointer:
         self._remove_unfinished()
       raise errors.UserError(
         f"--workdir: the {what} in {self.directory} cannot be {done} ({reason}); make room or use"
-        " another directory: the same command goes on from the checkpoint before"
+        " another directory: the same command resumes from the previous checkpoint"
       ) from error
 
   def _remove_unfinished(self) -> None:
@@ -363,7 +363,7 @@ def _wait_for_all(what: str) -> None:
 
 
 def _quieten() -> None:
-  """Keeps what a failed write goes on to print in other threads from the terminal.
+  """Suppresses the tracebacks that other threads print after a failed write.
 
   Orbax raises the first failure and closes its event loop, which TensorStore then still tells of
   the others: a traceback each, through `sys.unraisablehook`. Once per process, from the first

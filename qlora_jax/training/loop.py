@@ -1,6 +1,6 @@
 """The loop that trains any workload: restore, (update, log, validate, save, stop), evaluate.
 
-A killed training goes on from its last checkpoint and gives the same bits on the same machine: the
+A killed training resumes from its last checkpoint and gives the same bits on the same machine: the
 order of the data is a function of the seed, its position is in the checkpoint, and there is no
 other randomness.
 """

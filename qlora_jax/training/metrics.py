@@ -75,7 +75,7 @@ class MetricWriter:
   def truncate(self, step: int) -> None:
     """Drops what was recorded after `step`: the run resumes from a checkpoint at `step`.
 
-    The JSON file is replaced in one move. TensorBoard is told to hide the later events.
+    The JSON file is replaced in one move. TensorBoard hides the later events by the new event file.
     """
     self._file.close()
     kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]

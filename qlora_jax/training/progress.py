@@ -80,7 +80,7 @@ class Display:
     earlier_trials: how many of them an earlier process finished, each to be told by `skip`; the
       time left leaves them out from the beginning.
     unit: what `rate` counts: `examples`, `tokens`.
-    stream: where to write; standard error unless told.
+    stream: where to write; standard error by default.
     plain: True for lines, False for bars; None decides by whether `stream` is a terminal.
     every_seconds: the least time between two plain lines of a cohort.
     clock: seconds, monotonic; tests set it.

@@ -8,7 +8,7 @@ import ml_collections
 
 # A whole work directory: fields that change no result, see `workloads.workload.Cohort.identity`.
 STUDY = ("checkpoint", "mesh", "model.attention", "data.data_dir")
-# One run that goes on: also what is asked of it when it is done, and which runs there are.
+# A trial that resumes: also fields about its evaluation, and about which trials there are.
 RUN = (*STUDY, "data.manual_folder", "eval", "protocol", "variant")
 _SHOWN = 6  # fields that a message lists
 
